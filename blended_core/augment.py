@@ -1,0 +1,99 @@
+"""Extending augmentations: warped views of the picture that CLIP sees.
+
+A region that convinces CLIP from one view alone is easily an adversarial pattern; the gradient averaged over random
+projective copies is not (Avrahami et al. 2022, §4.3). Each view is an affine warp (±15°, shift of a tenth, edges
+repeated), then a perspective warp (corners inwards by up to 35 %, black outside), each with probability 0.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEGREES = 15.0
+TRANSLATE = 0.1
+DISTORTION = 0.7
+PROBABILITY = 0.7
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """How each warped view is made; R rows, image fastest and view slowest (row = view · images + image).
+
+    ``affine_gate`` and ``perspective_gate`` [R] bool: whether the warp is applied to the row. ``affine`` and
+    ``perspective`` [R, 3, 3] float32: source pixel → destination pixel, pixel centres at whole numbers.
+    """
+
+    affine_gate: Tensor
+    affine: Tensor
+    perspective_gate: Tensor
+    perspective: Tensor
+
+    def __len__(self) -> int:
+        return len(self.affine_gate)
+
+    def rows(self, start: int, stop: int) -> ViewParameters:
+        """A run of rows."""
+        return ViewParameters(
+            self.affine_gate[start:stop], self.affine[start:stop], self.perspective_gate[start:stop], self.perspective[start:stop]
+        )
+
+    @classmethod
+    def interleave(cls, images: Sequence[ViewParameters]) -> ViewParameters:
+        """One set from a set for each image, all of the same length."""
+
+        def weave(name: str) -> Tensor:
+            return torch.stack([getattr(p, name) for p in images], dim=1).flatten(0, 1)
+
+        return cls(weave("affine_gate"), weave("affine"), weave("perspective_gate"), weave("perspective"))
+
+
+def draw_views(generator: torch.Generator, count: int, size: int, symmetric: bool = True) -> ViewParameters:
+    """Parameters of ``count`` warped views of one square picture.
+
+    Args:
+        generator: source of every choice.
+        count: number of views.
+        size: side of the picture in pixels.
+        symmetric: shift along both axes; the reference shifts along y alone (METHOD row 14).
+    """
+    from kornia.geometry.transform import get_affine_matrix2d, get_perspective_transform
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator) * (high - low) + low
+
+    affine_gate = uniform(0, 1) < PROBABILITY
+    angle = uniform(-DEGREES, DEGREES)
+    shift = uniform(-TRANSLATE, TRANSLATE, 2) * size
+    if not symmetric:
+        shift[:, 0] = 0
+    centre = torch.full((count, 2), (size - 1) / 2)
+    affine = get_affine_matrix2d(shift, centre, torch.ones(count, 2), angle)
+    perspective_gate = uniform(0, 1) < PROBABILITY
+    last = size - 1.0
+    start = torch.tensor([[0.0, 0.0], [last, 0.0], [last, last], [0.0, last]]).repeat(count, 1, 1)
+    inwards = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
+    end = start + uniform(0, 1, 4, 2) * (DISTORTION * size / 2) * inwards
+    perspective = get_perspective_transform(start, end)
+    return ViewParameters(affine_gate, affine, perspective_gate, perspective)
+
+
+def warp_views(pictures: Tensor, parameters: ViewParameters) -> Tensor:
+    """[R, C, S, S] → the same shape, each row warped as ``parameters`` says; rows whose gate is closed stay as they are."""
+    from kornia.geometry.transform import warp_affine, warp_perspective
+
+    size = (pictures.shape[2], pictures.shape[3])
+    rows = parameters.affine_gate.nonzero().flatten().to(pictures.device)
+    if len(rows):
+        matrices = parameters.affine.to(pictures)[rows, :2]
+        warped = warp_affine(pictures[rows], matrices, size, align_corners=False, padding_mode="border")
+        pictures = pictures.index_copy(0, rows, warped)
+    rows = parameters.perspective_gate.nonzero().flatten().to(pictures.device)
+    if len(rows):
+        matrices = parameters.perspective.to(pictures)[rows]
+        warped = warp_perspective(pictures[rows], matrices, size, align_corners=False, padding_mode="zeros")
+        pictures = pictures.index_copy(0, rows, warped)
+    return pictures

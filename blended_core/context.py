@@ -1,0 +1,72 @@
+"""The one place that names a device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BlendedError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class DeviceContext:
+    """Where networks run, in which precision and layout; everything else is handed one.
+
+    Samples, losses and gradients are float32 in every context; ``dtype`` is that of the UNet's torso.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    @classmethod
+    def choose(cls, device: str = "auto", dtype: str = "auto") -> DeviceContext:
+        """A context by name.
+
+        Args:
+            device: 'auto' (CUDA, then MPS, then the CPU) or any name torch knows, e.g. 'cuda:1'.
+            dtype: 'fp32', 'bf16', 'fp16' or 'auto': float32 on CPU and MPS; on CUDA bfloat16 where it is native, else
+                float16.
+
+        Raises:
+            BlendedError: if the device does not exist here.
+        """
+        if device == "auto":
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        try:
+            chosen = torch.device(device)
+            torch.zeros(1, device=chosen)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise BlendedError(f"the device {device!r} cannot be used here ({first}); try --device cpu.") from None
+        if dtype != "auto" and dtype not in DTYPES:
+            raise BlendedError(f"unknown precision {dtype!r}; known are auto, {', '.join(DTYPES)}.")
+        if dtype != "auto":
+            precision = DTYPES[dtype]
+        elif chosen.type == "cuda":
+            precision = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        else:
+            precision = torch.float32
+        return cls(chosen, precision, channels_last=chosen.type == "cuda")
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Moves a network here, in this layout; frozen, in evaluation mode."""
+        network = network.to(self.device).eval().requires_grad_(False)
+        return network.to(memory_format=torch.channels_last) if self.channels_last else network  # type: ignore[call-overload, no-any-return]
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device, as float32 if it is floating."""
+        return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    @contextlib.contextmanager
+    def autograd(self) -> Iterator[None]:
+        """The scope in which networks are used: no global inference mode, gradients off until a function asks for them."""
+        with torch.inference_mode(False), torch.no_grad():
+            yield

@@ -1,0 +1,221 @@
+"""Trains the embedded diffusion model on the embedded world, on a CPU or a GPU.
+
+    python -m blended_core.demo.train_ddpm --out runs/ddpm --minutes 100
+
+writes ``state.pt`` (everything needed to go on; the same command continues) and ``ddpm.safetensors`` (averaged weights in
+half precision with their configuration). ``--init FILE.safetensors`` begins from such weights alone. The objective is v
+(Salimans & Ho, 2022), whose x̂0 is not amplified at high noise as that of ε is, with the learned variance of Nichol &
+Dhariwal (2021). Matrices are updated by Muon (Jordan, 2024), the rest by AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..checkpoints.adm import UNet, UNetConfig
+from ..schedule import Schedule
+from .world import SIDE, random_scene, render
+
+CONFIG = UNetConfig(
+    image_size=SIDE,
+    model_channels=32,
+    channel_mult=(1, 2, 4, 4),
+    num_res_blocks=1,
+    attention_downsampling=(4, 8),
+    num_head_channels=32,
+    use_scale_shift_norm=True,
+)
+DIFFUSION = {"schedule": "linear", "steps": 1000, "rescale_timesteps": True, "objective": "v"}
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each matrix is brought near to an orthogonal one by five Newton–Schulz steps."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(torch.lerp(p.grad, buffer, group["momentum"]).flatten(1))
+                scale = math.sqrt(max(1.0, update.shape[0] / update.shape[1]))
+                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """[m, n] → nearly U·Vᵀ of its singular value decomposition, by the quintic iteration of Muon."""
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def training_loss(model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """(mean squared error of v, variational bound in bits per dimension that trains the variance alone)."""
+
+    def at(values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float32)[t].to(x0.device)[:, None, None, None]
+
+    a, s = at(schedule.sqrt_alphas_cumprod), at(schedule.sqrt_one_minus_alphas_cumprod)
+    x_t = a * x0 + s * noise
+    out, fraction = model(x_t, t.to(x0.device).float()).float().chunk(2, dim=1)
+    mse = F.mse_loss(out, a * noise - s * x0)
+
+    c1, c2 = at(schedule.posterior_mean_coef1), at(schedule.posterior_mean_coef2)
+    predicted_x0 = (a * x_t - s * out).detach()
+    low, high = at(schedule.posterior_log_variance_clipped), at(np.log(schedule.betas))
+    log_variance = low + (fraction + 1) / 2 * (high - low)
+    difference = c1 * (x0 - predicted_x0)  # the x_t parts of both means cancel
+    kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + difference.square() * (-log_variance).exp())
+    del c2
+    return mse, kl.flatten(1).mean(1).mean() / math.log(2)
+
+
+def sample_timesteps(rng: np.random.Generator, batch: int, steps: int) -> Tensor:
+    """Stratified over 0…0.85·steps, with a tenth of the draws anywhere: above that a 64×64 picture is hardly seen."""
+    u = (np.arange(batch) + rng.uniform(size=batch)) / batch * 0.85
+    anywhere = rng.uniform(size=batch) < 0.1
+    u = np.where(anywhere, rng.uniform(size=batch), u)
+    return torch.as_tensor((u * steps).astype(np.int64).clip(0, steps - 1))
+
+
+def batch_of_scenes(rng: np.random.Generator, batch: int) -> Tensor:
+    """[batch, 3, 64, 64] in −1..1."""
+    pictures = np.stack([render(random_scene(rng)) for _ in range(batch)])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_weights(ema: dict[str, Tensor], config: UNetConfig, path: Path, step: int) -> None:
+    """Half-precision weights with everything needed to use them in the file's metadata."""
+    meta = {"format": "pt", "unet": json.dumps(config.to_dict()), "diffusion": json.dumps(DIFFUSION), "trained_steps": str(step)}
+    save_file({k: v.half().contiguous() for k, v in ema.items()}, str(path), metadata=meta)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/ddpm"))
+    parser.add_argument("--minutes", type=float, default=100, help="of training in all; the learning rate falls over the last 35 %%")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1.0, help="factor on both learning rates")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--init", type=Path, help="weights to begin from")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    schedule = Schedule("linear", 1000)
+    model = UNet(CONFIG).to(device)
+    if args.init:
+        model.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
+    matrices = (
+        [
+            p
+            for n, p in model.named_parameters()
+            if p.ndim >= 2 and n.startswith(("input_blocks", "middle", "output")) and not n.startswith("input_blocks.0.")
+        ]
+        if args.optimizer == "muon"
+        else []
+    )
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    base = {"adamw": (1e-3 if matrices else 4e-4) * args.lr, "muon": 0.02 * args.lr}
+    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(others, base["adamw"], betas=(0.9, 0.98), weight_decay=0.0)}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, base["muon"])
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    step, elapsed = 0, 0.0
+    state_path = args.out / "state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+    def save() -> None:
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "ema": ema,
+                "step": step,
+                "elapsed": elapsed,
+                "optimizers": {k: o.state_dict() for k, o in optimizers.items()},
+            },
+            state_path.with_suffix(".tmp"),
+        )
+        state_path.with_suffix(".tmp").replace(state_path)
+        save_weights(ema, CONFIG, args.out / "ddpm.safetensors", step)
+
+    fixed = np.random.default_rng(12345)
+    val_x0 = batch_of_scenes(fixed, 32).to(device)
+    val_noise = torch.randn(val_x0.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    val_t = torch.linspace(10, 849, 32).long()
+    average, last = None, time.monotonic()
+    while (progress := elapsed / (60 * args.minutes)) < 1:
+        factor = min(1.0, (step + 1) / 100, max(0.02, (1 - progress) / 0.35))
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = base[name] * factor
+        rng = np.random.default_rng((args.seed, step))
+        x0 = batch_of_scenes(rng, args.batch).to(device)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            mse, bound = training_loss(model, x0, sample_timesteps(rng, args.batch, schedule.steps), noise, schedule)
+        (mse + 0.01 * bound).backward()
+        norm = nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        decay = min(args.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for k, v in model.state_dict().items():
+                ema[k].lerp_(v, 1 - decay)
+        average = float(mse) if average is None else 0.98 * average + 0.02 * float(mse)
+        now = time.monotonic()
+        elapsed, last = elapsed + now - last, now
+        if step % 100 == 0:
+            shadow = UNet(CONFIG).to(device)
+            shadow.load_state_dict(ema)
+            with torch.no_grad():
+                val, val_bound = training_loss(shadow, val_x0, val_t, val_noise, schedule)
+            print(
+                f"step {step} {elapsed / 60:.1f} min  train {average:.4f}  val(ema) {float(val):.4f}  bound {float(val_bound):.3f}  "
+                f"norm {float(norm):.2f}  lr×{factor:.2f}",
+                flush=True,
+            )
+            save()
+    save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,562 @@
+"""The edit: Algorithm 2 (blended diffusion), Algorithm 1 (local CLIP-guided diffusion), and what surrounds them.
+
+``blended_diffusion`` and ``local_clip_guided_diffusion`` are the paper's loops, generators that yield every step, made of
+``noise_background``, ``guided_step`` and ``blend``, which the graph nodes call one by one. ``edit`` takes a whole picture
+through region, batches, paste and scores. Source: Avrahami, Lischinski, Fried, CVPR 2022.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blend import binary_mask, blend, final_paste, mask_at_level, soft_mask
+from .clip import ClipModel, Prompt
+from .context import DeviceContext
+from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
+from .draws import Draws, Source
+from .errors import BlendedError
+from .guidance import GuidanceOptions, guided_prediction
+from .losses import Perceptual
+from .rank import Score, background_error, clip_distance, clip_distance_reference, ranking, seam_energy
+from .region import Region, WholePicture, bounds, region_around
+from .schedule import CLEAN, Schedule
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """Everything that decides an edit besides picture, mask, prompt and networks (METHOD §2).
+
+    Attributes:
+        preset: the name these options began from; says nothing by itself.
+        algorithm: 'blended' (Algorithm 2) or 'local' (Algorithm 1, whose background drifts).
+        steps: respacing of the process: '100', 'ddim25', '50,25,10'.
+        strength: share of the steps that is denoised, 0 < s ≤ 1.
+        sampler, eta: 'ddpm', or 'ddim' with its η.
+        seed, candidates, batch: candidate i depends on seed and i, not on the batch.
+        guidance: the losses.
+        background_level: 'matched': the source is noised to the level of x_{t−1}; 'one_off': to that of x_t.
+        background_noise: 'per_image' or 'shared' by all candidates; fresh every step.
+        output: 'sample', or 'x0': x̂0 of the last step.
+        class_choice: of a class-conditional model: 'zero' (no class), 'random' (a new one every step), or a number.
+        index_lookup: 'exact', or 'reference': the reference's wrong index for sectioned respacing.
+        enforce_background: put the original back outside the mask. Off by default in Algorithm 1.
+        invert_mask: edit the outside of the mask.
+        mask_rule: 'binary' (m ≥ 0.5), 'soft', or 'nonzero' (any grey).
+        crop: 'region' (a square around the mask), or 'squash' (the whole picture as a square).
+        context: side of the region over that of the mask.
+        feather: pixels over which the paste fades in, inwards.
+        ranking: 'corrected' or 'reference'.
+    """
+
+    preset: str = "best"
+    algorithm: str = "blended"
+    steps: str = "100"
+    strength: float = 0.75
+    sampler: str = "ddpm"
+    eta: float = 0.0
+    seed: int = 0
+    candidates: int = 8
+    batch: int = 4
+    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
+    background_level: str = "matched"
+    background_noise: str = "per_image"
+    output: str = "sample"
+    class_choice: str | int = "zero"
+    index_lookup: str = "exact"
+    enforce_background: bool | None = None
+    invert_mask: bool = False
+    mask_rule: str = "binary"
+    crop: str = "region"
+    context: float = 1.6
+    feather: int = 0
+    ranking: str = "corrected"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "algorithm": ("blended", "local"),
+            "sampler": ("ddpm", "ddim"),
+            "background_level": ("matched", "one_off"),
+            "background_noise": ("per_image", "shared"),
+            "output": ("sample", "x0"),
+            "index_lookup": ("exact", "reference"),
+            "mask_rule": ("binary", "soft", "nonzero"),
+            "crop": ("region", "squash"),
+            "ranking": ("corrected", "reference"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise BlendedError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}.")
+        if not isinstance(self.class_choice, int) and self.class_choice not in ("zero", "random"):
+            raise BlendedError(f"class_choice is {self.class_choice!r}; give 'zero', 'random' or the number of a class.")
+        if not 0 < self.strength <= 1:
+            raise BlendedError(f"strength is {self.strength}; give a number above 0 and at most 1 (0.75 is usual).")
+        if self.candidates < 1 or self.batch < 1:
+            raise BlendedError(f"candidates is {self.candidates} and batch {self.batch}; both must be at least 1.")
+        if not 0 <= self.eta <= 1:
+            raise BlendedError(f"eta is {self.eta}; give a number from 0 (deterministic) to 1.")
+        if self.feather < 0:
+            raise BlendedError(f"feather is {self.feather}; give a number of pixels, 0 for none.")
+        Draws(self.seed)
+
+    @property
+    def soft(self) -> bool:
+        """Whether the mask's greys matter."""
+        return self.mask_rule == "soft"
+
+    @property
+    def pastes(self) -> bool:
+        """Whether the original is put back outside the mask."""
+        return self.algorithm == "blended" if self.enforce_background is None else self.enforce_background
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the guidance nested."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EditOptions:
+        """The inverse of :meth:`to_dict`."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise BlendedError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+        guidance = values.get("guidance", {})
+        unknown = sorted(set(guidance) - {f.name for f in fields(GuidanceOptions)})
+        if unknown:
+            raise BlendedError(f"unknown guidance option {', '.join(unknown)}.")
+        return cls(**{**values, "guidance": GuidanceOptions(**guidance)})
+
+
+PRESETS: dict[str, EditOptions] = {
+    "best": EditOptions(),
+    "paper": EditOptions(
+        preset="paper",
+        guidance=GuidanceOptions(gradient="x0", distance="cosine", range_scale=0.0, views=16),
+    ),
+    "official": EditOptions(
+        preset="official",
+        guidance=GuidanceOptions(clip_input="mixed", distance="spherical_unclamped", background_loss="reference", symmetric_views=False),
+        background_level="one_off",
+        background_noise="shared",
+        output="x0",
+        class_choice="random",
+        index_lookup="reference",
+        mask_rule="nonzero",
+        crop="squash",
+        ranking="reference",
+    ),
+}
+"""`official`: the reference code draw by draw. `paper`: as its text has it. `best`: our recommendation."""
+
+
+def preset(name: str, **changes: Any) -> EditOptions:
+    """The options of a preset, with changes; those of :class:`GuidanceOptions` may be given by name too."""
+    if name not in PRESETS:
+        raise BlendedError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}.")
+    options = PRESETS[name]
+    guiding = {f.name for f in fields(GuidanceOptions)}
+    inner = {k: v for k, v in changes.items() if k in guiding}
+    outer = {k: v for k, v in changes.items() if k not in guiding}
+    if inner:
+        outer["guidance"] = replace(options.guidance, **inner)
+    try:
+        return replace(options, **outer)
+    except TypeError:
+        unknown = sorted(set(outer) - {f.name for f in fields(EditOptions)})
+        raise BlendedError(f"unknown option {', '.join(unknown)}.") from None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of an edit. ``clip`` may be None for removal, ``perceptual`` where D_bg is off."""
+
+    ddpm: DiffusionModel
+    clip: ClipModel | None = None
+    perceptual: Perceptual | None = None
+    context: DeviceContext = field(default_factory=DeviceContext)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoised level of a batch.
+
+    Attributes:
+        images: indices of the candidates.
+        level: index of the level reached; CLEAN after the last.
+        done, total: steps.
+        x: the sample at that level [B, C, H, W]; x0: x̂0 before it was noised again.
+        clip_distance: mean distance of the views [B], or None.
+        shift: how far guidance moved the step's mean, over the step's own noise; 0 without guidance.
+        broken: images whose gradient was not finite and was left out.
+    """
+
+    images: tuple[int, ...]
+    level: int
+    done: int
+    total: int
+    x: Tensor
+    x0: Tensor
+    clip_distance: Tensor | None = None
+    shift: float = 0.0
+    broken: int = 0
+
+
+def noise_background(
+    source: Tensor, level: int, schedule: Schedule, draws: Source, images: Sequence[int], purpose: str = "background", shared: bool = False
+) -> Tensor:
+    """The source noised to a level, one draw for each image (or one for all); [1, C, H, W] → [B, C, H, W].
+
+    ``purpose`` is 'start' for the beginning of an edit and 'background' for blending. At CLEAN it is the source itself.
+    """
+    if level == CLEAN:
+        return source.expand(len(images), -1, -1, -1)
+    who = [0] if shared else images
+    noise = draws.noise(purpose, level, who, tuple(source.shape[1:])).to(source)
+    return q_sample(source, level, noise, schedule).expand(len(images), -1, -1, -1)
+
+
+def reference_index(index: int, schedule: Schedule) -> int:
+    """The index that the reference code recovers from a timestep: exact for even respacing only (METHOD row 12)."""
+    timestep = torch.tensor(schedule.model_timestep(index), dtype=torch.float32)
+    return int((timestep * (len(schedule) / 1000)).long())
+
+
+def class_labels(
+    model: DiffusionModel, choice: str | int, index: int, draws: Source, images: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """Labels of a step as :meth:`UNet.forward` takes them; None for an unconditional model."""
+    if model.num_classes is None:
+        return None
+    if choice == "zero":
+        return torch.zeros(len(images), model.label_dim, device=device)
+    if choice == "random":
+        return draws.labels(index, images, model.num_classes).to(device)
+    if not isinstance(choice, int) or not 0 <= choice < model.num_classes:
+        raise BlendedError(f"class {choice} does not exist; the model has classes 0 to {model.num_classes - 1}.")
+    return torch.full((len(images),), choice, device=device)
+
+
+def guided_step(
+    models: Models,
+    x: Tensor,
+    index: int,
+    schedule: Schedule,
+    options: EditOptions,
+    prompt: Prompt | None,
+    mask: Tensor,
+    draws: Source,
+    images: Sequence[int],
+    source: Tensor | None = None,
+) -> Step:
+    """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a DDPM or DDIM step. Nothing is blended.
+
+    ``mask`` [1, 1, H, W] is what CLIP sees; ``source`` is needed where D_bg is on.
+    """
+    guidance, model = options.guidance, models.ddpm
+    labels = class_labels(model, options.class_choice, index, draws, images, x.device)
+    guided = bool(prompt is not None and len(prompt))
+    views = None
+    if guided and guidance.views > 1 and guidance.scale > 0 and models.clip is not None:
+        views = draws.views(index, images, guidance.views - 1, models.clip.image_size, guidance.symmetric_views)
+    looked_up = reference_index(index, schedule) if options.index_lookup == "reference" else index
+    result = guided_prediction(
+        model, x, looked_up, schedule, guidance, clip=models.clip, prompt=prompt, mask=mask, source=source,
+        perceptual=models.perceptual, views=views, labels=labels,
+    )  # fmt: skip
+    prediction = result.prediction
+    if looked_up != index:
+        with torch.no_grad():
+            prediction = model.predict(x, index, schedule, labels)
+    gradient, x0 = result.gradient, prediction.x0
+    shift = 0.0
+    if options.sampler == "ddpm":
+        noise = draws.noise("step", index, images, tuple(x.shape[1:])).to(x) if index > 0 else torch.zeros_like(x)
+        x_prev = ddpm_step(prediction, index, noise, gradient)
+        if gradient is not None:
+            shift = float(((0.5 * prediction.log_variance).exp() * gradient).square().mean().sqrt())
+    else:
+        if gradient is not None:
+            shift = float(schedule.sqrt_one_minus_alphas_cumprod[index] * gradient.square().mean().sqrt())
+            x0 = guided_x0(x, x0, index, schedule, gradient)
+        noise_ddim = draws.noise("step", index, images, tuple(x.shape[1:])).to(x) if options.eta > 0 and index > 0 else None
+        x_prev = ddim_step(x, x0, index, noise_ddim, schedule, options.eta)
+    return Step(tuple(images), index - 1, 0, 0, x_prev, x0, result.clip_distance, shift, result.broken)
+
+
+def blended_diffusion(
+    models: Models, source: Tensor, mask: Tensor, prompt: Prompt | None, options: EditOptions, draws: Source, images: Sequence[int]
+) -> Iterator[Step]:
+    """Algorithm 2: every guided step is blended with the source noised to the same level.
+
+    Args:
+        models: the networks.
+        source: [1, C, H, W] in −1..1; mask: [1, 1, H, W], binary, or soft if ``options.soft``.
+        prompt: None or empty: removal.
+        options, draws, images: which candidates, and their randomness.
+
+    Yields:
+        A :class:`Step` for each level; ``x`` of the last one is the result.
+    """
+    schedule = models.ddpm.config.respaced(options.steps)
+    start = schedule.start_index(options.strength)
+    x = noise_background(source, start, schedule, draws, images, "start")
+    seen = (mask > 0).to(mask) if options.soft else mask
+    for index in range(start, -1, -1):
+        step = guided_step(models, x, index, schedule, options, prompt, seen, draws, images, source)
+        level = index - 1 if options.background_level == "matched" else index
+        background = noise_background(source, level, schedule, draws, images, shared=options.background_noise == "shared")
+        x = blend(step.x, background, mask_at_level(mask, index, start, options.soft))
+        yield replace(step, x=x, done=start - index + 1, total=start + 1)
+
+
+def local_clip_guided_diffusion(
+    models: Models, source: Tensor, mask: Tensor, prompt: Prompt | None, options: EditOptions, draws: Source, images: Sequence[int]
+) -> Iterator[Step]:
+    """Algorithm 1: the background is only asked for, by the loss D_bg. Arguments and results as in Algorithm 2."""
+    schedule = models.ddpm.config.respaced(options.steps)
+    start = schedule.start_index(options.strength)
+    x = noise_background(source, start, schedule, draws, images, "start")
+    seen = (mask > 0).to(mask) if options.soft else mask
+    for index in range(start, -1, -1):
+        step = guided_step(models, x, index, schedule, options, prompt, seen, draws, images, source)
+        x = step.x
+        yield replace(step, done=start - index + 1, total=start + 1)
+
+
+def edit_steps(
+    models: Models, source: Tensor, mask: Tensor, prompt: Prompt | None, options: EditOptions, draws: Source, images: Sequence[int]
+) -> Iterator[Step]:
+    """The loop that ``options.algorithm`` names."""
+    loop = blended_diffusion if options.algorithm == "blended" else local_clip_guided_diffusion
+    return loop(models, source, mask, prompt, options, draws, images)
+
+
+def finished(step: Step, options: EditOptions) -> Tensor:
+    """The picture that an edit ends with, from its last step; [B, C, H, W], nominally −1..1."""
+    return step.x0 if options.output == "x0" else step.x
+
+
+@dataclass
+class Candidate:
+    """One result. ``edited`` [1, C, S, S] in −1..1 is the region at the model's size; rank 1 is the best."""
+
+    index: int
+    edited: Tensor
+    score: Score
+    rank: int = 0
+
+
+@dataclass
+class EditResult:
+    """What an edit gives back.
+
+    Attributes:
+        candidates: best first.
+        original, mask: the picture [1, C, H, W] in 0..1 and the mask as used [1, 1, H, W].
+        region: what was cut out.
+        source_distance: CLIP distance of the source's own region, or None.
+        notes: sentences for the person.
+        seconds: time of each part.
+    """
+
+    candidates: list[Candidate]
+    original: Tensor
+    mask: Tensor
+    region: Region | WholePicture
+    options: EditOptions
+    source_distance: float | None
+    notes: list[str]
+    seconds: dict[str, float]
+
+    def picture(self, candidate: Candidate) -> Tensor:
+        """A candidate at the original's size [1, C, H, W] in 0..1, pasted."""
+        return paste(candidate.edited, self.original, self.mask, self.region, self.options)
+
+
+def paste(edited: Tensor, original: Tensor, mask: Tensor, region: Region | WholePicture, options: EditOptions) -> Tensor:
+    """Puts an edited region [B, C, S, S] in −1..1 back into the original [1, C, H, W] in 0..1."""
+    full = region.put_back((edited.to(original) + 1) / 2, original)
+    if not options.pastes:
+        return full.clamp(0, 1)
+    return final_paste(full, original, mask, soft=options.soft, feather=options.feather)
+
+
+def prepared_mask(mask: Tensor, options: EditOptions) -> Tensor:
+    """The mask as the edit uses it: inverted and thresholded as the options say; [1, 1, H, W]."""
+    if options.soft:
+        return soft_mask(mask, options.invert_mask)
+    if options.mask_rule == "nonzero":
+        return binary_mask((mask > 0).to(torch.float32), options.invert_mask)
+    return binary_mask(mask, options.invert_mask)
+
+
+def choose_region(mask: Tensor, options: EditOptions, model: DiffusionModel) -> Region | WholePicture:
+    """The part of the picture that an edit works on; an empty mask is a BlendedError."""
+    if options.crop == "squash":
+        bounds(mask, options.soft)
+        return WholePicture(int(mask.shape[-1]), int(mask.shape[-2]))
+    return region_around(mask, model.image_size, options.context, options.soft)
+
+
+def edit(
+    picture: Tensor,
+    mask: Tensor,
+    prompt: Prompt | None,
+    models: Models,
+    options: EditOptions | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    on_candidate: Callable[[Candidate, EditResult], None] | None = None,
+) -> EditResult:
+    """Edits a picture of any size inside its mask.
+
+    Args:
+        picture: [1, 3, H, W] in 0..1. It is not written to.
+        mask: [1, 1, H, W] in 0..1, 1 = edit.
+        prompt: from :meth:`ClipModel.prompt`; None or empty removes what the mask covers.
+        models: the networks.
+        options: default: the preset ``best``.
+        on_step: called after every step of every batch.
+        on_candidate: called for every finished candidate, before ranking; the result holds those finished so far.
+
+    Returns:
+        The candidates, best first. Outside the mask every picture equals the original bit for bit (Algorithm 2).
+
+    Raises:
+        BlendedError: for a mask of another size or an empty one, and for anything the options ask that cannot be.
+    """
+    options = options or PRESETS["best"]
+    if picture.ndim != 4 or picture.shape[0] != 1 or picture.shape[1] != 3:
+        raise BlendedError(f"the picture has shape {tuple(picture.shape)}; give one RGB picture, [1, 3, height, width].")
+    if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[-2:] != picture.shape[-2:]:
+        raise BlendedError(
+            f"the mask has shape {tuple(mask.shape)} and the picture {tuple(picture.shape)}; give a mask [1, 1, height, width] of the same size."
+        )
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name] = seconds.get(name, 0.0) + now - clock
+        clock = now
+
+    context = models.context
+    with context.autograd():
+        original, used = picture.detach().to("cpu", torch.float32).clone(), prepared_mask(mask.detach().cpu(), options)
+        region = choose_region(used, options, models.ddpm)
+        size = models.ddpm.image_size
+        source = context.put(region.cut(original, size) * 2 - 1)
+        region_mask = context.put(region.cut_mask(used, size, options.soft))
+        seen = (region_mask > 0).to(region_mask) if options.soft else region_mask
+        notes: list[str] = []
+        guided = prompt is not None and len(prompt) > 0
+
+        def distances(pictures: Tensor) -> list[float | None]:
+            if not guided or models.clip is None or prompt is None:
+                return [None] * len(pictures)
+            score = clip_distance if options.ranking == "corrected" else clip_distance_reference
+            return [float(d) for d in score(pictures, seen, models.clip, prompt)]
+
+        source_distance = distances(source)[0]
+        result = EditResult([], original, used, region, options, source_distance, notes, seconds)
+        lap("prepare")
+        draws = Draws(options.seed)
+        strongest, broken = 0.0, 0
+        for first in range(0, options.candidates, options.batch):
+            images = range(first, min(first + options.batch, options.candidates))
+            step = None
+            for step in edit_steps(models, source, region_mask, prompt, options, draws, images):
+                strongest, broken = max(strongest, step.shift), broken + step.broken
+                if on_step is not None:
+                    on_step(step)
+            if step is None:
+                continue
+            edited = finished(step, options)
+            lap("diffusion")
+            for row, (index, distance) in enumerate(zip(images, distances(edited), strict=True)):
+                candidate = Candidate(index, edited[row : row + 1].float().cpu(), Score(distance, None, 0.0, 0.0))
+                full = result.picture(candidate)
+                candidate.score = Score(
+                    distance,
+                    None if distance is None or source_distance is None else source_distance - distance,
+                    background_error(full, original, used, options.soft),
+                    seam_energy(full, used, options.soft),
+                )
+                result.candidates.append(candidate)
+                lap("paste and score")
+                if on_candidate is not None:
+                    on_candidate(candidate, result)
+                    lap("write")
+        order = ranking([c.score.clip_distance for c in result.candidates])
+        result.candidates = [result.candidates[i] for i in order]
+        for rank, candidate in enumerate(result.candidates, 1):
+            candidate.rank = rank
+        if guided:
+            notes += explain(models, source, region_mask, prompt, result, strongest, broken, distances)
+        lap("rank")
+    return result
+
+
+NEGLIGIBLE_SHIFT = 0.01
+NEGLIGIBLE_GAIN = 0.1
+
+
+def explain(
+    models: Models,
+    source: Tensor,
+    mask: Tensor,
+    prompt: Prompt | None,
+    result: EditResult,
+    strongest: float,
+    broken: int,
+    distances: Callable[[Tensor], list[float | None]],
+) -> list[str]:
+    """Sentences about guidance that did nothing, or none.
+
+    If the best candidate is hardly nearer to the prompt than the source was, one unguided candidate is made with the same
+    draws and compared: what it reaches without the prompt is not the prompt's doing.
+    """
+    options, best = result.options, result.candidates[0]
+    notes = []
+    if broken:
+        notes.append(
+            f"The gradient of {broken} guided steps was not finite and was left out of them; with half precision try --dtype fp32."
+        )
+    gain, before = best.score.gain, result.source_distance
+    if gain is None or before is None or gain >= NEGLIGIBLE_GAIN * before:
+        return notes
+    step = None
+    for step in edit_steps(models, source, mask, None, options, Draws(options.seed), [best.index]):
+        pass
+    unguided = None if step is None else distances(finished(step, options))[0]
+    if unguided is not None and best.score.clip_distance is not None and best.score.clip_distance < unguided - 0.02 * before:
+        return notes
+    reasons = []
+    if options.guidance.scale == 0:
+        reasons.append("the guidance scale is 0")
+    elif strongest < NEGLIGIBLE_SHIFT:
+        reasons.append(
+            f"guidance never moved a step by more than {strongest:.2g} of its own noise (raise --guidance-scale, now {options.guidance.scale:g})"
+        )
+    if options.strength < 0.4:
+        reasons.append(f"at strength {options.strength:g} little can change (raise it, 0.75 is usual)")
+    share = float((mask > 0).float().mean())
+    if share < 0.02:
+        reasons.append(f"the mask covers {share:.1%} of what the model sees (lower --context or widen the mask)")
+    if not reasons:
+        reasons.append(
+            "the model may not know how to draw this, or CLIP may not know these words; try other words, more candidates or another seed"
+        )
+    notes.append(
+        f"Guidance changed nothing: CLIP's distance to the prompt was {before:.3f} before and is {best.score.clip_distance:.3f} now"
+        + (f" ({unguided:.3f} without any prompt)" if unguided is not None else "")
+        + ". Likely reason: "
+        + "; ".join(reasons)
+        + "."
+    )
+    return notes

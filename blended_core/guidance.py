@@ -1,0 +1,223 @@
+"""One guided prediction: one forward of the UNet, the gradient of the losses, both returned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .augment import ViewParameters, warp_views
+from .clip import ClipModel, Prompt
+from .diffusion import DiffusionModel, Prediction
+from .errors import BlendedError
+from .losses import DISTANCES, Perceptual, clamp_rows, d_background, d_background_reference, d_clip, finite_rows, range_loss
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """How the losses steer a step (METHOD rows 2–6 and 14).
+
+    Attributes:
+        scale: weight of D_CLIP.
+        range_scale: weight of the range loss.
+        background_scale: weight λ of D_bg (Algorithm 1).
+        gradient: 'unet': with respect to x_t, through the UNet; 'x0': with respect to x̂0, without its backward pass.
+        clip_input: 'x0': CLIP sees x̂0; 'mixed': x̂0·f + x_t·(1−f) with f = √(1−ᾱ).
+        distance: of CLIP embeddings, see :func:`~blended_core.losses.d_clip`.
+        background_loss: 'paper', per image; or 'reference', with the next two weights instead of ``background_scale``.
+        lpips_scale, l2_scale: weights of 'reference'.
+        views: N, pictures that CLIP sees for one x̂0; the first is not warped, so 1 turns the augmentations off.
+        symmetric_views: shift views along both axes, not along y alone.
+        view_chunk: views that go through CLIP at once (0: all); changes memory, not the result.
+        clamp: largest root mean square of an image's gradient, or None.
+    """
+
+    scale: float = 1000.0
+    range_scale: float = 50.0
+    background_scale: float = 0.0
+    gradient: str = "unet"
+    clip_input: str = "x0"
+    distance: str = "spherical"
+    background_loss: str = "paper"
+    lpips_scale: float = 1000.0
+    l2_scale: float = 10000.0
+    views: int = 8
+    symmetric_views: bool = True
+    view_chunk: int = 0
+    clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        _choice("gradient", self.gradient, ("unet", "x0"))
+        _choice("clip_input", self.clip_input, ("x0", "mixed"))
+        _choice("distance", self.distance, DISTANCES)
+        _choice("background_loss", self.background_loss, ("paper", "reference"))
+        for name in ("scale", "range_scale", "background_scale", "lpips_scale", "l2_scale"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise BlendedError(f"guidance {name} is {value}; give a number of at least 0.")
+        if self.views < 1:
+            raise BlendedError(f"views is {self.views}; CLIP has to see at least 1 (1 turns the augmentations off).")
+        if self.view_chunk < 0:
+            raise BlendedError(f"view_chunk is {self.view_chunk}; give a number of views, or 0 for all at once.")
+        if self.clamp is not None and not self.clamp > 0:
+            raise BlendedError(f"the gradient clamp is {self.clamp}; give a number above 0, or none.")
+
+    @property
+    def needs_perceptual(self) -> bool:
+        """Whether D_bg, and so an LPIPS network, takes part."""
+        return self.background_scale > 0
+
+
+def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise BlendedError(f"{name} is {value!r}; known are {', '.join(options)}.")
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A prediction and where guidance wants it.
+
+    ``gradient`` [B, C, H, W] is that of minus the loss, or None without guidance; ``clip_distance`` [B] the mean distance
+    of the views, or None; ``broken`` counts images whose gradient was not finite and was replaced by zero.
+    """
+
+    prediction: Prediction
+    gradient: Tensor | None
+    clip_distance: Tensor | None = None
+    broken: int = 0
+
+
+def prompt_distance(embeddings: Tensor, prompt: Prompt, distance: str) -> Tensor:
+    """Weighted sum of the distances to all texts of a prompt; [N, D] → [N]."""
+    total = torch.zeros(len(embeddings), device=embeddings.device)
+    for text, weight in zip(prompt.embeddings.to(embeddings), prompt.weights, strict=True):
+        total = total + weight * d_clip(embeddings, text, distance)
+    return total
+
+
+def seen_by_clip(x: Tensor, mask: Tensor, clip_size: int) -> Tensor:
+    """The masked picture, grey (0) outside, average-pooled to CLIP's size; [B, 3, H, W] → [B, 3, S, S]."""
+    return F.adaptive_avg_pool2d(x * mask, (clip_size, clip_size))
+
+
+def clip_gradient(
+    pooled: Tensor, clip: ClipModel, prompt: Prompt, views: ViewParameters | None, options: GuidanceOptions
+) -> tuple[Tensor, Tensor]:
+    """Gradient of scale · mean distance over the views, accumulated chunk by chunk.
+
+    Args:
+        pooled: [B, 3, S, S] in −1..1, what the un-warped view shows.
+        clip, prompt, options: what is asked.
+        views: parameters of the (N − 1)·B warped rows; None if N is 1.
+
+    Returns:
+        (gradient [B, 3, S, S], mean distance of each image [B]).
+    """
+    batch, count = len(pooled), options.views
+    chunk = options.view_chunk or count
+    leaf = pooled.detach().requires_grad_()
+    gradient, distances = torch.zeros_like(leaf), torch.zeros(batch, device=pooled.device)
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        with torch.enable_grad():
+            rows = leaf.repeat(stop - start, 1, 1, 1)
+            if start == 0 and stop > 1 and views is not None:
+                rows = torch.cat([rows[:batch], warp_views(rows[batch:], views.rows(0, (stop - 1) * batch))])
+            elif start > 0 and views is not None:
+                rows = warp_views(rows, views.rows((start - 1) * batch, (stop - 1) * batch))
+            distance = prompt_distance(clip.encode_image(rows), prompt, options.distance)
+            (part,) = torch.autograd.grad(distance.sum(), leaf)
+        gradient += part * (options.scale / count)
+        distances += distance.detach().view(stop - start, batch).sum(0) / count
+    return gradient, distances
+
+
+def guided_prediction(
+    model: DiffusionModel,
+    x_t: Tensor,
+    index: int,
+    schedule: Schedule,
+    options: GuidanceOptions,
+    *,
+    clip: ClipModel | None,
+    prompt: Prompt | None,
+    mask: Tensor,
+    source: Tensor | None = None,
+    perceptual: Perceptual | None = None,
+    views: ViewParameters | None = None,
+    labels: Tensor | None = None,
+) -> Guided:
+    """Predicts x_{t−1} and the gradient of minus the loss in one forward of the network.
+
+    loss = scale · D_CLIP + range_scale · range + background_scale · D_bg, summed over the images. Without a prompt there
+    is no guidance (removal), and the gradient is None.
+
+    Args:
+        model, x_t, index, schedule, labels: the step; x_t is [B, C, H, W].
+        options: the losses and the kind of gradient.
+        clip, prompt: needed unless the prompt is empty.
+        mask: [B or 1, 1, H, W], what CLIP sees.
+        source: [B or 1, C, H, W], needed for D_bg, as is ``perceptual``.
+        views: (N − 1)·B warped views for CLIP.
+
+    Raises:
+        BlendedError: if something needed is missing.
+    """
+    if prompt is None or not len(prompt):
+        with torch.no_grad():
+            return Guided(model.predict(x_t, index, schedule, labels), None)
+    if clip is None:
+        raise BlendedError("a prompt was given without a CLIP model to judge it.")
+    if options.views > 1 and (views is None or len(views) != (options.views - 1) * len(x_t)):
+        given = 0 if views is None else len(views)
+        raise BlendedError(
+            f"{options.views} views of {len(x_t)} images need {(options.views - 1) * len(x_t)} warped rows; {given} were given."
+        )
+    through_unet = options.gradient == "unet"
+    with torch.set_grad_enabled(through_unet):
+        x = x_t.detach()
+        if through_unet:
+            x = x.requires_grad_()
+        prediction = model.predict(x, index, schedule, labels)
+    with torch.enable_grad():
+        variable = x if through_unet else prediction.x0.detach().requires_grad_()
+        x0 = prediction.x0 if through_unet else variable
+        x_in = x0
+        if options.clip_input == "mixed":
+            share = float(schedule.sqrt_one_minus_alphas_cumprod[index])
+            x_in = x0 * share + x * (1 - share)
+        outputs: list[Tensor] = []
+        cotangents: list[Tensor | None] = []
+        distances = None
+        if options.scale > 0:
+            pooled = seen_by_clip(x_in, mask, clip.image_size)
+            cotangent, distances = clip_gradient(pooled, clip, prompt, views, options)
+            outputs.append(pooled)
+            cotangents.append(cotangent)
+        rest = torch.zeros((), device=x.device)
+        if options.range_scale > 0:
+            rest = rest + options.range_scale * range_loss(x0).sum()
+        if options.needs_perceptual:
+            if source is None or perceptual is None:
+                raise BlendedError("background preservation needs the source picture and an LPIPS network.")
+            if options.background_loss == "paper":
+                rest = rest + options.background_scale * d_background(x_in, source, mask, perceptual).sum()
+            else:
+                rest = rest + d_background_reference(x_in, source, mask, perceptual, options.lpips_scale, options.l2_scale)
+        if rest.requires_grad:
+            outputs.append(rest)
+            cotangents.append(None)
+        gradient = None
+        if outputs:
+            gradient = -torch.autograd.grad(outputs, variable, cotangents)[0]
+    prediction = Prediction(*(getattr(prediction, f).detach() for f in ("x0", "mean", "variance", "log_variance")))
+    if gradient is None:
+        return Guided(prediction, None)
+    gradient, broken = finite_rows(gradient)
+    if options.clamp is not None:
+        gradient = clamp_rows(gradient, options.clamp)
+    return Guided(prediction, gradient, distances, broken)

@@ -1,0 +1,82 @@
+"""Scores of candidates, ranking, and what can be said of a picture's background and seam."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .blend import THRESHOLD
+from .clip import ClipModel, Prompt
+from .guidance import prompt_distance, seen_by_clip
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one candidate.
+
+    Attributes:
+        clip_distance: of the masked region to the prompt, without augmentations; lower is better. None without a prompt.
+        gain: the same distance of the source's region minus this one: what the edit won.
+        background_error: mean |difference| to the original outside the mask, in 0..1.
+        seam_energy: how much more the picture jumps across the mask's edge than beside it, in 0..1.
+    """
+
+    clip_distance: float | None
+    gain: float | None
+    background_error: float
+    seam_energy: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def clip_distance(pictures: Tensor, mask: Tensor, clip: ClipModel, prompt: Prompt, distance: str = "spherical") -> Tensor:
+    """Distance of the masked region as guidance sees it (grey outside, normalised); [B, 3, H, W] in −1..1 → [B]."""
+    return prompt_distance(clip.encode_image(seen_by_clip(pictures, mask, clip.image_size)), prompt, distance)
+
+
+@torch.no_grad()
+def clip_distance_reference(
+    pictures: Tensor, mask: Tensor, clip: ClipModel, prompt: Prompt, distance: str = "spherical_unclamped", antialias: bool = True
+) -> Tensor:
+    """The reference code's ranking score (METHOD row 7): values in 0..1, black outside, no normalisation; → [B]."""
+    masked = (pictures + 1).div(2).clamp(0, 1) * mask
+    size = (clip.image_size, clip.image_size)
+    small = masked if masked.shape[-2:] == size else F.interpolate(masked, size=size, mode="bilinear", antialias=antialias)
+    return prompt_distance(clip.encode_normalised(small), prompt, distance)
+
+
+def background_error(result: Tensor, original: Tensor, mask: Tensor, soft: bool = False) -> float:
+    """Mean |result − original| over the pixels outside the mask; pictures [1, C, H, W], mask [1, 1, H, W]; 0 if there are none."""
+    outside = (mask <= 0) if soft else (mask < THRESHOLD)
+    count = int(outside.sum()) * result.shape[1]
+    return float(((result - original).abs() * outside).double().sum() / count) if count else 0.0
+
+
+def seam_energy(result: Tensor, mask: Tensor, soft: bool = False) -> float:
+    """Mean jump across the mask's edge beyond the mean jump one pixel further in and out, at least 0; 0 without an edge.
+
+    Pictures [1, C, H, W] in 0..1. Every pair of neighbours of which one is inside counts, along rows and along columns.
+    """
+    inside = ((mask > 0) if soft else (mask >= THRESHOLD))[0, 0]
+    total, count = 0.0, 0
+    for picture, within in ((result[0], inside), (result[0].transpose(1, 2), inside.T)):
+        if within.shape[1] < 4:
+            continue
+        jumps = (picture[:, :, 1:] - picture[:, :, :-1]).abs().double().mean(0)  # [H, W−1]
+        edge = (within[:, 1:] != within[:, :-1])[:, 1:-1]
+        beside = 0.5 * (jumps[:, :-2] + jumps[:, 2:])
+        total += float((jumps[:, 1:-1] - beside)[edge].sum())
+        count += int(edge.sum())
+    return max(0.0, total / count) if count else 0.0
+
+
+def ranking(distances: Sequence[float | None]) -> list[int]:
+    """Indices from best to worst; without distances, as they are. Equal ones keep their order."""
+    return sorted(range(len(distances)), key=lambda i: (0.0 if distances[i] is None else distances[i], i))

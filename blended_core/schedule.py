@@ -1,0 +1,212 @@
+"""Noise schedules, respacing and exact indices; float64 on the CPU.
+
+Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), for the linear schedule and the posterior; Nichol &
+Dhariwal (2021), for the cosine schedule, respacing and the learned variance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BlendedError
+
+Float64 = NDArray[np.float64]
+
+CLEAN = -1
+"""The level below index 0: no noise at all."""
+
+
+def linear_betas(steps: int) -> Float64:
+    """β from 1e-4 to 0.02 for 1000 steps, scaled so that other lengths end at the same noise. Shape [steps]."""
+    scale = 1000 / steps
+    return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+
+
+def cosine_betas(steps: int, max_beta: float = 0.999) -> Float64:
+    """β whose ᾱ follows a squared cosine (offset 0.008). Shape [steps]."""
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)], np.float64)
+
+
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+def named_betas(name: str, steps: int) -> Float64:
+    """β of a schedule by name, 'linear' or 'cosine'. Shape [steps], float64."""
+    if name not in BETAS:
+        raise BlendedError(f"unknown noise schedule {name!r}; known are {', '.join(BETAS)}.")
+    if steps < 1:
+        raise BlendedError(f"a noise schedule needs at least 1 step, not {steps}.")
+    betas = BETAS[name](steps)
+    if not ((betas > 0) & (betas <= 1)).all():
+        raise BlendedError(f"a {name} schedule of {steps} steps has a β of {betas.max():.3g}, outside (0, 1]; use at least 21 steps.")
+    return betas
+
+
+def space_timesteps(steps: int, respacing: str | int) -> list[int]:
+    """The steps of a long process that a shorter one keeps, ascending.
+
+    Args:
+        steps: length of the process that the network was trained on.
+        respacing: a number (that many, evenly); ``'ddimN'`` (a whole stride that gives exactly N); or counts separated
+            by commas, one for each equal section of the process, the least noisy section first.
+
+    Raises:
+        BlendedError: if the process cannot be divided so.
+    """
+    text = str(respacing).strip()
+    if text.startswith("ddim"):
+        count = _count(text[4:], text)
+        for stride in range(1, steps + 1):
+            kept = range(0, steps, stride)
+            if len(kept) == count:
+                return list(kept)
+        raise BlendedError(f"no whole stride takes exactly {count} of {steps} steps; try respacing {str(count)!r} instead.")
+    counts = [_count(part, text) for part in text.split(",")]
+    kept_steps: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
+        if count > size:
+            raise BlendedError(f"respacing {text!r} asks for {count} of a section of {size} steps; ask for at most {size}.")
+        stride_f = (size - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            kept_steps.append(start + round(position))
+            position += stride_f
+        start += size
+    return sorted(set(kept_steps))
+
+
+def _count(text: str, whole: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        raise BlendedError(
+            f"respacing {whole!r} is not understood; give a number (100), 'ddim25', or counts for sections ('50,25,10')."
+        ) from None
+    if count < 1:
+        raise BlendedError(f"respacing {whole!r} keeps {count} steps; keep at least 1.")
+    return count
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A (respaced) diffusion process.
+
+    Index i runs from ``len(self) − 1`` (most noise) to 0; :data:`CLEAN` is the picture itself. Arrays have shape
+    [len(self)] and are float64; ``timestep_map[i]`` is the step of the original process that index i stands for.
+    """
+
+    name: str = "linear"
+    steps: int = 1000
+    respacing: str = ""
+    rescale_timesteps: bool = True
+
+    def __len__(self) -> int:
+        return len(self.timestep_map)
+
+    @cached_property
+    def timestep_map(self) -> NDArray[np.int64]:
+        """Original step of each index, ascending."""
+        return np.array(space_timesteps(self.steps, self.respacing or str(self.steps)), np.int64)
+
+    @cached_property
+    def betas(self) -> Float64:
+        """β of the respaced process: products of the original's α between kept steps."""
+        kept = np.cumprod(1 - named_betas(self.name, self.steps))[self.timestep_map]
+        return np.asarray(1 - kept / np.append(1.0, kept[:-1]))
+
+    @cached_property
+    def alphas_cumprod(self) -> Float64:
+        """ᾱ."""
+        return np.cumprod(1 - self.betas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> Float64:
+        """ᾱ of the next cleaner index; 1 for index 0."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @cached_property
+    def alphas_cumprod_next(self) -> Float64:
+        """ᾱ of the next noisier index; 0 for the last."""
+        return np.append(self.alphas_cumprod[1:], 0.0)
+
+    @cached_property
+    def sqrt_alphas_cumprod(self) -> Float64:
+        """√ᾱ."""
+        return np.sqrt(self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod(self) -> Float64:
+        """√(1−ᾱ)."""
+        return np.sqrt(1 - self.alphas_cumprod)
+
+    @cached_property
+    def log_one_minus_alphas_cumprod(self) -> Float64:
+        """log(1−ᾱ)."""
+        return np.log(1 - self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recip_alphas_cumprod(self) -> Float64:
+        """1/√ᾱ."""
+        return np.sqrt(1 / self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recipm1_alphas_cumprod(self) -> Float64:
+        """√(1/ᾱ − 1)."""
+        return np.sqrt(1 / self.alphas_cumprod - 1)
+
+    @cached_property
+    def posterior_variance(self) -> Float64:
+        """β̃, the variance of q(x_{t−1} | x_t, x_0); 0 for index 0."""
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> Float64:
+        """log β̃ with index 0 replaced by index 1's, for it would be −∞."""
+        variance = self.posterior_variance
+        first = variance[1] if len(variance) > 1 else self.betas[0]
+        return np.log(np.append(first, variance[1:]))
+
+    @cached_property
+    def posterior_mean_coef1(self) -> Float64:
+        """Weight of x_0 in the mean of q(x_{t−1} | x_t, x_0)."""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> Float64:
+        """Weight of x_t in the mean of q(x_{t−1} | x_t, x_0)."""
+        return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+
+    def model_timestep(self, index: int) -> float:
+        """What the network is told for an index: the original step, in units of a 1000-step process if rescaled."""
+        step = float(self.timestep_map[index])
+        return step * (1000.0 / self.steps) if self.rescale_timesteps else step
+
+    def start_index(self, strength: float) -> int:
+        """The first index of an edit of that strength: of T indices the last ⌊strength·T + ½⌋ are denoised.
+
+        A strength of 0.75 on 100 steps gives 74, as ``skip_timesteps=25`` of the reference does.
+        """
+        if not 0 < strength <= 1:
+            raise BlendedError(f"strength is {strength}; give a number above 0 and at most 1 (0.75 is usual).")
+        return max(1, math.floor(strength * len(self) + 0.5)) - 1
+
+    def signal_to_noise(self, index: int) -> float:
+        """ᾱ/(1−ᾱ) of an index; infinite for CLEAN."""
+        return math.inf if index == CLEAN else float(self.alphas_cumprod[index] / (1 - self.alphas_cumprod[index]))
+
+
+@lru_cache(maxsize=32)
+def cached_schedule(name: str, steps: int, respacing: str, rescale_timesteps: bool) -> Schedule:
+    """A Schedule built once for equal arguments."""
+    return Schedule(name, steps, respacing, rescale_timesteps)
