@@ -60,7 +60,6 @@ def draw_views(generator: torch.Generator, count: int, size: int, symmetric: boo
         size: side of the picture in pixels.
         symmetric: shift along both axes; the reference shifts along y alone (METHOD row 14).
     """
-    from kornia.geometry.transform import get_affine_matrix2d, get_perspective_transform
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator) * (high - low) + low
@@ -70,15 +69,33 @@ def draw_views(generator: torch.Generator, count: int, size: int, symmetric: boo
     shift = uniform(-TRANSLATE, TRANSLATE, 2) * size
     if not symmetric:
         shift[:, 0] = 0
-    centre = torch.full((count, 2), (size - 1) / 2)
-    affine = get_affine_matrix2d(shift, centre, torch.ones(count, 2), angle)
     perspective_gate = uniform(0, 1) < PROBABILITY
-    last = size - 1.0
-    start = torch.tensor([[0.0, 0.0], [last, 0.0], [last, last], [0.0, last]]).repeat(count, 1, 1)
     inwards = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
-    end = start + uniform(0, 1, 4, 2) * (DISTORTION * size / 2) * inwards
-    perspective = get_perspective_transform(start, end)
-    return ViewParameters(affine_gate, affine, perspective_gate, perspective)
+    ends = corners(size) + uniform(0, 1, 4, 2) * (DISTORTION * size / 2) * inwards
+    return ViewParameters(affine_gate, affine_matrices(angle, shift, size), perspective_gate, perspective_matrices(ends, size))
+
+
+def corners(size: int) -> Tensor:
+    """(x, y) of the corner pixels of a square picture, clockwise from the top left; [4, 2]."""
+    last = size - 1.0
+    return torch.tensor([[0.0, 0.0], [last, 0.0], [last, last], [0.0, last]])
+
+
+def affine_matrices(angle: Tensor, shift: Tensor, size: int) -> Tensor:
+    """A rotation about the middle by ``angle`` [R] in degrees, then a shift [R, 2] in pixels; → [R, 3, 3]."""
+    from kornia.geometry.transform import get_affine_matrix2d
+
+    centre = torch.full((len(angle), 2), (size - 1) / 2)
+    matrices: Tensor = get_affine_matrix2d(shift, centre, torch.ones(len(angle), 2), angle)
+    return matrices
+
+
+def perspective_matrices(ends: Tensor, size: int) -> Tensor:
+    """The homography that takes the corners of a square picture to ``ends`` [R, 4, 2]; → [R, 3, 3]."""
+    from kornia.geometry.transform import get_perspective_transform
+
+    matrices: Tensor = get_perspective_transform(corners(size).repeat(len(ends), 1, 1), ends)
+    return matrices
 
 
 def warp_views(pictures: Tensor, parameters: ViewParameters) -> Tensor:

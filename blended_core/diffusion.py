@@ -8,7 +8,7 @@ whole batch, or an int64 tensor [B]. Sources: Ho et al. (2020) for DDPM, Song et
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .errors import BlendedError
 from .schedule import BETAS, CLEAN, Float64, Schedule, cached_schedule
+
+if TYPE_CHECKING:
+    from .checkpoints.detect import Detection
 
 OBJECTIVES = ("eps", "v", "x0")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
@@ -189,6 +192,7 @@ class DiffusionModel:
         self.num_classes = num_classes
         self.multiple_of = multiple_of
         self.label_dim = label_dim
+        self.found: Detection | None = None  # how a checkpoint's settings were decided; set by load_ddpm
 
     @classmethod
     def from_unet(cls, unet: Any, config: DiffusionConfig) -> DiffusionModel:

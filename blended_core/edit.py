@@ -193,6 +193,7 @@ class Step:
         clip_distance: mean distance of the views [B], or None.
         shift: how far guidance moved the step's mean, over the step's own noise; 0 without guidance.
         broken: images whose gradient was not finite and was left out.
+        gradient: that of minus the loss [B, C, H, W], or None without guidance.
     """
 
     images: tuple[int, ...]
@@ -204,6 +205,7 @@ class Step:
     clip_distance: Tensor | None = None
     shift: float = 0.0
     broken: int = 0
+    gradient: Tensor | None = None
 
 
 def noise_background(
@@ -285,7 +287,7 @@ def guided_step(
             x0 = guided_x0(x, x0, index, schedule, gradient)
         noise_ddim = draws.noise("step", index, images, tuple(x.shape[1:])).to(x) if options.eta > 0 and index > 0 else None
         x_prev = ddim_step(x, x0, index, noise_ddim, schedule, options.eta)
-    return Step(tuple(images), index - 1, 0, 0, x_prev, x0, result.clip_distance, shift, result.broken)
+    return Step(tuple(images), index - 1, 0, 0, x_prev, x0, result.clip_distance, shift, result.broken, gradient)
 
 
 def blended_diffusion(
@@ -560,3 +562,13 @@ def explain(
         + "."
     )
     return notes
+
+
+def finished_frame(x0: Tensor, result: EditResult) -> Tensor:
+    """A frame of an animation: x̂0 [1, C, S, S] in −1..1 over the original inside the region; [1, C, S, S] in 0..1."""
+    size = x0.shape[-1]
+    original = result.region.cut(result.original, size).clamp(0, 1)
+    edited = ((x0 + 1) / 2).clamp(0, 1)
+    if not result.options.pastes:
+        return edited
+    return final_paste(edited, original, result.region.cut_mask(result.mask, size, result.options.soft), soft=result.options.soft)

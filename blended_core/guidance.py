@@ -104,6 +104,12 @@ def seen_by_clip(x: Tensor, mask: Tensor, clip_size: int) -> Tensor:
     return F.adaptive_avg_pool2d(x * mask, (clip_size, clip_size))
 
 
+def mixed_estimate(x0: Tensor, x_t: Tensor, index: int, schedule: Schedule) -> Tensor:
+    """x̂0·f + x_t·(1−f) with f = √(1−ᾱ): what CLIP sees in the reference code (METHOD row 3)."""
+    share = float(schedule.sqrt_one_minus_alphas_cumprod[index])
+    return x0 * share + x_t * (1 - share)
+
+
 def clip_gradient(
     pooled: Tensor, clip: ClipModel, prompt: Prompt, views: ViewParameters | None, options: GuidanceOptions
 ) -> tuple[Tensor, Tensor]:
@@ -186,10 +192,7 @@ def guided_prediction(
     with torch.enable_grad():
         variable = x if through_unet else prediction.x0.detach().requires_grad_()
         x0 = prediction.x0 if through_unet else variable
-        x_in = x0
-        if options.clip_input == "mixed":
-            share = float(schedule.sqrt_one_minus_alphas_cumprod[index])
-            x_in = x0 * share + x * (1 - share)
+        x_in = mixed_estimate(x0, x, index, schedule) if options.clip_input == "mixed" else x0
         outputs: list[Tensor] = []
         cotangents: list[Tensor | None] = []
         distances = None

@@ -31,7 +31,8 @@ def d_clip(image: Tensor, text: Tensor, distance: str = "spherical") -> Tensor:
     half = (a - b).norm(dim=-1) / 2
     if distance == "spherical":
         half = half.clamp(max=1 - 1e-6)
-    return 2 * half.arcsin().square()
+    squared: Tensor = half.arcsin().square()
+    return 2 * squared
 
 
 def range_loss(x0: Tensor) -> Tensor:

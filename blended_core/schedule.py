@@ -123,7 +123,8 @@ class Schedule:
     def betas(self) -> Float64:
         """β of the respaced process: products of the original's α between kept steps."""
         kept = np.cumprod(1 - named_betas(self.name, self.steps))[self.timestep_map]
-        return np.asarray(1 - kept / np.append(1.0, kept[:-1]))
+        betas: Float64 = 1 - kept / np.append(1.0, kept[:-1])
+        return betas
 
     @cached_property
     def alphas_cumprod(self) -> Float64:
@@ -168,7 +169,8 @@ class Schedule:
     @cached_property
     def posterior_variance(self) -> Float64:
         """β̃, the variance of q(x_{t−1} | x_t, x_0); 0 for index 0."""
-        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        variance: Float64 = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        return variance
 
     @cached_property
     def posterior_log_variance_clipped(self) -> Float64:

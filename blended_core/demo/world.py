@@ -212,3 +212,18 @@ def random_scene(
             )
         )
     return Scene(background, tuple(placed), int(rng.integers(2**31)), float(rng.uniform(0.2, 0.8)))
+
+
+def demo_scene(background: str = "meadow", seed: int = 0, width: int = SIDE, height: int = SIDE) -> tuple[UInt8Image, UInt8Image]:
+    """An empty scene and a mask to draw an object into, both 8-bit RGB [height, width, 3].
+
+    The mask is an ellipse of about two thirds of the shorter side, a little below the middle.
+    """
+    rng = np.random.default_rng(seed)
+    scene = Scene(background, (), int(rng.integers(2**31)), float(rng.uniform(0.4, 0.6)))
+    short = min(width, height)
+    x, y = width * float(rng.uniform(0.45, 0.55)), height * float(rng.uniform(0.52, 0.58))
+    yy, xx = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
+    inside = ((xx - x) / (0.34 * short)) ** 2 + ((yy - y) / (0.36 * short)) ** 2 <= 1
+    mask = np.where(inside, np.uint8(255), np.uint8(0))
+    return render(scene, width, height), np.repeat(mask[..., None], 3, 2)

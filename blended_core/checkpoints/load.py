@@ -1,0 +1,297 @@
+"""Diffusion checkpoints from files, without running anything that a file may carry.
+
+A file is opened (:func:`inspect_checkpoint` stops after its table of names and shapes), its network is detected, built on
+the meta device, compared with the file name by name, and filled one tensor after the other, so that loading needs the
+network's memory once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..context import DeviceContext
+from ..diffusion import DiffusionModel
+from ..errors import BlendedError, BlendedWarning
+from .adm import UNet, UNetConfig
+from .detect import WANTED, Detection, detect, strip_prefix
+
+EMBEDDED = Path(__file__).parent.parent / "demo" / "data" / "ddpm.safetensors"
+DEPTH = 8  # dictionaries and lists inside each other, at most
+NAMED = 4  # keys that an error names
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """An opened file: the shape of each tensor by its name, the settings in its metadata, and a way to the tensors.
+
+    ``take`` gives a tensor on the CPU, once: a file that had to be read as a whole is let go of piece by piece.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, Any]
+    take: Callable[[str], Tensor]
+
+
+def load_ddpm(context: DeviceContext, path: Path | str = "embedded", overrides: Mapping[str, Any] | None = None) -> DiffusionModel:
+    """A diffusion model from a checkpoint, on the context's device, in its precision, frozen.
+
+    Args:
+        context: where and in which precision it runs.
+        path: 'embedded', or a file: safetensors, or what torch.save wrote (in either of its formats): a state dict, or one
+            inside dictionaries and lists, under any prefix; averaged weights (ema) are preferred.
+        overrides: settings that are known better than the file tells, by the names of :class:`UNetConfig` and
+            :class:`DiffusionConfig` or guided-diffusion's flags. They win over the metadata of a safetensors file, and that
+            over a sidecar (``model.json`` beside ``model.pt``).
+
+    Returns:
+        The model; ``model.found`` says how each setting was decided.
+
+    Raises:
+        BlendedError: if the file is absent, damaged, something else than an ADM network for RGB pictures, does not match its
+            description in every key, or holds values that are not finite.
+
+    Warns:
+        BlendedWarning: if settings that change the pictures had to be guessed.
+    """
+    file = open_checkpoint(path)
+    with _about(file.path):
+        found = _detect(file, overrides)
+        unet = _blueprint(found.unet).set_compute_dtype(context.dtype)
+        _compare(unet, strip_prefix(file.shapes, found.prefix))
+        state = {}
+        for name, parameter in unet.state_dict().items():
+            state[name] = _weights(file.take(found.prefix + name), name, parameter.dtype).to(context.device)
+        unet.load_state_dict(state, assign=True)
+        model = DiffusionModel.from_unet(context.place(unet), found.diffusion)
+        model.found = found
+    if found.family is None and found.guessed:
+        guesses = ", ".join(f"{name} {found.settings[name][0]}" for name in found.guessed)
+        warnings.warn(
+            f"{file.path.name} is of no known family, and its weights do not tell everything: guessed are {guesses}. If the "
+            "pictures are only noise or colours, set these.",
+            BlendedWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def inspect_checkpoint(path: Path | str = "embedded", overrides: Mapping[str, Any] | None = None) -> Detection:
+    """What :func:`load_ddpm` would take the file for, without reading the weights; it raises the same errors as far as
+    names, shapes and settings go."""
+    file = open_checkpoint(path)
+    with _about(file.path):
+        found = _detect(file, overrides)
+        _compare(_blueprint(found.unet), strip_prefix(file.shapes, found.prefix))
+    return found
+
+
+def _detect(file: CheckpointFile, overrides: Mapping[str, Any] | None) -> Detection:
+    return detect(file.shapes, overrides, file.metadata, _sidecar(file.path))
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Puts the file's name before an error about what is in it."""
+    try:
+        yield
+    except BlendedError as error:
+        raise BlendedError(f"{path.name}: {error}") from None
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: Path | str) -> CheckpointFile:
+    """The table of a file's tensors; the kind of file is told by its first bytes, then by its name.
+
+    Raises:
+        BlendedError: if the file is absent, damaged, no checkpoint, or would have to run code to be read.
+    """
+    if path == "embedded":
+        path = EMBEDDED
+        if not path.is_file():
+            raise BlendedError(
+                f"the embedded weights {path.name} are not in this installation; install it again, or name a checkpoint file."
+            )
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise BlendedError(f"{path} is a folder; name the checkpoint file in it.")
+    if not path.exists():
+        raise BlendedError(f"there is no checkpoint {path}; check the name, or use 'embedded'.")
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(64)
+    except OSError as error:
+        raise BlendedError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if not start:
+        raise BlendedError(f"{path} is empty; fetch it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise BlendedError(f"{path} is only a pointer of Git LFS, not the weights; fetch them with `git lfs pull`.")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise BlendedError(f"{path} is a web page, not a checkpoint: the download was answered with an error or a form; fetch it again.")
+    if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
+        return _open_safetensors(path)
+    return _open_torch(path, mapped=start.startswith(b"PK\x03\x04"))
+
+
+def _open_safetensors(path: Path) -> CheckpointFile:
+    try:
+        file: Any = safe_open(str(path), framework="pt", device="cpu")
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        texts = file.metadata() or {}
+    except Exception as error:  # the library raises its own exception, and others for what a damaged header claims
+        raise BlendedError(f"{path} is no whole safetensors file ({_first_line(error)}); fetch it again.") from None
+    metadata = {}
+    for group in ("unet", "diffusion"):
+        if group in texts:
+            metadata[group] = _json_object(texts[group], f"the metadata {group!r} of {path.name}")
+
+    def take(key: str) -> Tensor:
+        try:
+            tensor: Tensor = file.get_tensor(key)
+        except Exception as error:  # as above
+            raise BlendedError(f"{key} cannot be read ({_first_line(error)}); fetch the file again.") from None
+        return tensor
+
+    return CheckpointFile(path, shapes, metadata, take)
+
+
+def _open_torch(path: Path, mapped: bool) -> CheckpointFile:
+    try:
+        # weights_only: an unpickler that builds tensors and plain containers, and refuses everything else.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged or malicious pickle can raise nearly anything
+        raise BlendedError(_unreadable(path, error)) from None
+    tensors = _flatten(content)
+    if not tensors and isinstance(content, Mapping) and "param_groups" in content:
+        raise BlendedError(
+            f"{path.name}: it is the state of an optimizer, not a network. Use the file with the weights that lies beside it."
+        )
+    if not tensors:
+        raise BlendedError(f"{path.name}: it holds no tensors, only a {type(content).__name__}. {WANTED}")
+    del content  # so that taking a tensor out of the table frees it
+    return CheckpointFile(path, {key: tuple(value.shape) for key, value in tensors.items()}, {}, tensors.pop)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"{path} does not fit into memory, or is damaged and claims an absurd size; free memory or fetch it again."
+    name = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"unsupported (?:class|type|function) ([\w.]+)", text)
+    if name and name[1].startswith(("torch_utils.persistence", "dnnlib", "training.networks")):
+        return f"{path} is a pickle of EDM or StyleGAN, which carries program code and is not run here. {WANTED}"
+    if name:
+        return (
+            f"{path} holds more than tensors: reading it would run {name[1]}, which a malicious file could misuse, so it is "
+            "refused. Where you trust it, save its state dict alone, best as safetensors, and use that."
+        )
+    return f"{path} is no whole checkpoint of PyTorch ({_first_line(error)}); fetch it again, or use a .safetensors or .pt file."
+
+
+def _flatten(content: object) -> dict[str, Tensor]:
+    """All tensors in nested dictionaries and lists, their way there joined by dots: 'ema.module.out.2.bias'.
+
+    So a wrapping dictionary is one prefix more. Each container is visited once, whatever refers to it.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+
+    def visit(item: object, name: str, depth: int) -> None:
+        if isinstance(item, Tensor):
+            tensors.setdefault(name, item)
+        elif isinstance(item, (Mapping, list, tuple)) and id(item) not in seen and depth <= DEPTH:
+            seen.add(id(item))
+            pairs = item.items() if isinstance(item, Mapping) else enumerate(item)
+            for key, value in pairs:
+                visit(value, f"{name}.{key}" if depth else str(key), depth + 1)
+
+    visit(content, "", 0)
+    return tensors
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """The settings in FILE.json beside FILE.pt, if there is one."""
+    sidecar = path.with_suffix(".json")
+    if sidecar == path or not sidecar.is_file():
+        return {}
+    try:
+        text = sidecar.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BlendedError(f"its sidecar {sidecar.name} cannot be read ({_first_line(error)}); mend or remove it.") from None
+    return _json_object(text, f"the sidecar {sidecar.name}")
+
+
+def _json_object(text: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BlendedError(f"{what} is no JSON ({_first_line(error)}); mend or remove it.") from None
+    if not isinstance(value, dict):
+        raise BlendedError(f"{what} must be a JSON object of settings, not a {type(value).__name__}; mend or remove it.")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def _blueprint(config: UNetConfig) -> UNet:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return UNet(config)
+
+
+def _compare(unet: UNet, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises BlendedError unless names and shapes are the network's, all of them and no others."""
+    expected = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    complaints = []
+    for verdict, names in (
+        ("missing", [name for name in expected if name not in shapes]),
+        ("surplus", [name for name in shapes if name not in expected]),
+        (
+            "of another shape",
+            [f"{name} {shapes[name]} instead of {shape}" for name, shape in expected.items() if shapes.get(name, shape) != shape],
+        ),
+    ):
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            complaints.append(f"{verdict}: {', '.join(names[:NAMED])}{more}")
+    if complaints:
+        raise BlendedError(
+            f"it is nearly an ADM network, but not quite; {'; '.join(complaints)}. It is damaged or a variant that this package does "
+            "not know: fetch the original file."
+        )
+
+
+def _weights(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A copy that no longer depends on the file, in the precision that the network wants."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+        raise BlendedError(
+            f"{name} holds no plain floating-point numbers ({tensor.dtype}); quantised files are not supported: use the original."
+        )
+    full = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if not full.isfinite().all():
+        bad = int((~full.isfinite()).sum())
+        raise BlendedError(
+            f"{bad} of the {full.numel()} values of {name} are not finite (NaN or infinite); the file is damaged: fetch it again."
+        )
+    half = full.to(dtype)
+    if not half.isfinite().all():
+        raise BlendedError(f"{name} has values up to {float(full.abs().max()):.3g}, too large for {dtype}; use bf16 or fp32.")
+    return half

@@ -1,0 +1,580 @@
+"""The terminal: ``blended-diffusion demo`` and ``blended-diffusion edit``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .edit import Candidate, EditOptions, EditResult, Models, Step
+    from .pictures import Picture
+
+from .errors import BlendedError, BlendedWarning
+
+REPORT = "report.json"
+SHEET = "contact_sheet.png"
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
+FAILED = 2
+DEMO_PROMPT = "a mushroom"
+DEMO_BACKGROUND = "meadow"
+TEXT_KEY = "blended-diffusion"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="blended-diffusion",
+        description="Edit a region of a real picture from a text prompt; every other pixel stays as it is.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="make a scene of the embedded world and edit it; needs no files")
+    demo.add_argument("--out", type=Path, default=Path("blended-diffusion-demo"), help="folder for the results (%(default)s)")
+    demo.add_argument("--prompt", default=DEMO_PROMPT, help="what to draw (%(default)r)")
+    demo.add_argument("--background", default=DEMO_BACKGROUND, help="scene to draw it into (%(default)s)")
+    demo.add_argument("--candidates", type=int, default=6, metavar="N")
+    demo.add_argument("--seed", type=int, default=0)
+    _shared(demo)
+
+    edit = commands.add_parser("edit", help="edit a picture of yours", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    edit.add_argument("image", type=Path, nargs="?", help="the picture")
+    edit.add_argument("--mask", type=Path, help="white where the picture should change (default: its transparent part)")
+    edit.add_argument("--prompt", action="append", help="what to draw; '' removes; repeat for several texts at once")
+    edit.add_argument("--prompt-weight", action="append", type=float, metavar="W", help="weight of each --prompt (1)")
+    edit.add_argument("--out", type=Path, default=Path("blended-diffusion-out"), help="folder for the results")
+    edit.add_argument("--overwrite", action="store_true", help="replace the results that the folder holds")
+    edit.add_argument("--from", dest="from_report", type=Path, metavar="REPORT", help="repeat the run of a report.json")
+
+    models = edit.add_argument_group("networks")
+    models.add_argument("--ddpm", default="embedded", metavar="FILE", help="ADM checkpoint, .safetensors or .pt")
+    models.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the checkpoint, e.g. num_heads=4")
+    models.add_argument("--clip", default="embedded", metavar="MODEL[:WEIGHTS]", help="open_clip model with a tag or a file, e.g. ViT-B-16:openai")
+    models.add_argument("--lpips", default="auto", metavar="NET", help="network of D_bg: auto, embedded, vgg, alex or squeeze")
+
+    method = edit.add_argument_group("method (where no default is named, the preset decides)")
+    method.add_argument("--preset", choices=("best", "paper", "official"), default="best", help="where the options begin")
+    method.add_argument("--algorithm", choices=("blended", "local"), default="blended", help="Algorithm 2 or Algorithm 1")
+    method.add_argument("--steps", metavar="N", help="respacing: 100, ddim25, or 50,25,10")
+    method.add_argument("--strength", type=float, metavar="S", help="share of the steps that is denoised, 0 to 1")
+    method.add_argument("--skip", type=int, metavar="K", help="the same as steps left out, as the original script has it")
+    method.add_argument("--sampler", choices=("ddpm", "ddim"))
+    method.add_argument("--eta", type=float, help="of DDIM, 0 to 1")
+    method.add_argument("--seed", type=int, default=0)
+    method.add_argument("--candidates", type=int, metavar="N", help="how many results")
+    method.add_argument("--batch", type=int, metavar="N", help="how many at once; changes time and memory, not the draws")
+    method.add_argument("--class", dest="class_choice", metavar="C", help="of a class-conditional model: zero, random or a number")
+
+    guide = edit.add_argument_group("guidance")
+    guide.add_argument("--guidance-scale", dest="scale", type=float, metavar="λ", help="weight of the CLIP loss")
+    guide.add_argument("--range-scale", type=float, metavar="λ", help="weight of the range loss")
+    guide.add_argument("--lambda", dest="background_scale", type=float, metavar="λ", help="weight of D_bg in Algorithm 1")
+    guide.add_argument("--gradient", choices=("unet", "x0"), help="through the UNet, or with respect to x̂0 alone (fast)")
+    guide.add_argument("--clip-input", choices=("x0", "mixed"), help="what CLIP sees")
+    guide.add_argument("--distance", choices=("spherical", "spherical_unclamped", "cosine"))
+    guide.add_argument("--views", type=int, metavar="N", help="views of extending augmentations; 1 turns them off")
+    guide.add_argument("--view-chunk", type=int, metavar="N", help="views through CLIP at once (less memory, same result)")
+    guide.add_argument("--clamp", type=float, metavar="RMS", help="largest root mean square of a gradient")
+
+    area = edit.add_argument_group("mask and region")
+    area.add_argument("--invert-mask", action="store_true", default=None, help="edit what is black (background replacement)")
+    area.add_argument("--soft-mask", action="store_true", help="greys of the mask mean how freely a pixel may change")
+    area.add_argument("--context", type=float, metavar="F", help="side of the region over that of the mask")
+    area.add_argument("--crop", choices=("region", "squash"), help="a square around the mask, or the whole picture squashed")
+    area.add_argument("--feather", type=int, metavar="PX", help="fade the edit in over this many pixels, inwards")
+    area.add_argument("--ranking", choices=("corrected", "reference"))
+    area.add_argument("--enforce-background", action=argparse.BooleanOptionalAction, default=None, help="put the original back outside the mask")
+    _shared(edit)
+    return parser
+
+
+def _shared(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine and output")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="precision of the UNet")
+    group.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, about a third slower")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    group.add_argument("--animate", action="store_true", help="write how each result came about, animations/*.webp")
+    group.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for an error, 130 after Ctrl-C."""
+    # Two spinning threads on a busy machine are a hundred times slower than waiting ones; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without λ or x̂ is no reason to fail
+    args = build_parser().parse_args(argv)
+    try:
+        with _told_warnings():
+            return demo(args) if args.command == "demo" else edit_command(args)
+    except BlendedError as error:
+        return _failed(str(error), args.debug)
+    except KeyboardInterrupt:
+        print("\nstopped before a result was finished; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+    except MemoryError:
+        return _failed("out of memory; try --batch 1, --view-chunk 2, --checkpointing or --gradient x0.", args.debug)
+    except OSError as error:
+        return _failed(f"{error.strerror or error}: {error.filename or 'file system'}.", args.debug)
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower():
+            return _failed("the device ran out of memory; try --batch 1, --view-chunk 2, --checkpointing or --gradient x0.", args.debug)
+        return _failed(f"{type(error).__name__}: {error}. Run again with --debug for the place.", args.debug)
+
+
+def _failed(sentence: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {sentence}", file=sys.stderr)
+    return FAILED
+
+
+@contextlib.contextmanager
+def _told_warnings() -> Iterator[None]:
+    """Our own warnings as notes; those of libraries are kept quiet."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, BlendedWarning):
+            print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", BlendedWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("blended-diffusion")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Makes a scene, edits it, writes everything that ``edit`` does."""
+    from .demo.world import demo_scene
+    from .edit import preset
+    from .pictures import write_png
+
+    out: Path = args.out
+    _claim(out, "demo")
+    source, mask = demo_scene(args.background, args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    write_png(out / "source.png", source)
+    write_png(out / "mask.png", mask)
+    options = preset("best", steps="50", candidates=args.candidates, batch=min(args.candidates, 3), seed=args.seed)
+    request: dict[str, Any] = {
+        "command": "demo",
+        "image": str((out / "source.png").resolve()),
+        "mask": str((out / "mask.png").resolve()),
+        "prompts": [args.prompt],
+        "weights": [1.0],
+        "ddpm": "embedded",
+        "overrides": {},
+        "clip": "embedded",
+        "lpips": "embedded",
+        "options": options.to_dict(),
+        **_machine(args),
+    }
+    return run(request, out, args.animate)
+
+
+def edit_command(args: argparse.Namespace) -> int:
+    """Edits the user's picture, or repeats the run of a report."""
+    if args.from_report is not None:
+        request = _request_from(args.from_report)
+        _claim(args.out, "edit" if not args.overwrite else None)
+        return run(request, args.out, args.animate)
+    if args.image is None:
+        raise BlendedError("no picture was given; write: blended-diffusion edit IMAGE --mask MASK --prompt TEXT")
+    if args.prompt is None:
+        raise BlendedError("no prompt was given; add --prompt TEXT, or --prompt '' to remove what the mask covers.")
+    options = _options(args)
+    if args.prompt_weight is not None and len(args.prompt_weight) != len(args.prompt):
+        raise BlendedError(f"{len(args.prompt)} prompts were given with {len(args.prompt_weight)} weights; give one --prompt-weight for each.")
+    request = {
+        "command": "edit",
+        "image": str(args.image.resolve()),
+        "mask": str(args.mask.resolve()) if args.mask else None,
+        "prompts": args.prompt,
+        "weights": args.prompt_weight or [1.0] * len(args.prompt),
+        "ddpm": args.ddpm if args.ddpm == "embedded" else str(Path(args.ddpm).resolve()),
+        "overrides": _overrides(args.set),
+        "clip": args.clip,
+        "lpips": args.lpips,
+        "options": options.to_dict(),
+        **_machine(args),
+    }
+    _claim(args.out, "edit" if not args.overwrite else None)
+    return run(request, args.out, args.animate)
+
+
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    if args.threads is not None and args.threads < 1:
+        raise BlendedError(f"--threads is {args.threads}; give at least 1.")
+    return {"device": args.device, "dtype": args.dtype, "checkpointing": args.checkpointing, "threads": args.threads}
+
+
+def _options(args: argparse.Namespace) -> EditOptions:
+    from .edit import EditOptions, preset
+    from .guidance import GuidanceOptions
+
+    names = {f.name for f in fields(EditOptions)} | {f.name for f in fields(GuidanceOptions)}
+    names -= {"preset", "guidance"}
+    changes = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if args.soft_mask:
+        changes["mask_rule"] = "soft"
+    if "class_choice" in changes and changes["class_choice"].lstrip("-").isdigit():
+        changes["class_choice"] = int(changes["class_choice"])
+    if args.skip is not None:
+        if args.strength is not None:
+            raise BlendedError("--skip and --strength say the same thing; give one of them.")
+        from .schedule import space_timesteps
+
+        total = len(space_timesteps(1000, changes.get("steps", "100")))
+        if not 0 <= args.skip < total:
+            raise BlendedError(f"--skip is {args.skip} of {total} steps; give 0 to {total - 1}.")
+        changes["strength"] = (total - args.skip) / total
+    return preset(args.preset, **changes)
+
+
+def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise BlendedError(f"--set {pair!r} is not understood; write KEY=VALUE, e.g. --set num_heads=4.")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return values
+
+
+def _claim(out: Path, command: str | None) -> None:
+    """Refuses a folder whose results this run would mix with its own. ``demo`` replaces an earlier demo."""
+    if out.exists() and not out.is_dir():
+        raise BlendedError(f"--out {out} is a file; name a folder.")
+    report = out / REPORT
+    if command is None or not report.exists():
+        return
+    if command == "demo":
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(report.read_text("utf-8"))["request"]["command"] == "demo":
+                return
+    raise BlendedError(f"{out} already holds the results of a run; choose another --out" + ("." if command == "demo" else ", or add --overwrite."))
+
+
+def _request_from(path: Path) -> dict[str, Any]:
+    """The request of a report, its input files checked to be the same as then."""
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        request: dict[str, Any] = report["request"]
+        hashes = report["inputs"]
+        request["options"], request["prompts"], request["image"]
+    except FileNotFoundError:
+        raise BlendedError(f"the report {path} does not exist; check the path.") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BlendedError(f"{path} is no report.json of blended-diffusion; give the one in a result folder.") from None
+    for key in ("image", "mask"):
+        name = request.get(key)
+        if name is None:
+            continue
+        file = Path(name)
+        if not file.is_file():
+            beside = path.parent / file.name
+            if not beside.is_file():
+                raise BlendedError(f"the report's {key} {name} is not there any more; put it back, or beside {path.name}.")
+            file = beside
+        if _sha256(file) != hashes[key]:
+            raise BlendedError(f"the report's {key} {file} has changed since that run; the result would be another.")
+        request[key] = str(file.resolve())
+    return request
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def run(request: dict[str, Any], out: Path, animate: bool) -> int:
+    """Carries out a request and writes its results; what is finished is kept if Ctrl-C ends it."""
+    from .edit import EditOptions, choose_region, edit, prepared_mask
+    from .pictures import mask_from_alpha, read_mask, read_picture
+
+    began = time.perf_counter()
+    options = EditOptions.from_dict(request["options"])
+    picture = read_picture(Path(request["image"]))
+    if request["mask"] is None:
+        mask = mask_from_alpha(picture)
+    else:
+        mask = read_mask(Path(request["mask"]), picture.size, picture.notes)
+    for note in picture.notes:
+        print(f"note: {note}", file=sys.stderr)
+    import torch
+
+    if request.get("threads"):
+        torch.set_num_threads(request["threads"])
+    models = _load(request, options)
+    # As they turned out here, so that the report repeats this run and not another machine's defaults.
+    request = {**request, "device": str(models.context.device), "dtype": _short_dtype(models), "threads": torch.get_num_threads()}
+    region = choose_region(prepared_mask(mask, options), options, models.ddpm)
+    prompt = None
+    if models.clip is not None:
+        prompt = models.clip.prompt(*request["prompts"], weights=request["weights"])
+    loading = time.perf_counter() - began
+
+    texts = [t for t in request["prompts"] if t.strip()]
+    wish = "«" + "» + «".join(texts) + "»" if texts else "removal (no prompt)"
+    width, height = picture.size
+    where = f"{region.side}×{region.side} region of " if hasattr(region, "side") else ""
+    print(f"{wish} in a {where}{width}×{height} picture, {options.candidates} candidates, on {models.context.device}, {_precision(models)}")
+    writer = Writer(out, picture, request, options, models, animate)
+    try:
+        with writer.progress() as on_step:
+            result = edit(picture.tensor(), mask, prompt, models, options, on_step, writer.candidate)
+        interrupted = False
+    except KeyboardInterrupt:
+        if writer.result is None or not writer.result.candidates:
+            raise
+        result, interrupted = writer.result, True
+        _rank(result)
+    result.seconds = {"load": loading, **result.seconds}
+    writer.finish(result, interrupted)
+    _tell(result, out, interrupted, time.perf_counter() - began)
+    return INTERRUPTED if interrupted else 0
+
+
+def _precision(models: Models) -> str:
+    return str(models.context.dtype).removeprefix("torch.")
+
+
+def _short_dtype(models: Models) -> str:
+    from .context import DTYPES
+
+    return next(name for name, dtype in DTYPES.items() if dtype == models.context.dtype)
+
+
+def _load(request: dict[str, Any], options: EditOptions) -> Models:
+    from .checkpoints.load import load_ddpm
+    from .clip import load_clip
+    from .context import DeviceContext
+    from .edit import Models
+    from .perceptual import load_perceptual
+
+    context = DeviceContext.choose(request["device"], request["dtype"])
+    with context.autograd():
+        ddpm = load_ddpm(context, request["ddpm"], request["overrides"])
+        if request["checkpointing"]:
+            ddpm.network.gradient_checkpointing = True  # type: ignore[assignment]
+        wanted = any(t.strip() for t in request["prompts"])
+        clip = load_clip(context, request["clip"]) if wanted else None
+        perceptual = load_perceptual(context, request["lpips"]) if wanted and options.guidance.needs_perceptual else None
+    return Models(ddpm, clip, perceptual, context)
+
+
+def _rank(result: EditResult) -> None:
+    from .rank import ranking
+
+    order = ranking([c.score.clip_distance for c in result.candidates])
+    result.candidates = [result.candidates[i] for i in order]
+    for rank, candidate in enumerate(result.candidates, 1):
+        candidate.rank = rank
+
+
+def _tell(result: EditResult, out: Path, interrupted: bool, seconds: float) -> None:
+    print(f"{'rank':>4}  {'candidate':>9}  {'CLIP distance':>13}  {'gain':>6}  {'background':>10}  {'seam':>6}")
+    for c in result.candidates:
+        s = c.score
+        distance = "–" if s.clip_distance is None else f"{s.clip_distance:.4f}"
+        gain = "–" if s.gain is None else f"{s.gain:+.3f}"
+        print(f"{c.rank:>4}  {c.index:>9}  {distance:>13}  {gain:>6}  {s.background_error:>10.4g}  {s.seam_energy:>6.4f}")
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items() if value >= 0.05)
+    print(f"{'stopped after' if interrupted else 'done in'} {seconds:.1f} s ({parts})")
+    print(f"{out / SHEET}")
+
+
+class Writer:
+    """Writes results as they come: a picture the moment it is finished, the rest at the end."""
+
+    def __init__(self, out: Path, picture: Picture, request: dict[str, Any], options: EditOptions, models: Models, animate: bool) -> None:
+        self.out = out
+        self.picture = picture
+        self.request = request
+        self.options = options
+        self.models = models
+        self.animate = animate
+        self.result: EditResult | None = None
+        self.frames: dict[int, list[Any]] = {}
+        self.files: dict[int, Path] = {}
+        self.stale = set((out / "candidates").glob("*.png")) if (out / REPORT).exists() else set()
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[Step], None]]:
+        """A bar over all steps of all batches, with the time left; silent where nobody watches."""
+        from tqdm import tqdm
+
+        schedule = self.models.ddpm.config.respaced(self.options.steps)
+        batches = -(-self.options.candidates // self.options.batch)
+        total = batches * (schedule.start_index(self.options.strength) + 1)
+        with tqdm(total=total, unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
+
+            def on_step(step: Step) -> None:
+                first, last = step.images[0], step.images[-1]
+                bar.set_description(f"candidate {first}" if first == last else f"candidates {first}–{last}", refresh=False)
+                if step.clip_distance is not None:
+                    bar.set_postfix(clip=f"{float(step.clip_distance.mean()):.3f}", refresh=False)
+                bar.update()
+                if self.animate:
+                    for row, image in enumerate(step.images):
+                        small = ((step.x0[row : row + 1].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+                        self.frames.setdefault(image, []).append(small)
+
+            yield on_step
+
+    def _alpha(self) -> Any:
+        """The picture's own alpha; where it was the mask, the edited part becomes opaque."""
+        import numpy as np
+
+        alpha = self.picture.alpha
+        if alpha is None or self.request["mask"] is not None or self.result is None:
+            return alpha
+        return np.where(self.result.mask[0, 0].numpy() > 0, np.uint8(255), alpha)
+
+    def candidate(self, candidate: Candidate, result: EditResult) -> None:
+        """Writes one result under its number."""
+        from .pictures import to_uint8, write_png
+
+        self.result = result
+        path = self.out / "candidates" / f"candidate_{candidate.index:02d}.png"
+        about = {"candidate": candidate.index, "score": candidate.score.to_dict(), "request": self.request, "version": _version()}
+        text = {TEXT_KEY: json.dumps(about, ensure_ascii=False)}
+        write_png(path, to_uint8(result.picture(candidate)), self._alpha(), text, self.picture.icc)
+        self.files[candidate.index] = path
+
+    def finish(self, result: EditResult, interrupted: bool) -> None:
+        """Names the results by rank, and writes contact sheet, animations and report."""
+        for candidate in result.candidates:
+            old = self.files[candidate.index]
+            new = old.with_name(f"{candidate.rank:02d}_{old.name}")
+            os.replace(old, new)
+            self.files[candidate.index] = new
+        for path in self.stale - set(self.files.values()):
+            path.unlink(missing_ok=True)
+        if self.animate:
+            self._animations(result)
+        self._sheet(result)
+        self._report(result, interrupted)
+
+    def _animations(self, result: EditResult) -> None:
+        from .edit import finished_frame
+        from .sheet import animation
+
+        for candidate in result.candidates:
+            frames = [finished_frame(f.float() / 127.5 - 1, result) for f in self.frames.get(candidate.index, [])]
+            frames.append(finished_frame(candidate.edited, result))
+            animation(self.out / "animations" / f"{self.files[candidate.index].stem}.webp", frames)
+
+    def _sheet(self, result: EditResult) -> None:
+        from .pictures import to_uint8
+        from .sheet import contact_sheet
+
+        tiles = []
+        for c in result.candidates[:30]:
+            first = f"#{c.rank}" if c.score.clip_distance is None else f"#{c.rank}   CLIP {c.score.clip_distance:.3f}"
+            second = f"candidate {c.index}" + ("" if c.score.gain is None else f" · gain {c.score.gain:+.3f}") + f" · seam {c.score.seam_energy:.3f}"
+            tiles.append((to_uint8(result.picture(c)), first, second))
+        texts = [t for t in self.request["prompts"] if t.strip()]
+        title = " + ".join(texts) if texts else "removal"
+        o = self.options
+        subtitle = f"blended diffusion · {o.preset} · {o.steps} steps, strength {o.strength:g} · seed {o.seed} · {len(result.candidates)} candidates, best first"
+        contact_sheet(self.out / SHEET, self.picture.rgb, result.mask, tiles, title, subtitle)
+
+    def _report(self, result: EditResult, interrupted: bool) -> None:
+        from .pictures import write_bytes
+
+        image, mask = self.request["image"], self.request["mask"]
+        report = {
+            "version": _version(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "interrupted": interrupted,
+            "command": shlex.join(["blended-diffusion", *sys.argv[1:]]) if sys.argv else "",
+            "repeat": "blended-diffusion edit --from report.json --out DIR",
+            "request": self.request,
+            "inputs": {"image": _sha256(Path(image)), "mask": _sha256(Path(mask)) if mask else None},
+            "versions": _versions(),
+            "machine": {
+                "device": str(self.models.context.device),
+                "dtype": _precision(self.models),
+                "platform": platform.platform(),
+            },
+            "networks": {
+                "ddpm": {"file": self.request["ddpm"], **_described(self.models)},
+                "clip": self.models.clip.name if self.models.clip else None,
+                "lpips": getattr(self.models.perceptual, "name", None),
+            },
+            "picture": {"width": self.picture.size[0], "height": self.picture.size[1], "notes": self.picture.notes},
+            "region": {f.name: getattr(result.region, f.name) for f in fields(result.region)},
+            "source_distance": result.source_distance,
+            "notes": result.notes,
+            "seconds": {k: round(v, 3) for k, v in result.seconds.items()},
+            "candidates": [
+                {
+                    "file": self.files[c.index].relative_to(self.out).as_posix(),
+                    "rank": c.rank,
+                    "candidate": c.index,
+                    "seed": self.options.seed,
+                    **c.score.to_dict(),
+                }
+                for c in result.candidates
+            ],
+        }
+        write_bytes(self.out / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _described(models: Models) -> dict[str, Any]:
+    config = getattr(models.ddpm.network, "config", None)
+    return {"unet": config.to_dict() if config is not None else None, "diffusion": models.ddpm.config.to_dict()}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("torch", "open_clip_torch", "lpips", "kornia", "numpy", "safetensors", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
