@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "out of memory" in str(error).lower():
             return _failed("the device ran out of memory; try --batch 1, --view-chunk 2, --checkpointing or --gradient x0.", args.debug)
         return _failed(f"{type(error).__name__}: {error}. Run again with --debug for the place.", args.debug)
+    except Exception as error:  # whatever a library raises, a person gets a sentence; --debug shows the rest
+        return _failed(f"something unexpected, {type(error).__name__}: {error}. Run again with --debug for the place.", args.debug)
 
 
 def _failed(sentence: str, debug: bool) -> int:

@@ -153,12 +153,18 @@ PRESETS: dict[str, EditOptions] = {
 }
 """`official`: the reference code draw by draw. `paper`: as its text has it. `best`: our recommendation."""
 
+LOCAL_BACKGROUND_SCALE = 1000.0
+"""λ of Algorithm 1 that the paper finds usable: 100 changes the whole picture, 10000 changes nothing."""
+
 
 def preset(name: str, **changes: Any) -> EditOptions:
     """The options of a preset, with changes; those of :class:`GuidanceOptions` may be given by name too."""
     if name not in PRESETS:
         raise BlendedError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}.")
     options = PRESETS[name]
+    if changes.get("algorithm") == "local" and name != "official":
+        # Without D_bg Algorithm 1 has no reason to keep anything; the reference code leaves it off nevertheless.
+        changes = {"background_scale": LOCAL_BACKGROUND_SCALE, **changes}
     guiding = {f.name for f in fields(GuidanceOptions)}
     inner = {k: v for k, v in changes.items() if k in guiding}
     outer = {k: v for k, v in changes.items() if k not in guiding}
