@@ -151,6 +151,8 @@ def detect(
         _resolve(stated, facts, size, source)
         values.update(stated)
         sources.update({name: source for name in stated if name not in facts})
+    if values["num_head_channels"] is not None and sources["num_heads"] in ("signature", "default"):
+        values["num_heads"] = UNetConfig.num_heads  # not used then, and a stray number would only puzzle a reader
     learned = facts["out_channels"] == 2 * facts["in_channels"]
     if learned != (values["variance"] == "learned_range"):
         use = "learned_range" if learned else "fixed_small or fixed_large"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..context import DeviceContext
 from ..diffusion import DiffusionModel
@@ -27,6 +28,7 @@ from .adm import UNet, UNetConfig
 from .detect import WANTED, Detection, detect, strip_prefix
 
 EMBEDDED = Path(__file__).parent.parent / "demo" / "data" / "ddpm.safetensors"
+ZIP = b"PK\x03\x04"  # how torch.save's present format begins; the older one is a pickle, which cannot be mapped
 DEPTH = 8  # dictionaries and lists inside each other, at most
 NAMED = 4  # keys that an error names
 
@@ -132,7 +134,7 @@ def open_checkpoint(path: Path | str) -> CheckpointFile:
         raise BlendedError(f"there is no checkpoint {path}; check the name, or use 'embedded'.")
     try:
         with path.open("rb") as stream:
-            start = stream.read(64)
+            start = stream.read(512)
     except OSError as error:
         raise BlendedError(f"{path} cannot be read: {error.strerror or error}.") from None
     if not start:
@@ -143,7 +145,7 @@ def open_checkpoint(path: Path | str) -> CheckpointFile:
         raise BlendedError(f"{path} is a web page, not a checkpoint: the download was answered with an error or a form; fetch it again.")
     if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
         return _open_safetensors(path)
-    return _open_torch(path, mapped=start.startswith(b"PK\x03\x04"))
+    return _open_torch(path, start)
 
 
 def _open_safetensors(path: Path) -> CheckpointFile:
@@ -154,9 +156,9 @@ def _open_safetensors(path: Path) -> CheckpointFile:
     except Exception as error:  # the library raises its own exception, and others for what a damaged header claims
         raise BlendedError(f"{path} is no whole safetensors file ({_first_line(error)}); fetch it again.") from None
     metadata = {}
-    for group in ("unet", "diffusion"):
-        if group in texts:
-            metadata[group] = _json_object(texts[group], f"the metadata {group!r} of {path.name}")
+    with _about(path):
+        for group in {"unet", "diffusion"} & texts.keys():
+            metadata[group] = _json_object(texts[group], f"its metadata {group!r}")
 
     def take(key: str) -> Tensor:
         try:
@@ -168,12 +170,14 @@ def _open_safetensors(path: Path) -> CheckpointFile:
     return CheckpointFile(path, shapes, metadata, take)
 
 
-def _open_torch(path: Path, mapped: bool) -> CheckpointFile:
+def _open_torch(path: Path, start: bytes) -> CheckpointFile:
     try:
         # weights_only: an unpickler that builds tensors and plain containers, and refuses everything else.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's age; an error tells what matters
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(ZIP))
     except Exception as error:  # a damaged or malicious pickle can raise nearly anything
-        raise BlendedError(_unreadable(path, error)) from None
+        raise BlendedError(_unreadable(path, start, error)) from None
     tensors = _flatten(content)
     if not tensors and isinstance(content, Mapping) and "param_groups" in content:
         raise BlendedError(
@@ -185,19 +189,24 @@ def _open_torch(path: Path, mapped: bool) -> CheckpointFile:
     return CheckpointFile(path, {key: tuple(value.shape) for key, value in tensors.items()}, {}, tensors.pop)
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: Path, start: bytes, error: Exception) -> str:
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"{path} does not fit into memory, or is damaged and claims an absurd size; free memory or fetch it again."
-    name = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"unsupported (?:class|type|function) ([\w.]+)", text)
-    if name and name[1].startswith(("torch_utils.persistence", "dnnlib", "training.networks")):
+    match = re.search(r"GLOBAL ([\w.]+)", text)
+    name = match[1].rstrip(".") if match else ""
+    if name.startswith(("torch_utils.", "dnnlib.")) or b"torch_utils.persistence" in start:
         return f"{path} is a pickle of EDM or StyleGAN, which carries program code and is not run here. {WANTED}"
-    if name:
+    cut = any(whole.startswith(name) for whole in ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch.FloatStorage"))
+    if (name and not cut) or (start[:1] == b"\x80" and "Unsupported operand" in text):
+        run = f"run {name}" if name else "build objects"
         return (
-            f"{path} holds more than tensors: reading it would run {name[1]}, which a malicious file could misuse, so it is "
-            "refused. Where you trust it, save its state dict alone, best as safetensors, and use that."
+            f"{path} holds more than tensors: reading it would {run}, which a malicious file could misuse, so it is refused. Where "
+            "you trust it, save its state dict alone, best as safetensors, and use that."
         )
-    return f"{path} is no whole checkpoint of PyTorch ({_first_line(error)}); fetch it again, or use a .safetensors or .pt file."
+    # What PyTorch says at length about its own switch would lead a person to turn the protection off.
+    reason = "its pickle is damaged" if "Weights only load failed" in text else _first_line(error)
+    return f"{path} is no whole checkpoint of PyTorch ({reason}); fetch it again, or use a .safetensors or .pt file."
 
 
 def _flatten(content: object) -> dict[str, Tensor]:
@@ -230,7 +239,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         text = sidecar.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BlendedError(f"its sidecar {sidecar.name} cannot be read ({_first_line(error)}); mend or remove it.") from None
-    return _json_object(text, f"the sidecar {sidecar.name}")
+    return _json_object(text, f"its sidecar {sidecar.name}")
 
 
 def _json_object(text: str, what: str) -> dict[str, Any]:
@@ -253,8 +262,17 @@ def _first_line(error: BaseException) -> str:
 
 def _blueprint(config: UNetConfig) -> UNet:
     """The network without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDraws():
         return UNet(config)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out random initial values: on the meta device drawing them imports a compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _compare(unet: UNet, shapes: Mapping[str, tuple[int, ...]]) -> None:

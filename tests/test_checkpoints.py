@@ -1,0 +1,560 @@
+"""Detection and loading of diffusion checkpoints: published families, file forms, refusals, broken files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from blended_core.checkpoints.adm import UNet, UNetConfig
+from blended_core.checkpoints.detect import detect, find_prefix, read_settings
+from blended_core.checkpoints.load import inspect_checkpoint, load_ddpm
+from blended_core.context import DeviceContext
+from blended_core.diffusion import DiffusionConfig
+from blended_core.errors import BlendedError, BlendedWarning
+
+DATA = Path(__file__).parent / "data" / "unet_keys"
+CPU = DeviceContext()
+M256, M512 = (1, 1, 2, 2, 4, 4), (0.5, 1, 1, 2, 2, 4, 4)
+LINEAR, COSINE, LONG = DiffusionConfig(), DiffusionConfig("cosine"), DiffusionConfig("cosine", 4000)
+
+TINY = UNetConfig(
+    image_size=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_downsampling=(2,), num_head_channels=32,
+    use_scale_shift_norm=True,
+)  # fmt: skip
+TINY_SETTINGS = {
+    "image_size": 16,
+    "num_head_channels": 32,
+    "use_new_attention_order": False,
+    "schedule": "linear",
+    "steps": 1000,
+    "objective": "v",
+}
+
+
+def adm(size: int, channels: int, mult: tuple[float, ...], blocks: int, pixels: tuple[int, ...], **rest: Any) -> UNetConfig:
+    """A row of the table of families; attention in pixels, as the published command lines have it."""
+    options = {"resblock_updown": True, "use_scale_shift_norm": True, **rest}
+    return UNetConfig(
+        image_size=size, model_channels=channels, channel_mult=mult, num_res_blocks=blocks,
+        attention_downsampling=tuple(size // p for p in pixels), **options,
+    )  # fmt: skip
+
+
+ALL, PLAIN = (32, 16, 8), {"resblock_updown": False}
+FAMILIES = {
+    "openai 256 uncond": (adm(256, 256, M256, 2, ALL, num_head_channels=64), LINEAR),
+    "openai 256 cond": (adm(256, 256, M256, 2, ALL, num_head_channels=64, num_classes=1000), LINEAR),
+    "openai 512 cond": (adm(512, 256, M512, 2, ALL, num_head_channels=64, num_classes=1000), LINEAR),
+    "512 uncond fine-tune": (adm(512, 256, M512, 2, ALL, num_head_channels=64), LINEAR),
+    "openai 128 cond": (adm(128, 256, (1, 1, 2, 3, 4), 2, ALL, num_heads=4, num_classes=1000), LINEAR),
+    "openai 64 cond": (
+        adm(64, 192, (1, 2, 3, 4), 3, ALL, num_head_channels=64, use_new_attention_order=True, num_classes=1000),
+        COSINE,
+    ),
+    "portrait 512": (adm(512, 128, M512, 2, ALL, num_heads=4), LINEAR),
+    "ukiyo-e 256": (adm(256, 128, M256, 2, ALL, num_heads=4), LINEAR),
+    "pixel art, iddpm lsun": (adm(256, 128, M256, 2, (16,), num_heads=1, resblock_updown=False, use_scale_shift_norm=False), LINEAR),
+    "p2 ffhq": (adm(256, 128, M256, 1, (16,), num_head_channels=64), LINEAR),
+    "iddpm imagenet 64": (adm(64, 128, (1, 2, 3, 4), 3, (16, 8), num_heads=4, **PLAIN), LONG),
+    "iddpm imagenet 64 cond": (adm(64, 192, (1, 2, 3, 4), 3, (16, 8), num_heads=4, num_classes=1000, **PLAIN), LONG),
+    "iddpm cifar": (adm(32, 128, (1, 2, 2, 2), 3, (16, 8), num_heads=4, **PLAIN), LONG),
+}
+ODD = {  # of no family: shapes alone must still be read right
+    "pooled": UNetConfig(32, 64, (1, 2, 4), 2, (4,), resblock_updown=False, conv_resample=False, num_heads=1),
+    "one level": UNetConfig(8, 32, (1,), 2, (1,), num_heads=1),
+    "half first": UNetConfig(32, 64, (0.5, 1, 2), 1, (1, 4), num_heads=4, resblock_updown=True, use_scale_shift_norm=True),
+    "fixed variance": UNetConfig(16, 32, (1, 2), 3, (), out_channels=3, num_heads=4, use_scale_shift_norm=True),
+    "five classes": UNetConfig(16, 32, (1, 3), 1, (2,), num_classes=5, num_heads=1),
+}
+
+
+def table(config: UNetConfig, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"), mock.patch.object(torch.nn.Embedding, "reset_parameters"):  # it is slow there
+        return {prefix + k: tuple(v.shape) for k, v in UNet(config).state_dict().items()}
+
+
+def weights(config: UNetConfig = TINY, seed: int = 0) -> dict[str, Tensor]:
+    """Random, the last layers too, so that every weight matters to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(shape, generator=generator) * 0.1 for k, shape in table(config).items()}
+
+
+def output(network: Any, config: UNetConfig = TINY) -> Tensor:
+    x = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    labels = None if config.num_classes is None else torch.tensor([1])
+    with torch.no_grad():
+        result: Tensor = network(x, torch.tensor([500.0]), labels)
+    return result
+
+
+def expected(state: dict[str, Tensor], config: UNetConfig = TINY) -> Tensor:
+    unet = UNet(config).eval()
+    unet.load_state_dict(state)
+    return output(unet, config)
+
+
+def test_nothing_is_drawn_for_weights_that_a_file_replaces(tmp_path: Path) -> None:
+    """Initial values drawn on the meta device would import torch's compiler: seconds, before the first tensor is read."""
+    config = replace(TINY, num_classes=4)
+    save_file(weights(config), tmp_path / "x.safetensors")
+    called = set()
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        assert inspect_checkpoint(tmp_path / "x.safetensors").unet.num_classes == 4
+    assert "empty" in called
+    assert not called & {"normal_", "uniform_"}
+
+
+@pytest.fixture(autouse=True)
+def _no_guesses() -> Any:
+    """A warning about guesses is an error, except where a test expects it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BlendedWarning)
+        yield
+
+
+# --- detection ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str) -> None:
+    config, diffusion = FAMILIES[name]
+    shapes = table(config)
+    for prefix in ("", "module.", "model.diffusion_model.", "_orig_mod.ema."):
+        found = detect({prefix + k: v for k, v in shapes.items()})
+        assert found.prefix == prefix
+        assert found.unet == config
+        assert found.diffusion == diffusion
+        assert found.family is not None
+    assert found.sources["num_heads"] == found.sources["schedule"] == found.sources["image_size"] == "signature"
+    assert found.sources["model_channels"] == found.sources["variance"] == "shapes"
+    # One of the 512 px fine-tunes predicts v, so nothing but a guess says ε there.
+    assert found.guessed == (("objective",) if name == "512 uncond fine-tune" else ())
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_family(name: str) -> None:
+    config = ODD[name]
+    found = detect(table(config))
+    assert found.unet == config
+    assert found.family is None
+    assert "schedule" in found.guessed and "num_heads" in found.guessed
+    assert ("variance" in found.guessed) == (name == "fixed variance")
+    assert found.diffusion.variance == ("fixed_large" if name == "fixed variance" else "learned_range")
+
+
+@pytest.mark.parametrize("name", ["adm_256_uncond", "adm_64_imagenet_cond"])
+def test_golden_key_tables(name: str) -> None:
+    """The reference implementation's own names, shapes and flags; the flags, as a sidecar, agree with what is detected."""
+    golden = json.loads((DATA / f"{name}.json").read_text())
+    shapes = {k: tuple(v) for k, v in golden["state_dict_shapes"].items()}
+    found = detect(shapes)
+    assert table(found.unet) == shapes
+    with torch.device("meta"), mock.patch.object(torch.nn.Embedding, "reset_parameters"):
+        unet = UNet(found.unet)
+        unet.load_state_dict({k: torch.empty(s) for k, s in shapes.items()}, strict=True, assign=True)
+    assert sum(p.numel() for p in unet.parameters()) == golden["n_params"]
+    stated = detect(shapes, sidecar=golden["args"])
+    assert replace(stated.unet, num_heads=1) == found.unet  # a number of heads is not used beside num_head_channels
+    assert stated.diffusion.schedule == golden["args"]["noise_schedule"]
+    assert stated.diffusion.rescale_timesteps == golden["args"]["rescale_timesteps"]
+    assert stated.sources["schedule"] == "sidecar"
+
+
+def test_averaged_weights_are_preferred() -> None:
+    shapes = table(TINY)
+    for others, best in (
+        (["", "ema."], "ema."),
+        (["model.", "model_ema.", "a."], "model_ema."),
+        (["schema.", "x."], "x."),  # «ema» only as a word
+        (["module.model.", "model."], "model."),
+    ):
+        assert find_prefix({p + k: v for p in others for k, v in shapes.items()}) == best
+    both = {**shapes, **{"ema." + k: v for k, v in shapes.items() if not k.startswith("output_blocks")}}
+    assert find_prefix(both) == ""  # half a network is no better for being averaged
+
+
+def test_order_of_sources() -> None:
+    shapes = table(TINY)
+    levels = {"sidecar": {"steps": 100, "objective": "x0", "schedule": "cosine"}, "metadata": {"steps": 200, "objective": "v"}}
+    found = detect(shapes, overrides={"steps": 300}, **levels)
+    assert (found.diffusion.steps, found.diffusion.objective, found.diffusion.schedule) == (300, "v", "cosine")
+    assert [found.sources[k] for k in ("steps", "objective", "schedule")] == ["override", "metadata", "sidecar"]
+    assert found.settings["steps"] == (300, "override")
+    assert found.settings["model_channels"] == (32, "shapes")
+
+
+def test_number_of_heads_beats_channels_of_a_weaker_source() -> None:
+    shapes = table(FAMILIES["openai 256 uncond"][0])
+    assert detect(shapes).unet.heads(512) == 8
+    assert detect(shapes, overrides={"num_heads": 4}).unet.heads(512) == 4
+    assert detect(shapes, sidecar={"num_heads": 4, "num_head_channels": 32}).unet.heads(512) == 16
+    assert detect(shapes, sidecar={"num_heads": 4}, overrides={"num_head_channels": "128"}).unet.heads(512) == 4
+
+
+def test_flags_of_guided_diffusion() -> None:
+    flags = {
+        "image_size": "64", "num_channels": 192, "num_res_blocks": 3, "attention_resolutions": "32,16,8", "channel_mult": "",
+        "learn_sigma": "True", "class_cond": True, "num_head_channels": 48, "num_heads_upsample": -1,
+        "use_new_attention_order": False, "noise_schedule": "linear", "diffusion_steps": "500", "predict_xstart": True,
+        "rescale_timesteps": False, "dropout": 0.1, "use_fp16": True, "resblock_updown": True, "sigma_small": True,
+    }  # fmt: skip
+    found = detect(table(FAMILIES["openai 64 cond"][0]), sidecar=flags)
+    assert found.diffusion == DiffusionConfig("linear", 500, False, "x0", "learned_range")
+    assert found.unet == replace(FAMILIES["openai 64 cond"][0], num_head_channels=48, use_new_attention_order=False)
+    fixed = table(ODD["fixed variance"])
+    assert detect(fixed, sidecar={"sigma_small": True}).diffusion.variance == "fixed_small"
+    assert detect(fixed, overrides={"variance": "fixed_small"}).sources["variance"] == "override"
+    assert detect(fixed, sidecar={"objective": "v", "predict_xstart": False}).diffusion.objective == "v"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"no_such": 1}, "no_such.*no setting"),
+        ({"steps": "many"}, "steps.*'many'.*whole number"),
+        ({"steps": 0}, "steps"),
+        ({"num_head_channels": 0}, "num_head_channels"),
+        ({"use_scale_shift_norm": "perhaps"}, "true or false"),
+        ({"objective": 3}, "eps, v or x0"),
+        ({"objective": "score"}, "objective 'score'"),
+        ({"noise_schedule": "sqrt"}, "schedule 'sqrt'"),
+        ({"steps": 10, "diffusion_steps": 20}, "twice.*10.*20"),
+        ({"model_channels": 64}, "model_channels is 64.*shapes.* 32"),
+        ({"class_cond": True}, "class_cond"),
+        ({"learn_sigma": False}, "out_channels is 3.* 6"),
+        ({"attention_resolutions": "16"}, "attention_downsampling.*pixels of 16"),
+        ({"attention_resolutions": "0"}, "at least 1"),
+        ({"channel_mult": "1,two"}, "channel_mult"),
+        ({"variance": "fixed_small"}, "6 output channels"),
+        ({"resblock_updown": True}, "resblock_updown"),
+        ({"image_size": None}, "image_size"),
+        ({"steps": float("inf")}, "steps"),
+    ],
+)
+def test_wrong_settings(given: dict[str, Any], says: str) -> None:
+    for source in ("overrides", "metadata", "sidecar"):
+        with pytest.raises(BlendedError, match=f"(?s){says}"):
+            detect(table(TINY), **{source: given})
+
+
+def test_groups_of_settings() -> None:
+    stated = read_settings({"unet": {"image_size": 16}, "diffusion": {"steps": 7}}, "sidecar")
+    assert stated == {"image_size": 16, "steps": 7}
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def without(shapes: dict[str, tuple[int, ...]], start: str) -> dict[str, tuple[int, ...]]:
+    return {k: v for k, v in shapes.items() if not k.startswith(start)}
+
+
+def consistency() -> dict[str, tuple[int, ...]]:
+    return {k: (*v, 1) if k.endswith(("qkv.weight", "proj_out.weight")) else v for k, v in table(TINY).items()}
+
+
+FOREIGN = {
+    "optimizer": ({"state.0.step": (), "state.0.exp_avg": (3, 4), "state.1.exp_avg": (4,)}, "optimizer"),
+    "classifier": (without(table(TINY), "output_blocks"), "classifier"),
+    "upsampler": (table(replace(TINY, in_channels=6)), "upsampler"),
+    "grayscale": (table(replace(TINY, in_channels=1, out_channels=2)), "RGB"),
+    "latent, 4 channels": (table(replace(TINY, in_channels=4, out_channels=4)), "latent diffusion"),
+    "stable diffusion": (
+        {**table(TINY, "model.diffusion_model."), "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)},
+        "Stable Diffusion",
+    ),
+    "its unet alone": ({**table(TINY), "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (320, 320)}, "Stable Diffusion"),
+    "autoencoder": ({"encoder.conv_in.weight": (128, 3, 3, 3), "encoder.down.0.block.0.conv1.weight": (128, 128, 3, 3)}, "autoencoder"),
+    "glide": ({**table(TINY), "transformer.resblocks.0.ln_1.weight": (512,)}, "GLIDE"),
+    "glide upsampler": ({**table(replace(TINY, in_channels=6)), "token_embedding.weight": (50257, 512)}, "GLIDE"),
+    "pesser": ({"module.conv_in.weight": (128, 3, 3, 3), "module.down.0.block.0.conv1.weight": (128, 128, 3, 3)}, "conv_in"),
+    "edm": ({"model.map_layer0.weight": (512, 128), "model.enc.64x64_conv.weight": (128, 3, 3, 3)}, "EDM"),
+    "consistency": (consistency(), "consistency"),
+    "diffusers": ({"down_blocks.0.resnets.0.conv1.weight": (128, 128, 3, 3)}, "diffusers"),
+    "resnet": ({"conv1.weight": (64, 3, 7, 7), "fc.bias": (1000,)}, "conv1.weight"),
+    "empty": ({}, "no tensors"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_refusal_says_what_it_is(name: str) -> None:
+    shapes, says = FOREIGN[name]
+    with pytest.raises(BlendedError, match=says) as caught:
+        detect(shapes)
+    assert "Use" in str(caught.value)
+
+
+def test_nonsense_tables_get_a_sentence() -> None:
+    """Keys taken away, shapes bent, indices absurd: a detection or a BlendedError, never anything else."""
+    rng = random.Random(0)
+    outcomes = {True: 0, False: 0}
+    base = table(replace(ODD["half first"], num_classes=3))
+    bends = [(), (0,), (1,), (3, 0, 3, 3), (-5, 7), (7, 7, 7, 7, 7), (10**9, 10**9), (64, 3, 3, 3)]
+    for _ in range(600):
+        shapes = dict(base)
+        for _ in range(rng.choice([1, 2, 30])):
+            key = rng.choice(sorted(shapes))
+            kind = rng.random()
+            if kind < 0.4:
+                del shapes[key]
+            elif kind < 0.8:
+                shapes[key] = rng.choice(bends)
+            else:
+                shapes[
+                    f"{rng.choice(['input_blocks', 'output_blocks'])}.{rng.choice([7, 999999, 10**30])}.{rng.choice([0, 1])}.conv.weight"
+                ] = (1,)
+        try:
+            found = detect(shapes)
+            outcomes[True] += 1
+            assert found.unet.model_channels >= 1
+        except BlendedError as error:
+            outcomes[False] += 1
+            assert str(error).endswith("."), error
+    assert min(outcomes.values()) > 40, outcomes
+    for key in base:  # alone, each key is no network
+        with pytest.raises(BlendedError):
+            detect({key: base[key]})
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_round_trip(tmp_path: Path) -> None:
+    config = replace(TINY, num_classes=4, use_new_attention_order=True, num_head_channels=16)
+    state = {k: v.half() for k, v in weights(config).items()}
+    diffusion = {"schedule": "cosine", "steps": 250, "rescale_timesteps": False, "objective": "v"}
+    metadata = {"format": "pt", "unet": json.dumps(config.to_dict()), "diffusion": json.dumps(diffusion), "trained_steps": "7"}
+    path = tmp_path / "ours.safetensors"
+    save_file(state, path, metadata=metadata)
+    model = load_ddpm(CPU, path)
+    assert model.found is not None
+    assert model.found.unet == config
+    assert model.config == DiffusionConfig("cosine", 250, False, "v", "learned_range")
+    assert {model.found.sources[k] for k in ("objective", "num_head_channels", "image_size", "use_new_attention_order")} == {"metadata"}
+    assert model.found == inspect_checkpoint(path)
+    assert (model.image_size, model.num_classes, model.multiple_of) == (16, 4, 2)
+    assert not model.network.training
+    for parameter in model.network.parameters():
+        assert not parameter.requires_grad and parameter.dtype == torch.float32 and parameter.device.type == "cpu"
+    assert torch.equal(output(model.network, config), expected({k: v.float() for k, v in state.items()}, config))
+    before = output(model.network, config)
+    with path.open("r+b") as stream:  # the network does not depend on the file any more
+        stream.seek(path.stat().st_size // 2)
+        stream.write(b"\xff" * (path.stat().st_size // 2))
+    assert torch.equal(output(model.network, config), before)
+
+
+def test_precision_and_layout(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(weights(), path)
+    model = load_ddpm(DeviceContext(dtype=torch.bfloat16, channels_last=True), path, TINY_SETTINGS)
+    like = UNet(TINY).set_compute_dtype(torch.bfloat16)
+    assert {k: v.dtype for k, v in model.network.state_dict().items()} == {k: v.dtype for k, v in like.state_dict().items()}
+    assert model.network.get_parameter("middle_block.0.in_layers.2.weight").is_contiguous(memory_format=torch.channels_last)
+    close = output(model.network) - expected(weights())
+    assert 0 < close.abs().max() < 0.1 * expected(weights()).abs().max()
+
+
+FORMS = {
+    "raw": (lambda s: s, ""),
+    "ema": (lambda s: {"ema": s, "model": bent(s), "step": 3}, "ema."),
+    "ema_model": (lambda s: {"model_state_dict": bent(s), "ema_model": {f"module.{k}": v for k, v in s.items()}}, "ema_model.module."),
+    "state_dict": (lambda s: {"state_dict": {f"model.diffusion_model.{k}": v for k, v in s.items()}, "epoch": 1}, "state_dict.model.diffusion_model."),
+    "model": (lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{}]}}, "model."),
+    "model_state_dict": (lambda s: {"model_state_dict": {f"_orig_mod.{k}": v for k, v in s.items()}, "loss": 0.5}, "model_state_dict._orig_mod."),
+    "a rate named ema": (lambda s: {"ema": 0.9999, "model": s}, "model."),
+    "list": (lambda s: [{"lr": 0.1}, s], "1."),
+}  # fmt: skip
+
+
+def bent(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v + 1 for k, v in state.items()}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_files(form: str, zipped: bool, tmp_path: Path) -> None:
+    wrap, prefix = FORMS[form]
+    state = weights()
+    path = tmp_path / "model.pt"
+    torch.save(wrap(state), path, _use_new_zipfile_serialization=zipped)
+    model = load_ddpm(CPU, path, TINY_SETTINGS)
+    assert model.found is not None and model.found.prefix == prefix
+    assert torch.equal(output(model.network), expected(state))
+
+
+def test_kind_of_file_is_told_by_content(tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "renamed.ckpt")
+    torch.save(weights(), tmp_path / "renamed.pth")
+    for name in ("renamed.ckpt", "renamed.pth"):
+        assert torch.equal(output(load_ddpm(CPU, str(tmp_path / name), TINY_SETTINGS).network), expected(weights()))
+
+
+def test_sidecar_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "model.v2.pt"
+    torch.save(weights(), path)
+    with pytest.warns(BlendedWarning, match="model.v2.pt.*num_heads 4.*schedule linear.*objective eps"):
+        assert load_ddpm(CPU, path).config.objective == "eps"
+    sidecar = tmp_path / "model.v2.json"
+    sidecar.write_text(json.dumps({**TINY_SETTINGS, "noise_schedule": "linear", "num_channels": 32}))
+    model = load_ddpm(CPU, path, {"objective": "x0"})
+    assert model.found is not None
+    assert (model.config.objective, model.found.sources["objective"]) == ("x0", "override")
+    assert (model.found.unet, model.found.sources["num_head_channels"]) == (TINY, "sidecar")
+    for text, says in (("{", "no JSON"), ("[1]", "JSON object"), ('{"prompt": "cat"}', "prompt"), ("[" * 100000, "no JSON")):
+        sidecar.write_text(text)
+        with pytest.raises(BlendedError, match=f"model.v2.pt.*{says}"):
+            load_ddpm(CPU, path)
+
+
+def test_embedded() -> None:
+    model = load_ddpm(CPU)
+    assert model.found is not None and model.found.guessed == ()
+    assert model.found.sources["objective"] == "metadata"
+    assert model.config.variance == "learned_range"
+
+
+# --- broken files ---------------------------------------------------------------------------------------------------
+
+
+def refused(path: Path, says: str) -> None:
+    with pytest.raises(BlendedError, match=f"(?s){path.name}.*{says}") as caught:
+        load_ddpm(CPU, path, TINY_SETTINGS)
+    assert "weights_only" not in str(caught.value)  # no advice to turn the protection off
+
+
+def test_strict(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    state = weights()
+    for change, says in (
+        ({"output_blocks.0.0.out_layers.3.bias": None}, "missing: output_blocks.0.0.out_layers.3.bias"),
+        ({"betas": torch.ones(1000)}, "surplus: betas"),
+        ({"time_embed.2.weight": torch.ones(128, 64)}, r"time_embed.2.weight \(128, 64\) instead of \(128, 128\)"),
+        ({k: None for k in state if k.endswith(".bias")}, "and [0-9]+ more"),
+        ({"out.2.weight": None}, "out.2.weight is missing"),
+    ):
+        torch.save({k: v for k, v in {**state, **change}.items() if v is not None}, path)
+        refused(path, says)
+        with pytest.raises(BlendedError, match=says):
+            inspect_checkpoint(path, TINY_SETTINGS)
+
+
+def test_values(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    key = "middle_block.1.qkv.weight"
+    for value, says in (
+        (torch.full((192, 64, 1), float("nan")), f"12288 of the 12288 values of {key}"),
+        (torch.zeros(192, 64, 1).index_fill_(0, torch.tensor([3]), float("inf")), "64 of the 12288"),
+        (torch.zeros(192, 64, 1, dtype=torch.int8), "quantised"),
+        (torch.zeros(192, 64, 1, dtype=torch.complex64), "quantised"),
+        (torch.zeros(192, 64, 1).to_sparse(), "no plain"),
+    ):
+        torch.save({**weights(), key: value}, path)
+        refused(path, says)
+    torch.save({**weights(), key: torch.full((192, 64, 1), 1e6)}, path)
+    load_ddpm(CPU, path, TINY_SETTINGS)
+    with pytest.raises(BlendedError, match=r"too large for torch\.float16"):
+        load_ddpm(DeviceContext(dtype=torch.float16), path, TINY_SETTINGS)
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    refused(tmp_path / "absent.pt", "no checkpoint|there is no")
+    refused(tmp_path, "folder")
+    for suffix in (".pt", ".safetensors", ".ckpt"):
+        for name, content, says in (
+            ("empty", b"", "empty"),
+            ("page", b"\n<!DOCTYPE html><html>quota exceeded", "web page"),
+            ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
+            ("noise", random.Random(1).randbytes(5000), "fetch it again"),
+            ("text", b"hello", "fetch it again"),
+            ("header", b"\xff" * 7 + b"\x7f{}", "fetch it again"),
+        ):
+            path = tmp_path / (name + suffix)
+            path.write_bytes(content)
+            refused(path, says)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pt")
+    if kind == "safetensors":
+        save_file(weights(), path)
+    else:
+        torch.save(weights(), path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    load_ddpm(CPU, path, TINY_SETTINGS)
+    for share in (0.0001, 0.01, 0.5, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        refused(path, "fetch it again")
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickles_run_nothing(zipped: bool, tmp_path: Path) -> None:
+    path, target = tmp_path / "model.pt", tmp_path / "touched"
+    torch.save({**weights(), "extra": Hostile(target)}, path, _use_new_zipfile_serialization=zipped)
+    refused(path, "would run .*refused")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps(Hostile(target), protocol))
+        refused(path, "reading it would .*refused")
+    assert not target.exists()
+    edm = "torch_utils.persistence", "_reconstruct_persistent_obj"
+    for content in (b"\x80\x02c%b\n%b\n)R.", b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x17%b\x94\x8c\x1b%b\x94\x93)R."):
+        path.write_bytes(content % tuple(part.encode() for part in edm))
+        refused(path, "EDM")
+
+
+def test_containers_without_a_network(tmp_path: Path) -> None:
+    path = tmp_path / "opt000100.pt"
+    loop: dict[str, Any] = {"step": 3}
+    loop["self"] = loop
+    fresh = {"state": {}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0]}]}
+    used = {**fresh, "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}}
+    for content, says in (
+        (used, "optimizer"),
+        (fresh, "optimizer"),
+        ({"step": 3}, "no tensors"),
+        (loop, "no tensors"),
+        (7, "no tensors"),
+        ([torch.ones(3), torch.ones(4)], "no ADM network"),
+        (torch.ones(3), "no ADM network"),
+    ):
+        torch.save(content, path)
+        refused(path, says)
+
+
+def test_wrong_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for metadata, says in (
+        ({"unet": "{"}, "'unet'.*no JSON"),
+        ({"diffusion": "3"}, "JSON object"),
+        ({"unet": json.dumps({**TINY.to_dict(), "num_res_blocks": 2})}, "num_res_blocks is 2.*shapes"),
+        ({"diffusion": json.dumps({"flow": True})}, "flow.*no setting"),
+    ):
+        save_file(weights(), path, metadata=metadata)
+        refused(path, says)
