@@ -178,7 +178,7 @@ def guided_prediction(
             return Guided(model.predict(x_t, index, schedule, labels), None)
     if clip is None:
         raise BlendedError("a prompt was given without a CLIP model to judge it.")
-    if options.views > 1 and (views is None or len(views) != (options.views - 1) * len(x_t)):
+    if options.scale > 0 and options.views > 1 and (views is None or len(views) != (options.views - 1) * len(x_t)):
         given = 0 if views is None else len(views)
         raise BlendedError(
             f"{options.views} views of {len(x_t)} images need {(options.views - 1) * len(x_t)} warped rows; {given} were given."
