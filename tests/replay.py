@@ -12,7 +12,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from blended_core.losses import d_background_reference, d_clip, range_loss
 from blended_core.perceptual import Perceptual
 from blended_core.rank import clip_distance_reference
 from blended_core.region import WholePicture
-from blended_core.schedule import named_betas
+from blended_core.schedule import Schedule, named_betas
 
 FORMAT = 1
 
@@ -192,10 +192,11 @@ class Case:
         value = self.stored[key]
         return value.float() if value.dtype == torch.float16 else value
 
-    def noise(self, key: str) -> Tensor:
-        """A recorded draw; int8 stands for value / 32."""
-        value = self[key]
-        return value.float() / 32 if value.dtype == torch.int8 else value.float()
+    def optional(self, key: str) -> Tensor | None:
+        """The tensor, or None where the case has none of that name."""
+        if key not in self:
+            return None
+        return self[key]
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict under ``w.*``."""
@@ -204,17 +205,27 @@ class Case:
             raise CannotReplay(f"{self.file.name} holds no weights (w.*).")
         return found
 
-    def compare(self, quantity: str, tolerance: Tolerance, ours: Tensor | np.ndarray | float | Sequence[float], recorded: Tensor | str) -> None:
+    def compare(
+        self, quantity: str, tolerance: Tolerance, ours: Tensor | np.ndarray | float, recorded: Tensor | str, label: str = ""
+    ) -> None:
         """Enters the error of ``ours`` against a recorded tensor (or its key); a difference of shape is a failure."""
-        label = recorded if isinstance(recorded, str) else quantity
+        label = label or (recorded if isinstance(recorded, str) else quantity)
         theirs = (self[recorded] if isinstance(recorded, str) else recorded).detach().double()
-        mine = torch.as_tensor(ours).detach().double()
+        mine = ours.detach().double() if isinstance(ours, Tensor) else torch.as_tensor(ours, dtype=torch.float64)
         self.compared += 1
         if mine.numel() == theirs.numel() == 1:
             mine = mine.reshape(theirs.shape)
         if mine.shape != theirs.shape:
             raise CannotReplay(f"{label} is {list(mine.shape)} here and was {list(theirs.shape)}.")
         self.enter(quantity, tolerance, tolerance.error(mine, theirs), label)
+
+    def compare_scaled(self, quantity: str, tolerance: Tolerance, ours: Tensor, recorded: Tensor | str, scale: Tensor) -> None:
+        """The same with both divided by ``scale``, where errors grow by that factor."""
+        theirs = self[recorded] if isinstance(recorded, str) else recorded
+        label = f"{quantity} ({recorded})" if isinstance(recorded, str) else quantity
+        if ours.shape != theirs.shape:
+            raise CannotReplay(f"{label} is {list(ours.shape)} here and was {list(theirs.shape)}.")
+        self.compare(quantity, tolerance, ours.double() / scale, theirs.double() / scale, recorded if isinstance(recorded, str) else "")
 
     def compare_if_recorded(self, quantity: str, tolerance: Tolerance, key: str, ours: Callable[[], Tensor | float]) -> None:
         """The same for a tensor that not every case has."""
@@ -426,6 +437,19 @@ def unit(pixels: Tensor) -> Tensor:
     return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None])[None].float() / 255
 
 
+USUAL_AMPLIFICATION = 15.6
+
+
+def amplification(schedule: Schedule, index: Tensor | int) -> Tensor:
+    """How much more an error of the network counts in x̂0 than at the first step of the usual edit; 1 or more, [B or 1, 1, 1, 1].
+
+    The tolerances are meant for √(1/ᾱ − 1) = 15.6. At the last level of a cosine schedule it is twenty thousand, and the
+    recorded x̂0 as large, so that float32 cannot hold an absolute error of 1e-3.
+    """
+    values = torch.from_numpy(schedule.sqrt_recipm1_alphas_cumprod)[torch.as_tensor(index).reshape(-1)]
+    return (values / USUAL_AMPLIFICATION).clamp(min=1)[:, None, None, None]
+
+
 def all_equal(case: Case, key: str) -> int:
     """The one index of a batch that is at one level."""
     values = case[key].unique().tolist()
@@ -463,7 +487,7 @@ def replay_schedule(case: Case) -> None:
 def replay_unet(case: Case) -> None:
     unet = case.folder.unet(case.name.split("/", 1)[1])
     x, t = case["x"].clone().requires_grad_(), case["t"]
-    y = case["y"] if "y" in case else None
+    y = case.optional("y")
     case.compare_if_recorded("temb", NETWORK, "temb", lambda: timestep_embedding(t, unet.config.model_channels))
     seen: list[Tensor] = []
     hook = unet.middle_block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
@@ -486,7 +510,9 @@ def replay_unet_keys(case: Case) -> None:
     theirs = {k: list(v) for k, v in content["state_dict_shapes"].items()}
     different = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
     case.compared += 1
-    case.enter("names and shapes that differ", EXACT, float(len(different)), f"{len(theirs)} names" + (f", {different[0]}" if different else ""))
+    case.enter(
+        "names and shapes that differ", EXACT, float(len(different)), f"{len(theirs)} names" + (f", {different[0]}" if different else "")
+    )
     case.enter("order of names", EXACT, float(list(ours) != list(theirs)), "order of names")
     case.compare("parameters", EXACT, float(sum(p.numel() for p in unet.parameters())), torch.tensor(content["n_params"]))
 
@@ -495,15 +521,16 @@ def replay_diffusion_step(case: Case) -> None:
     model = case.folder.diffusion_model(case)
     schedule = model.config.respaced(case.config["diffusion"]["timestep_respacing"])
     t, x_t = case["t"].long(), case["x_t"]
-    labels = case["y"] if "y" in case else None
+    labels = case.optional("y")
     case.compare("q_sample", SAMPLE, q_sample(case["x_start"], t, case["q_noise"], schedule), "q_sample")
+    scale = amplification(schedule, t)
     with torch.no_grad():
         plain = model.predict(x_t, t, schedule, labels)
         clipped = model.predict(x_t, t, schedule, labels, clip_denoised=True)
-    case.compare("pred_xstart", X0, plain.x0, "pmv.noclip.pred_xstart")
-    case.compare("pred_xstart", X0, clipped.x0, "pmv.clip.pred_xstart")
-    case.compare("mean", SAMPLE, plain.mean, "pmv.noclip.mean")
-    case.compare("mean", SAMPLE, clipped.mean, "pmv.clip.mean")
+    case.compare_scaled("pred_xstart", X0, plain.x0, "pmv.noclip.pred_xstart", scale)
+    case.compare_scaled("pred_xstart", X0, clipped.x0, "pmv.clip.pred_xstart", scale)
+    case.compare_scaled("mean", SAMPLE, plain.mean, "pmv.noclip.mean", scale)
+    case.compare_scaled("mean", SAMPLE, clipped.mean, "pmv.clip.mean", scale)
     case.compare("variance", NETWORK, plain.variance, case["pmv.noclip.variance"].expand_as(x_t))
     case.compare("log_variance", SAMPLE, plain.log_variance, case["pmv.noclip.log_variance"].expand_as(x_t))
 
@@ -512,16 +539,16 @@ def replay_diffusion_step(case: Case) -> None:
     gradient = 0.3 * x_t.sin() * (told / 1000 + 0.25)
     shifted = guided_x0(x_t, plain.x0, t, schedule, gradient)
     noise, nothing = case["step_noise"], torch.zeros_like(x_t)
-    case.compare("guided mean", SAMPLE, ddpm_step(plain, t, nothing, gradient), "condition_mean")
-    case.compare("guided pred_xstart", X0, shifted, "condition_score.pred_xstart")
-    case.compare("guided mean", SAMPLE, posterior_mean(shifted, x_t, t, schedule), "condition_score.mean")
-    case.compare("DDPM sample", SAMPLE, ddpm_step(plain, t, noise), "p_sample.plain.sample")
-    case.compare("DDPM sample", SAMPLE, ddpm_step(plain, t, noise, gradient), "p_sample.cond.sample")
+    case.compare_scaled("guided mean", SAMPLE, ddpm_step(plain, t, nothing, gradient), "condition_mean", scale)
+    case.compare_scaled("guided pred_xstart", X0, shifted, "condition_score.pred_xstart", scale)
+    case.compare_scaled("guided mean", SAMPLE, posterior_mean(shifted, x_t, t, schedule), "condition_score.mean", scale)
+    case.compare_scaled("DDPM sample", SAMPLE, ddpm_step(plain, t, noise), "p_sample.plain.sample", scale)
+    case.compare_scaled("DDPM sample", SAMPLE, ddpm_step(plain, t, noise, gradient), "p_sample.cond.sample", scale)
     for eta, name in ((0.0, "eta0"), (0.7, "eta07")):
         for x0, guided in ((plain.x0, "plain"), (shifted, "cond")):
             sample = ddim_step(x_t, x0, t, noise, schedule, eta)
-            case.compare("DDIM sample", SAMPLE, sample, f"ddim.{name}.{guided}.sample")
-    case.compare("guided pred_xstart", X0, shifted, "ddim.eta07.cond.pred_xstart")
+            case.compare_scaled("DDIM sample", SAMPLE, sample, f"ddim.{name}.{guided}.sample", scale)
+    case.compare_scaled("guided pred_xstart", X0, shifted, "ddim.eta07.cond.pred_xstart", scale)
     case.compare_if_recorded("DDIM reversed", SAMPLE, "ddim_reverse.sample", lambda: ddim_reverse_step(x_t, plain.x0, t, schedule))
 
 
@@ -690,7 +717,7 @@ def replay_guided_step(case: Case) -> None:
     case.compare("reference index", EXACT, float(looked_up), torch.tensor(all_equal(case, "t_index_in_cond_fn")))
 
     draws, images = RecordedDraws(case, index, whole_loop=False), range(len(x))
-    labels = case["y"] if "y" in case else None
+    labels = case.optional("y")
     views = None
     if options.guidance.views > 1:
         views = draws.views(index, images, options.guidance.views - 1, clip.image_size, False)
@@ -700,23 +727,24 @@ def replay_guided_step(case: Case) -> None:
         perceptual=models.perceptual, views=views, labels=labels,
     )  # fmt: skip
     x0 = result.prediction.x0
-    case.compare("pred_xstart", X0, x0, "pred_xstart")
-    case.compare("x_in", X0, mixed_estimate(x0, x, looked_up, schedule), "x_in")
+    scale = amplification(schedule, looked_up)
+    case.compare_scaled("pred_xstart", X0, x0, "pred_xstart", scale)
+    case.compare_scaled("x_in", X0, mixed_estimate(x0, x, looked_up, schedule), "x_in", scale)
     if "clip_in_ends" in case:
         ends = clip.pictures if options.guidance.views == 1 else torch.cat([clip.pictures[: len(x)], clip.pictures[-len(x) :]])
         # Normalising divides by about a quarter: the tolerance of an augmented picture, times four.
         case.compare("what CLIP sees", Tolerance(4 * X0.limit), ends, "clip_in_ends")
     case.compare_if_recorded("image embedding", DISTANCE, "image_embed", lambda: clip.embeddings)
-    assert result.clip_distance is not None and result.gradient is not None
-    case.compare("D_CLIP", DISTANCE, result.clip_distance.sum(), "clip_loss")
+    if result.gradient is None:
+        raise CannotReplay("there was no gradient here.")
+    if result.clip_distance is not None:
+        case.compare("D_CLIP", DISTANCE, result.clip_distance.sum(), "clip_loss")
     case.compare("range", X0, range_loss(x0).sum(), "range_loss")
     case.compare("gradient", GRADIENT, result.gradient, "grad")
-    # The same through the function that a loop calls, which looks the index up itself. DDIM needs no noise.
-    step_options = official(case, class_choice="random")
-    if step_options.sampler == "ddpm":
-        step_options = edit.replace(step_options, sampler="ddim")
-    step = edit.guided_step(models, x, index, schedule, step_options, prompt, mask, draws, images, source)
-    assert step.gradient is not None
+    # The same through the function that a loop calls, which looks the index up itself. DDIM, because it needs no noise.
+    step = edit.guided_step(models, x, index, schedule, replace(options, sampler="ddim"), prompt, mask, draws, images, source)
+    if step.gradient is None:
+        raise CannotReplay("the step had no gradient here.")
     case.compare("gradient of the step", GRADIENT, step.gradient, "grad")
 
 
@@ -744,7 +772,7 @@ def replay_loop(case: Case) -> None:
         if j in x_at:
             case.compare("x", SAMPLE, step.x, case["x_after"][x_at.index(j)])
         if j in g_at:
-            case.compare("pred_xstart", X0, step.x0, case["pred_xstart"][g_at.index(j)])
+            case.compare_scaled("pred_xstart", X0, step.x0, case["pred_xstart"][g_at.index(j)], amplification(schedule, start - j))
             if step.gradient is None:
                 raise CannotReplay(f"step {j} had no gradient here.")
             case.compare("gradient", GRADIENT, step.gradient, case["grad"][g_at.index(j)])
