@@ -12,15 +12,14 @@ SOFT_FADE = 0.25
 
 
 def binary_mask(mask: Tensor, invert: bool = False) -> Tensor:
-    """1 where ``mask`` is at least 0.5, else 0; the other way round if ``invert``. NaN counts as outside."""
-    inside = (mask >= THRESHOLD).to(torch.float32)
-    return 1 - inside if invert else inside
+    """1 where ``mask`` is at least 0.5, else 0; the other way round if ``invert``. NaN is never edited."""
+    return ((mask < THRESHOLD) if invert else (mask >= THRESHOLD)).to(torch.float32)
 
 
 def soft_mask(mask: Tensor, invert: bool = False) -> Tensor:
-    """``mask`` clamped to 0..1, NaN as 0; 1 − mask if ``invert``."""
-    values = mask.to(torch.float32).nan_to_num(0.0).clamp(0, 1)
-    return 1 - values if invert else values
+    """``mask`` clamped to 0..1; 1 − mask if ``invert``. NaN becomes 0 in both cases: it is never edited."""
+    values = mask.to(torch.float32).clamp(0, 1)
+    return (1 - values if invert else values).nan_to_num(0.0)
 
 
 def mask_at_level(mask: Tensor, index: int, start_index: int, soft: bool) -> Tensor:
@@ -67,10 +66,10 @@ def final_paste(edited: Tensor, original: Tensor, mask: Tensor, *, soft: bool = 
         feather: pixels over which the edit fades in, inwards.
 
     Returns:
-        [B, C, H, W]. Outside the mask the values are the original's bit for bit: they are chosen, never computed, so that
+        [B, C, H, W] in the original's dtype. Outside the mask the values are the original's bit for bit: they are chosen, never computed, so that
         neither rounding nor a NaN of the edit reaches them.
     """
     weights = paste_weights(mask.nan_to_num(0.0), soft, feather)
     edited = edited.clamp(0, 1)
     mixed = torch.where(weights >= 1, edited, original + (edited - original) * weights)
-    return torch.where(weights > 0, mixed, original)
+    return torch.where(weights > 0, mixed.to(original.dtype), original)

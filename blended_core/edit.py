@@ -399,7 +399,7 @@ def prepared_mask(mask: Tensor, options: EditOptions) -> Tensor:
     if options.soft:
         return soft_mask(mask, options.invert_mask)
     if options.mask_rule == "nonzero":
-        return binary_mask((mask > 0).to(torch.float32), options.invert_mask)
+        return binary_mask(torch.where(mask > 0, 1.0, mask), options.invert_mask)
     return binary_mask(mask, options.invert_mask)
 
 
@@ -468,7 +468,7 @@ def edit(
             if not guided or models.clip is None or prompt is None:
                 return [None] * len(pictures)
             score = clip_distance if options.ranking == "corrected" else clip_distance_reference
-            return [float(d) for d in score(pictures, seen, models.clip, prompt)]
+            return [float(d) if d.isfinite() else None for d in score(pictures, seen, models.clip, prompt)]
 
         source_distance = distances(source)[0]
         result = EditResult([], original, used, region, options, source_distance, notes, seconds)
@@ -504,7 +504,10 @@ def edit(
         result.candidates = [result.candidates[i] for i in order]
         for rank, candidate in enumerate(result.candidates, 1):
             candidate.rank = rank
-        if guided:
+        overflown = [str(c.index) for c in result.candidates if not c.edited.isfinite().all()]
+        if overflown:
+            notes.append(f"Candidate {', '.join(overflown)} holds values that are not numbers, which came from the networks; try --dtype fp32.")
+        elif guided:
             notes += explain(models, source, region_mask, prompt, result, strongest, broken, distances)
         lap("rank")
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -54,9 +55,8 @@ def clip_distance_reference(
 
 def background_error(result: Tensor, original: Tensor, mask: Tensor, soft: bool = False) -> float:
     """Mean |result − original| over the pixels outside the mask; pictures [1, C, H, W], mask [1, 1, H, W]; 0 if there are none."""
-    outside = (mask <= 0) if soft else (mask < THRESHOLD)
-    count = int(outside.sum()) * result.shape[1]
-    return float(((result - original).abs() * outside).double().sum() / count) if count else 0.0
+    outside = ((mask <= 0) if soft else (mask < THRESHOLD)).expand_as(result)
+    return float((result - original)[outside].abs().double().mean()) if outside.any() else 0.0
 
 
 def seam_energy(result: Tensor, mask: Tensor, soft: bool = False) -> float:
@@ -78,5 +78,5 @@ def seam_energy(result: Tensor, mask: Tensor, soft: bool = False) -> float:
 
 
 def ranking(distances: Sequence[float | None]) -> list[int]:
-    """Indices from best to worst; without distances, as they are. Equal ones keep their order."""
-    return sorted(range(len(distances)), key=lambda i: (0.0 if distances[i] is None else distances[i], i))
+    """Indices from best to worst; those without a distance last. Equal ones keep their order."""
+    return sorted(range(len(distances)), key=lambda i: math.inf if (d := distances[i]) is None or math.isnan(d) else d)

@@ -1,0 +1,44 @@
+"""Fixtures: tiny networks of random weights, and the embedded ones, loaded once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blended_core.clip import ClipModel
+from blended_core.context import DeviceContext
+from blended_core.diffusion import DiffusionModel
+from blended_core.edit import Models
+
+from . import tiny
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # more than the cores make small networks slower, not faster
+
+
+@pytest.fixture
+def model() -> DiffusionModel:
+    """A tiny unconditional UNet of 16 px that predicts ε and a variance."""
+    return tiny.tiny_model()
+
+
+@pytest.fixture
+def clip() -> ClipModel:
+    """A tiny differentiable stand-in for CLIP."""
+    return tiny.tiny_clip()
+
+
+@pytest.fixture
+def models() -> Models:
+    """Both of them, with a rough perceptual distance."""
+    return tiny.tiny_models()
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Models:
+    """The networks of the package."""
+    from blended_core.checkpoints.load import load_ddpm
+    from blended_core.clip import load_clip
+
+    context = DeviceContext()
+    with context.autograd():
+        return Models(load_ddpm(context), load_clip(context), None, context)

@@ -1,0 +1,291 @@
+"""Outside the mask the result is the original, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from blended_core import cli
+from blended_core.blend import final_paste, paste_weights
+from blended_core.diffusion import DiffusionConfig, DiffusionModel
+from blended_core.edit import EditOptions, edit, paste, preset
+from blended_core.errors import BlendedError
+from blended_core.pictures import to_uint8
+from blended_core.rank import background_error
+from blended_core.region import WholePicture, region_around
+
+from . import tiny
+
+SIDES = st.one_of(st.sampled_from([1, 2, 3, 15, 16, 17, 31, 64, 97, 127, 199, 200]), st.integers(1, 200))
+GREYS = [0.0, 1.0, 127 / 255, 128 / 255, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), 1e-7, 1 / 255, 0.25, 0.9]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@st.composite
+def masks(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> Tensor:
+    """[1, 1, H, W] with at least one pixel of 1 and one of a random near-threshold grey where there is room."""
+    height, width = draw(sides), draw(sides)
+    kind = draw(st.sampled_from(["rectangles", "pixels", "row", "column", "border", "full", "greys"]))
+    mask = torch.zeros(height, width)
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+
+    def rectangle(value: float) -> None:
+        y, x = rng.integers(height), rng.integers(width)
+        mask[y : y + 1 + rng.integers(height), x : x + 1 + rng.integers(width)] = value
+
+    if kind == "rectangles":
+        for _ in range(draw(st.integers(1, 3))):
+            rectangle(draw(st.sampled_from(GREYS)))
+    elif kind == "pixels":
+        for _ in range(draw(st.integers(1, 4))):
+            mask[rng.integers(height), rng.integers(width)] = 1
+    elif kind == "row":
+        mask[rng.integers(height), :] = 1
+    elif kind == "column":
+        mask[:, rng.integers(width)] = 1
+    elif kind == "border":
+        mask[:, 0] = mask[-1, :] = 1
+    elif kind == "full":
+        mask[:] = 1
+    else:
+        mask = torch.from_numpy(rng.choice(GREYS, (height, width)).astype(np.float32))
+    if draw(st.booleans()):
+        mask[rng.integers(height), rng.integers(width)] = float("nan")
+    if not (mask >= 0.5).any():
+        mask[rng.integers(height), rng.integers(width)] = 1
+    return mask[None, None]
+
+
+def outside(mask: Tensor, soft: bool, invert: bool = False) -> Tensor:
+    """Which pixels must not change, said a second time and differently: a NaN is never edited."""
+    values = mask.double().numpy()
+    if invert:
+        values = 1 - values
+        # 1 − m is rounded nowhere near a half, and ≥ 0.5 inverted is < 0.5.
+        return torch.from_numpy(~(values > 0) if soft else ~(values > 0.5))
+    return torch.from_numpy(~(values > 0) if soft else ~(values >= 0.5))
+
+
+def untouched(result: Tensor, original: Tensor, keep: Tensor) -> bool:
+    """Whether the pixels of ``keep`` [1, 1, H, W] have the same bits in both pictures."""
+    where = keep.expand_as(result)
+    return tiny.same_bits(result[where], original.expand_as(result)[where])
+
+
+@settings(max_examples=150, deadline=None)
+@given(mask=masks(), dtype=st.sampled_from(DTYPES), soft=st.booleans(), feather=st.sampled_from([0, 0, 1, 3, 50]), seed=st.integers(0, 99))
+def test_final_paste_never_touches_the_outside(mask: Tensor, dtype: torch.dtype, soft: bool, feather: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    shape = (1, 3, *mask.shape[-2:])
+    original = (torch.rand(shape, generator=rng) * 3 - 1).to(dtype)  # values that a clamp would change
+    special = torch.rand(shape, generator=rng)
+    original[special < 0.05] = float("nan")
+    original[(special > 0.05) & (special < 0.1)] = -0.0
+    edited = torch.randn((2, *shape[1:]), generator=rng).to(dtype)
+    poison = torch.rand(edited.shape, generator=rng)
+    edited[poison < 0.2] = float("nan")
+    edited[(poison > 0.2) & (poison < 0.3)] = float("inf")
+    edited[(poison > 0.3) & (poison < 0.4)] = -float("inf")
+    before = original.clone(), edited.clone(), mask.clone()
+
+    result = final_paste(edited, original, mask, soft=soft, feather=feather)
+
+    keep = outside(mask, soft)
+    assert result.shape == edited.shape
+    assert result.dtype == dtype
+    for row in result:
+        assert untouched(row[None], original, keep)
+    assert all(tiny.same_bits(a, b) for a, b in zip(before, (original, edited, mask), strict=True)), "an input was written to"
+    if feather == 0 and not soft:
+        inside = (~keep).expand_as(result)
+        assert torch.equal(result[inside].nan_to_num(7.0), edited.clamp(0, 1)[inside].nan_to_num(7.0)), "the edit did not arrive"
+
+
+def test_the_threshold_lies_between_127_and_128() -> None:
+    mask = torch.tensor([127 / 255, 128 / 255, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), float("nan")]).view(1, 1, 1, 5)
+    original, edited = torch.zeros(1, 3, 1, 5), torch.ones(1, 3, 1, 5)
+    assert final_paste(edited, original, mask)[0, 0, 0].tolist() == [0, 1, 1, 0, 0]
+    soft = torch.tensor([0.0, 1e-30, 1 / 255, 1.0, float("nan")]).view(1, 1, 1, 5)
+    result = final_paste(edited, original, soft, soft=True)[0, 0, 0].tolist()
+    assert result[0] == result[4] == 0
+    assert 0 < result[2] < 0.02
+    assert result[3] == 1
+
+
+@pytest.mark.parametrize("feather", [1, 4, 9])
+def test_feather_fades_inwards_only(feather: int) -> None:
+    mask = torch.zeros(1, 1, 40, 40)
+    mask[..., 5:35, 5:35] = 1
+    weights = paste_weights(mask, False, feather)
+    assert (weights[mask == 0] == 0).all()
+    assert (weights[mask == 1] > 0).all()
+    middle = weights[0, 0, 20, 5:35]
+    depth = middle[: feather + 1]
+    assert (depth.diff() > 0).all(), "the weight must rise from the edge inwards"
+    assert (middle[feather:-feather] == 1).all(), "beyond the feather the edit is whole"
+
+
+SOURCE_256 = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)[None]
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+@pytest.mark.parametrize("soft", [False, True])
+def test_all_256_values_survive_the_way_to_the_file(size: int, soft: bool) -> None:
+    """uint8 → tensor → cut, edit, put back, paste → uint8, at sizes below, at and above the region's."""
+    original = SOURCE_256.float() / 255
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8, :] = 1
+    edited = torch.full((1, 3, size, size), float("nan"))
+    region = replace(region_around(mask, size), side=16, left=0, top=0)
+    options = EditOptions(mask_rule="soft" if soft else "binary")
+    for half in (mask, 1 - mask):  # every value is once outside
+        pasted = paste(edited, original, half, region, options)
+        numbers = torch.from_numpy(to_uint8(pasted)).permute(2, 0, 1)[None]
+        keep = (half == 0).expand_as(numbers)
+        assert torch.equal(numbers[keep], SOURCE_256[keep])
+    assert np.array_equal(to_uint8(original), SOURCE_256[0].permute(1, 2, 0).numpy())
+
+
+MODELS = tiny.tiny_models()
+PROMPT = MODELS.clip.prompt("a tree") if MODELS.clip else None
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    mask=masks(),
+    rule=st.sampled_from(["binary", "soft"]),
+    invert=st.booleans(),
+    feather=st.sampled_from([0, 2]),
+    crop=st.sampled_from(["region", "region", "squash"]),
+    guided=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float16]),
+)
+@example(torch.full((1, 1, 1, 1), 1.0), "binary", False, 2, "region", True, torch.float32)
+@example(torch.full((1, 1, 1, 200), 1.0), "soft", False, 0, "region", True, torch.float32)
+@example(torch.tensor([[[[0.0, float("nan"), 1.0, 0.0]] * 3]]), "binary", True, 0, "region", False, torch.float32)
+def test_an_edit_never_touches_the_outside(
+    mask: Tensor, rule: str, invert: bool, feather: int, crop: str, guided: bool, dtype: torch.dtype
+) -> None:
+    picture = tiny.random_picture(int(mask.shape[2]), int(mask.shape[3])).to(dtype)
+    options = preset(
+        "best", steps="2", strength=1.0, candidates=2, batch=2, views=1, mask_rule=rule, invert_mask=invert, feather=feather, crop=crop
+    )
+    keep = outside(mask, rule == "soft", invert)
+    before = picture.clone(), mask.clone()
+    if keep.all():
+        with pytest.raises(BlendedError, match="mask is empty"):
+            edit(picture, mask, None, MODELS, options)
+        return
+    result = edit(picture, mask, PROMPT if guided else None, MODELS, options)
+    assert len(result.candidates) == 2
+    for candidate in result.candidates:
+        pasted = result.picture(candidate)
+        assert untouched(pasted, picture.float(), keep)
+        assert candidate.score.background_error == 0.0
+        assert pasted.isfinite().all() and 0 <= float(pasted.min()) and float(pasted.max()) <= 1
+    assert tiny.same_bits(picture, before[0]) and tiny.same_bits(mask, before[1]), "an input was written to"
+    changed = result.picture(result.candidates[0]) != picture.float()
+    assert changed.any(), "an edit that changes nothing proves nothing"
+
+
+def test_any_grey_counts_in_official() -> None:
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 2:9, 3:11] = 1 / 255
+    picture = tiny.random_picture(16, 16)
+    result = edit(picture, mask, None, MODELS, preset("official", steps="2", candidates=1))
+    pasted = result.picture(result.candidates[0])
+    assert untouched(pasted, picture, mask == 0)
+    assert (pasted != picture).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_network_leaves_the_outside_alone(value: float) -> None:
+    """Half precision that overflows gives NaN everywhere; the background must not notice, nor its error."""
+    broken = DiffusionModel(tiny.Network(lambda x, _: torch.full_like(x, value)), DiffusionConfig(variance="fixed_small"), 16)
+    mask = torch.zeros(1, 1, 20, 33)
+    mask[..., 3:9, 5:20] = 1
+    picture = tiny.random_picture(20, 33)
+    result = edit(picture, mask, PROMPT, replace(MODELS, ddpm=broken), preset("best", steps="3", candidates=2, views=1, feather=1))
+    for candidate in result.candidates:
+        assert untouched(result.picture(candidate), picture, mask == 0)
+        assert candidate.score.background_error == 0.0
+        assert candidate.score.clip_distance is None
+    assert len(result.notes) == 1 and "not numbers" in result.notes[0]
+
+
+def test_background_error_sees_one_changed_bit() -> None:
+    original = tiny.random_picture(9, 7)
+    mask = torch.zeros(1, 1, 9, 7)
+    mask[..., :4, :] = 1
+    result = original.clone()
+    result[..., :4, :] = 0.123
+    assert background_error(result, original, mask) == 0.0
+    result[0, 1, 8, 3] += 1 / 255
+    assert background_error(result, original, mask) > 0
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def run_on_file(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[np.ndarray[Any, Any]]:
+    """The candidates that the terminal writes, with the tiny networks."""
+    monkeypatch.setattr(cli, "_load", lambda request, options: MODELS)
+    out = folder / "out"
+    common = ["--steps", "2", "--candidates", "2", "--views", "1", "--out", str(out)]
+    assert cli.main(["edit", *arguments, *common]) == 0
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert [c["background_error"] for c in report["candidates"]] == [0.0, 0.0]
+    pictures = []
+    for entry in report["candidates"]:
+        with Image.open(out / entry["file"]) as image:
+            pictures.append(np.array(image))
+    return pictures
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (61, 23), (1, 40), (130, 200)])
+@pytest.mark.parametrize("extra", [[], ["--soft-mask"], ["--invert-mask"], ["--feather", "3"], ["--crop", "squash"]])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_png_in_png_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int, extra: list[str], channels: int) -> None:
+    rng = np.random.default_rng(width)
+    pixels = rng.integers(0, 256, (height, width, channels), np.uint8)
+    grey = rng.choice(np.array([0, 0, 1, 127, 128, 255], np.uint8), (height, width))
+    grey[0, 0], grey[-1, -1] = 255, 0
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    results = run_on_file(
+        tmp_path, monkeypatch, str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png"), "--prompt", "tree", *extra
+    )
+    keep = grey == 0 if "--soft-mask" in extra else grey >= 128 if "--invert-mask" in extra else grey < 128
+    for result in results:
+        assert result.shape == pixels.shape
+        assert np.array_equal(result[keep], pixels[keep])
+        if channels == 4:
+            assert np.array_equal(result[..., 3], pixels[..., 3]), "alpha is kept"
+    assert any((result != pixels).any() for result in results)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_mask_from_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, soft: bool) -> None:
+    """What is transparent is edited and becomes opaque; the rest keeps colour and alpha, colour under alpha included."""
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (21, 34, 4), np.uint8)
+    pixels[..., 3] = 255
+    pixels[4:12, 6:20, 3] = 0
+    pixels[15, :, 3] = 200  # transparent, but less than half
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    results = run_on_file(tmp_path, monkeypatch, str(tmp_path / "picture.png"), "--prompt", "", *(["--soft-mask"] if soft else []))
+    edited = pixels[..., 3] < 255 if soft else pixels[..., 3] < 128
+    for result in results:
+        assert np.array_equal(result[~edited], pixels[~edited])
+        assert (result[edited][:, 3] == 255).all()
+        assert (result[edited][:, :3] != pixels[edited][:, :3]).any()
