@@ -42,8 +42,8 @@ class Region:
     def cut_mask(self, mask: Tensor, size: int, soft: bool = False) -> Tensor:
         """[B, 1, height, width] → [B, 1, size, size]; 0 beyond the picture's edges.
 
-        A binary mask stays binary. If it is so thin that less than half of it would be left at the model's size, every
-        pixel it touches is taken.
+        A binary mask stays binary. Where it is so small or thin that nothing of it would be left at the model's size (an
+        island, a line; or more than half of it all), every pixel it touches is taken.
         """
         inner = self.inner()
         canvas = mask.new_zeros(mask.shape[0], 1, self.side, self.side)
@@ -59,9 +59,10 @@ class Region:
         if soft:
             return small.clamp(0, 1)
         half = (small >= THRESHOLD).to(mask.dtype)
-        touched = (small > 1e-6).to(mask.dtype)
+        touched = (small > 0).to(mask.dtype)
         thin = half.sum(dim=(1, 2, 3), keepdim=True) < 0.5 * small.sum(dim=(1, 2, 3), keepdim=True)
-        return torch.where(thin, touched, half)
+        lost = touched * (1 - F.max_pool2d(half, 3, 1, 1))  # no neighbour stands for it
+        return torch.where(thin, touched, torch.maximum(half, lost))
 
     def put_back(self, edited: Tensor, picture: Tensor) -> Tensor:
         """The picture with the region replaced, [B, C, height, width]; ``edited`` is [B, C, size, size] in its values."""

@@ -22,7 +22,7 @@ from blended_core.edit import EditOptions, edit, paste, preset
 from blended_core.errors import BlendedError
 from blended_core.pictures import to_uint8
 from blended_core.rank import background_error
-from blended_core.region import WholePicture, region_around
+from blended_core.region import region_around
 
 from . import tiny
 
@@ -192,7 +192,7 @@ def test_an_edit_never_touches_the_outside(
         pasted = result.picture(candidate)
         assert untouched(pasted, picture.float(), keep)
         assert candidate.score.background_error == 0.0
-        assert pasted.isfinite().all() and 0 <= float(pasted.min()) and float(pasted.max()) <= 1
+        assert pasted.isfinite().all() and float(pasted.min()) >= 0 and float(pasted.max()) <= 1
     assert tiny.same_bits(picture, before[0]) and tiny.same_bits(mask, before[1]), "an input was written to"
     changed = result.picture(result.candidates[0]) != picture.float()
     assert changed.any(), "an edit that changes nothing proves nothing"
