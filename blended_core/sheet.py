@@ -16,7 +16,7 @@ from .pictures import UInt8, to_uint8, write_bytes
 TILE = 256
 GAP = 20
 CAPTION = 46
-PAPER, INK, FAINT, ACCENT = (250, 249, 246), (34, 34, 40), (128, 128, 136), (214, 84, 44)
+PAPER, INK, FAINT, ACCENT, FRAME = (250, 249, 246), (34, 34, 40), (128, 128, 136), (214, 84, 44), (208, 206, 200)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -41,7 +41,7 @@ def show_mask(rgb: UInt8, mask: Tensor) -> UInt8:
 
 
 def contact_sheet(
-    path: Path, source: UInt8, mask: Tensor, results: Sequence[tuple[UInt8, str, str]], title: str, subtitle: str, columns: int = 4
+    path: Path, source: UInt8, mask: Tensor, results: Sequence[tuple[UInt8, str, str]], title: str, subtitle: str, columns: int = 4, highlight: bool = True
 ) -> None:
     """Source, mask and results on one sheet.
 
@@ -51,6 +51,7 @@ def contact_sheet(
         mask: [1, 1, H, W].
         title, subtitle: the sheet's heading.
         columns: tiles a row.
+        highlight: frame the first result, the best one.
     """
     height, width = source.shape[:2]
     scale = TILE / max(height, width)
@@ -68,7 +69,8 @@ def contact_sheet(
     for i, (pixels, first, second) in enumerate(tiles):
         x, y = GAP + i % columns * (tile_w + GAP), head + i // columns * (tile_h + CAPTION + GAP)
         sheet.paste(_tile(pixels, tile_w, tile_h), (x, y))
-        draw.rectangle((x - 1, y - 1, x + tile_w, y + tile_h), outline=ACCENT if i == 2 else (208, 206, 200), width=2 if i == 2 else 1)
+        best = highlight and i == 2
+        draw.rectangle((x - 1, y - 1, x + tile_w, y + tile_h), outline=ACCENT if best else FRAME, width=2 if best else 1)
         draw.text((x, y + tile_h + 6), _fitted(draw, first, _font(15), tile_w + GAP // 2), INK, _font(15))
         draw.text((x, y + tile_h + 25), _fitted(draw, second, _font(12), tile_w + GAP // 2), FAINT, _font(12))
     buffer = io.BytesIO()
