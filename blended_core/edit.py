@@ -529,8 +529,8 @@ def explain(
 ) -> list[str]:
     """Sentences about guidance that did nothing, or none.
 
-    If the best candidate is hardly nearer to the prompt than the source was, one unguided candidate is made with the same
-    draws and compared: what it reaches without the prompt is not the prompt's doing.
+    If the best candidate is hardly nearer to the prompt than the source was, or guidance hardly moved a step, one unguided
+    candidate is made with the same draws and compared: what it reaches without the prompt is not the prompt's doing.
     """
     options, best = result.options, result.candidates[0]
     notes = []
@@ -539,7 +539,8 @@ def explain(
             f"The gradient of {broken} guided steps was not finite and was left out of them; with half precision try --dtype fp32."
         )
     gain, before = best.score.gain, result.source_distance
-    if gain is None or before is None or gain >= NEGLIGIBLE_GAIN * before:
+    idle = options.guidance.scale == 0 or strongest < NEGLIGIBLE_SHIFT
+    if gain is None or before is None or (gain >= NEGLIGIBLE_GAIN * before and not idle):
         return notes
     step = None
     for step in edit_steps(models, source, mask, None, options, Draws(options.seed), [best.index]):

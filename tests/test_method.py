@@ -1,0 +1,712 @@
+"""The method: guidance, blending, algorithms, samplers, presets, and the network under them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from blended_core import cli
+from blended_core.blend import blend, mask_at_level
+from blended_core.checkpoints.adm import AttentionBlock, ResBlock
+from blended_core.clip import ClipModel, Prompt
+from blended_core.diffusion import DiffusionConfig, DiffusionModel, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
+from blended_core.draws import Draws
+from blended_core.edit import (
+    PRESETS,
+    EditOptions,
+    Step,
+    class_labels,
+    edit,
+    edit_steps,
+    guided_step,
+    noise_background,
+    preset,
+    reference_index,
+)
+from blended_core.errors import BlendedError
+from blended_core.guidance import GuidanceOptions, guided_prediction
+from blended_core.losses import d_background, d_background_reference, d_clip, range_loss
+from blended_core.rank import clip_distance, ranking, seam_energy
+from blended_core.schedule import CLEAN
+
+from . import tiny
+
+SIZE = tiny.SIZE
+CLIP = tiny.tiny_clip()
+PROMPT = CLIP.prompt("a tree")
+MASK = torch.zeros(1, 1, SIZE, SIZE)
+MASK[..., 3:13, 4:12] = 1
+SOURCE = tiny.random_picture(SIZE, SIZE, seed=8) * 2 - 1
+INDEX = 30
+
+
+class Counted(nn.Module):
+    """A network that counts its forwards and backwards."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.forwards, self.backwards = network, 0, 0
+
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.forwards += 1
+        out: Tensor = self.network(x, timesteps, labels)
+        if out.requires_grad:
+            out.register_hook(self._count)
+        return out
+
+    def _count(self, _: Tensor) -> None:
+        self.backwards += 1
+
+
+def counted(model: DiffusionModel) -> tuple[DiffusionModel, Counted]:
+    network = Counted(model.network)
+    return DiffusionModel(network, model.config, model.image_size, model.num_classes, model.multiple_of, model.label_dim), network
+
+
+def noisy(batch: int, seed: int = 0) -> Tensor:
+    schedule = tiny.tiny_model().config.respaced(100)
+    return q_sample(SOURCE, INDEX, Draws(seed).noise("start", INDEX, range(batch), (3, SIZE, SIZE)), schedule)
+
+
+def guided(model: DiffusionModel, x: Tensor, options: GuidanceOptions, clip: ClipModel = CLIP, **changes: Any) -> Any:
+    views = Draws(0).views(INDEX, range(len(x)), options.views - 1, tiny.CLIP_SIZE, True) if options.views > 1 else None
+    arguments: dict[str, Any] = {
+        "clip": clip, "prompt": PROMPT, "mask": MASK, "source": SOURCE, "perceptual": tiny.rough_perceptual, "views": views, **changes,
+    }  # fmt: skip
+    return guided_prediction(model, x, INDEX, model.config.respaced(100), options, **arguments)
+
+
+# --- one guided prediction --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["unet", "x0"])
+@pytest.mark.parametrize("clip_input", ["x0", "mixed"])
+@pytest.mark.parametrize("background_loss", ["paper", "reference"])
+def test_one_forward_and_the_backward_that_was_asked_for(
+    model: DiffusionModel, gradient: str, clip_input: str, background_loss: str
+) -> None:
+    watched, network = counted(model)
+    options = GuidanceOptions(
+        gradient=gradient, clip_input=clip_input, background_loss=background_loss, background_scale=10.0, views=3, view_chunk=1
+    )
+    result = guided(watched, noisy(2), options)
+    assert network.forwards == 1
+    assert network.backwards == (1 if gradient == "unet" else 0)
+    assert result.gradient is not None and result.gradient.abs().sum() > 0
+    assert not any(t.requires_grad for t in (result.gradient, result.prediction.x0, result.prediction.mean, result.clip_distance))
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_a_whole_edit_runs_the_network_once_a_step(model: DiffusionModel) -> None:
+    watched, network = counted(model)
+    options = preset("best", steps="6", strength=0.5, views=2, candidates=4, batch=2)
+    edit((SOURCE + 1) / 2, MASK, None, replace(tiny.tiny_models(), ddpm=watched), options)
+    assert network.forwards == 3 * 2
+    assert network.backwards == 0, "a removal needs no gradient"
+    network.forwards = 0
+    steps = list(edit_steps(tiny.tiny_models(watched), SOURCE, MASK, PROMPT, options, Draws(0), [0, 1]))
+    assert network.forwards == network.backwards == len(steps) == 3
+
+
+@pytest.mark.parametrize("gradient", ["unet", "x0"])
+def test_the_gradient_is_that_of_the_losses(model: DiffusionModel, gradient: str) -> None:
+    """Against the plain composition of the paper's formulas in one graph."""
+    options = GuidanceOptions(gradient=gradient, background_scale=70.0, views=1)
+    x, schedule = noisy(2), model.config.respaced(100)
+    result = guided(model, x, options)
+    x = x.clone().requires_grad_()
+    x0 = model.predict(x, INDEX, schedule).x0
+    variable = x
+    if gradient == "x0":
+        variable = x0 = x0.detach().requires_grad_()
+    pooled = torch.nn.functional.avg_pool2d(x0 * MASK, SIZE // tiny.CLIP_SIZE)
+    image, text = CLIP.encode_image(pooled), PROMPT.embeddings[0]
+    cosine = torch.nn.functional.cosine_similarity(image, text[None])
+    loss = 1000 * 0.5 * cosine.arccos().square()  # the great circle, squared: 2·arcsin²(‖a−b‖/2) = ½·angle²
+    loss = loss + 50 * ((x0.abs() - 1).clamp(min=0) ** 2).mean((1, 2, 3))
+    a, b = x0 * (1 - MASK), SOURCE * (1 - MASK)
+    loss = loss + 70 * 0.5 * ((a - b).square().mean((1, 2, 3)) + tiny.rough_perceptual(a, b.expand_as(a)))
+    expected = -torch.autograd.grad(loss.sum(), variable)[0]
+    assert torch.allclose(result.gradient, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
+    assert torch.allclose(result.clip_distance, 0.5 * cosine.arccos().square(), atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["unet", "x0"])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 99])
+def test_chunks_of_views_change_nothing(model: DiffusionModel, gradient: str, chunk: int) -> None:
+    whole = guided(model, noisy(2), GuidanceOptions(views=5, gradient=gradient))
+    parts = guided(model, noisy(2), GuidanceOptions(views=5, gradient=gradient, view_chunk=chunk))
+    assert torch.allclose(whole.gradient, parts.gradient, rtol=1e-3, atol=1e-5 * float(whole.gradient.abs().max()))
+    assert torch.allclose(whole.clip_distance, parts.clip_distance, atol=1e-6)
+
+
+def test_views_matter_and_must_be_as_many_as_said(model: DiffusionModel) -> None:
+    one, five = (guided(model, noisy(1), GuidanceOptions(views=n, range_scale=0)).gradient for n in (1, 5))
+    assert float((one - five).norm() / one.norm()) > 0.05
+    with pytest.raises(BlendedError, match="5 views of 1 images need 4 warped rows; 0 were given"):
+        guided(model, noisy(1), GuidanceOptions(views=5), views=None)
+
+
+def alone_and_together(model: DiffusionModel, options: GuidanceOptions) -> float:
+    """How much the gradient of image 0 changes when image 1 is beside it, relative to itself."""
+    x = noisy(2)
+    together, alone = guided(model, x, options).gradient[0], guided(model, x[:1], options).gradient[0]
+    return float((together - alone).norm() / alone.norm())
+
+
+@pytest.mark.parametrize("gradient", ["unet", "x0"])
+def test_a_gradient_does_not_depend_on_its_neighbours(model: DiffusionModel, gradient: str) -> None:
+    options = GuidanceOptions(gradient=gradient, views=3, background_scale=1000.0)
+    assert alone_and_together(model, options) < 1e-4
+    assert alone_and_together(model, replace(options, scale=0.0, background_loss="reference")) > 0.1, "METHOD row 6: there it does"
+
+
+@pytest.mark.parametrize("prompt", [None, CLIP.prompt(""), CLIP.prompt("  ", "")])
+def test_removal_is_unguided(model: DiffusionModel, prompt: Prompt | None) -> None:
+    watched, network = counted(model)
+    result = guided(watched, noisy(2), GuidanceOptions(background_scale=10.0), prompt=prompt, clip=None, views=None)
+    assert result.gradient is None and result.clip_distance is None
+    assert (network.forwards, network.backwards) == (1, 0)
+
+
+def test_what_is_missing_is_named(model: DiffusionModel) -> None:
+    options = GuidanceOptions(views=1, background_scale=1.0)
+    with pytest.raises(BlendedError, match="without a CLIP model"):
+        guided_prediction(model, noisy(1), 0, model.config.respaced(100), options, clip=None, prompt=PROMPT, mask=MASK)
+    with pytest.raises(BlendedError, match="LPIPS"):
+        guided(model, noisy(1), options, perceptual=None)
+    with pytest.raises(BlendedError, match="source"):
+        guided(model, noisy(1), options, source=None)
+
+
+class Cracked(nn.Module):
+    """A CLIP that breaks where a picture is bright."""
+
+    def __init__(self, network: nn.Module, limit: float) -> None:
+        super().__init__()
+        self.network, self.limit = network, limit
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        out: Tensor = self.network.encode_image(pictures)  # type: ignore[operator]
+        bright = pictures.mean((1, 2, 3), keepdim=True).flatten(1) > self.limit
+        return out * torch.where(bright, float("nan"), 1.0)
+
+
+@pytest.mark.parametrize("gradient", ["unet", "x0"])
+def test_a_gradient_that_is_not_finite_is_left_out_for_its_image_alone(gradient: str) -> None:
+    model = tiny.gaussian_model()
+    x = torch.cat([noisy(1) - 0.3, noisy(1) + 8.0, noisy(1)])
+    cracked = tiny.tiny_clip()
+    cracked.model = Cracked(cracked.model, 0.8)
+    options = GuidanceOptions(gradient=gradient, views=1)
+    result, whole = guided(model, x, options, cracked), guided(model, x, options)
+    assert result.broken == 1 and whole.broken == 0
+    assert result.gradient.isfinite().all()
+    assert (result.gradient[1] == 0).all() and (whole.gradient[1] != 0).any()
+    assert torch.allclose(result.gradient[[0, 2]], whole.gradient[[0, 2]])
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.5])
+def test_clamp_shortens_and_does_not_turn(model: DiffusionModel, limit: float) -> None:
+    free = guided(model, noisy(2), GuidanceOptions(views=1)).gradient
+    held = guided(model, noisy(2), GuidanceOptions(views=1, clamp=limit)).gradient
+    rms = held.square().mean((1, 2, 3)).sqrt()
+    assert torch.allclose(rms, torch.minimum(free.square().mean((1, 2, 3)).sqrt(), torch.tensor(limit)), rtol=1e-4)
+    assert torch.allclose(torch.nn.functional.cosine_similarity(free.flatten(1), held.flatten(1)), torch.ones(2), atol=1e-5)
+    loose = guided(model, noisy(2), GuidanceOptions(views=1, clamp=1e9)).gradient
+    assert torch.equal(loose, free)
+
+
+def test_weights_and_several_texts(model: DiffusionModel) -> None:
+    options = GuidanceOptions(views=1, range_scale=0)
+    tree, dog = (guided(model, noisy(1), options, prompt=CLIP.prompt(t)).gradient for t in ("a tree", "a dog"))
+    both = guided(model, noisy(1), options, prompt=CLIP.prompt("a tree", "a dog", weights=[2.0, -0.5])).gradient
+    assert torch.allclose(both, 2 * tree - 0.5 * dog, rtol=1e-3, atol=1e-4 * float(both.abs().max()))
+
+
+def test_guidance_options_are_checked() -> None:
+    bad: list[dict[str, Any]] = [
+        {"scale": -1}, {"scale": math.nan}, {"range_scale": math.inf}, {"views": 0}, {"view_chunk": -1}, {"clamp": 0.0}, {"clamp": math.nan},
+        {"gradient": "both"}, {"clip_input": "x"}, {"distance": "far"}, {"background_loss": "none"}, {"background_scale": -0.1},
+    ]  # fmt: skip
+    for values in bad:
+        with pytest.raises(BlendedError, match=next(iter(values)).split("_")[0]):
+            GuidanceOptions(**values)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_distances() -> None:
+    a, b = torch.tensor([[3.0, 0.0], [0.0, 0.2], [-5.0, 0.0]]), torch.tensor([1.0, 0.0])
+    right = math.pi / 2
+    assert torch.allclose(d_clip(a, b, "spherical_unclamped"), torch.tensor([0.0, right**2 / 2, math.pi**2 / 2]), atol=1e-5)
+    assert torch.allclose(d_clip(a, b, "spherical"), torch.tensor([0.0, right**2 / 2, math.pi**2 / 2]), atol=1e-2)
+    assert torch.allclose(d_clip(a, b, "cosine"), torch.tensor([0.0, 1.0, 2.0]), atol=1e-6)
+    with pytest.raises(BlendedError, match="unknown CLIP distance"):
+        d_clip(a, b, "euclidean")
+
+
+@pytest.mark.parametrize("distance", ["spherical", "cosine"])
+def test_distances_have_a_gradient_everywhere_but_at_the_goal(distance: str) -> None:
+    for angle in (1e-3, 1.0, math.pi - 1e-3, math.pi):
+        a = torch.tensor([[math.cos(angle), math.sin(angle)]], requires_grad=True)
+        (gradient,) = torch.autograd.grad(d_clip(a, torch.tensor([1.0, 0.0]), distance).sum(), a)
+        assert gradient.isfinite().all()
+
+
+def test_range_and_background_losses() -> None:
+    x = torch.zeros(2, 3, 4, 4)
+    x[1, :, 0, 0] = 3
+    assert torch.allclose(range_loss(x), torch.tensor([0.0, 4 / 16]))
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 0, 0] = 1
+    none = torch.zeros(1, 3, 4, 4)
+    assert d_background(x, none, mask, tiny.rough_perceptual).tolist() == [0.0, 0.0], "what lies in the mask does not count"
+    assert float(d_background(x, none, 1 - mask, tiny.rough_perceptual)[1]) > 0
+    source = torch.ones(1, 3, 4, 4)
+    assert float(d_background_reference(source, source, mask, tiny.rough_perceptual, 0, 16)) == pytest.approx(1.0), (
+        "the source is not masked"
+    )
+
+
+# --- masks and blending -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20), st.integers(0, 99))
+def test_a_soft_mask_opens_as_noise_goes(values: list[float], start: int) -> None:
+    mask = torch.tensor(values).view(1, 1, 1, -1)
+    levels = [mask_at_level(mask, index, start, True) for index in range(start, -1, -1)]
+    for level in levels:
+        assert set(level.unique().tolist()) <= {0.0, 1.0}
+        assert (level[mask == 0] == 0).all(), "0 is never edited"
+        assert (level[mask == 1] == 1).all(), "1 is free all the way"
+    for before, after in pairwise(levels):
+        assert (after >= before).all(), "what is free stays free"
+    assert torch.equal(levels[-1], (mask > 0).to(mask)), "at the end all that is not 0 is free"
+    order = mask.flatten().argsort()
+    free = sum(levels).flatten()[order]  # type: ignore[union-attr]
+    assert (free.diff() >= 0).all(), "the lighter, the longer"
+    assert torch.equal(mask_at_level(mask, 3, start, False), mask)
+
+
+def test_a_half_grey_pixel_is_free_for_half_of_the_steps() -> None:
+    free = [float(mask_at_level(torch.tensor([0.5]), index, 99, True)) for index in range(100)]
+    assert sum(free) == 50 and free[0] == 1 and free[49] == 1 and free[50] == 0
+
+
+def run_loop(options: EditOptions, mask: Tensor = MASK, prompt: Prompt | None = None, images: tuple[int, ...] = (0, 1)) -> Iterator[Step]:
+    return edit_steps(tiny.tiny_models(), SOURCE, mask, prompt, options, Draws(5), images)
+
+
+@pytest.mark.parametrize(("level", "offset"), [("matched", 0), ("one_off", 1)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_background_has_the_level_that_was_asked_for(level: str, offset: int, shared: bool) -> None:
+    options = preset("best", steps="10", background_level=level, background_noise="shared" if shared else "per_image")
+    schedule = tiny.tiny_model().config.respaced("10")
+    outside = (MASK == 0).expand(2, 3, -1, -1)
+    for step in run_loop(options):
+        at = step.level + offset
+        if at == CLEAN:
+            expected = SOURCE.expand(2, -1, -1, -1)
+        else:
+            noise = Draws(5).noise("background", at, [0, 0] if shared else [0, 1], (3, SIZE, SIZE))
+            expected = math.sqrt(schedule.alphas_cumprod[at]) * SOURCE + math.sqrt(1 - schedule.alphas_cumprod[at]) * noise
+        assert torch.allclose(step.x[outside], expected[outside], atol=1e-6)
+        assert not torch.allclose(step.x[~outside], expected[~outside], atol=1e-2)
+    assert step.level == CLEAN and step.done == step.total
+    if level == "matched":
+        assert torch.equal(step.x[outside], SOURCE.expand(2, -1, -1, -1)[outside])
+
+
+def test_algorithm_1_blends_nothing() -> None:
+    """Its steps are the guided steps alone, and its background drifts unless it is put back."""
+    models, draws = tiny.tiny_models(), Draws(5)
+    options = preset("best", algorithm="local", steps="4", views=1, candidates=1)
+    schedule = models.ddpm.config.respaced("4")
+    x = noise_background(SOURCE, 2, schedule, draws, [0], "start")
+    for index, step in zip((2, 1, 0), run_loop(options, prompt=PROMPT, images=(0,)), strict=True):
+        with torch.no_grad():
+            x = guided_step(models, x, index, schedule, options, PROMPT, MASK, draws, [0], SOURCE).x
+        assert torch.equal(step.x, x)
+    picture = (SOURCE + 1) / 2
+    outside = (MASK == 0).expand_as(picture)
+    for enforce, kept in ((None, False), (False, False), (True, True)):
+        result = edit(picture, MASK, PROMPT, models, replace(options, enforce_background=enforce, candidates=1))
+        pasted = result.picture(result.candidates[0])
+        assert bool((pasted[outside] == picture[outside]).all()) is kept
+        assert (result.candidates[0].score.background_error == 0) is kept
+    blended = replace(options, algorithm="blended", candidates=1)
+    assert blended.pastes and not options.pastes
+    assert EditOptions(algorithm="blended", enforce_background=False).pastes is False
+
+
+def test_algorithm_1_asks_for_the_background() -> None:
+    """λ of D_bg pulls what lies outside the mask to the source."""
+    models = tiny.tiny_models(tiny.gaussian_model())
+    away = []
+    for scale in (0.0, 300.0, 3000.0):
+        options = preset("best", algorithm="local", steps="50", strength=0.5, views=1, background_scale=scale)
+        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0]))[-1]
+        away.append(float(((last.x - SOURCE) * (1 - MASK)).square().mean()))
+    assert away[0] > 1.05 * away[1] > 1.1 * away[2]
+    assert preset("best", algorithm="local").guidance.background_scale == 1000
+    assert preset("best", algorithm="local", background_scale=7.0).guidance.background_scale == 7
+
+
+def test_guidance_reaches_its_prompt() -> None:
+    models = tiny.tiny_models(tiny.gaussian_model())
+    distances = {}
+    for scale in (0.0, 1000.0):
+        options = preset("best", steps="50", views=1, scale=scale)
+        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0, 1, 2]))[-1]
+        distances[scale] = clip_distance(last.x, MASK, CLIP, PROMPT)
+    assert (distances[1000.0] < 0.7 * distances[0.0]).all()
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+@pytest.mark.parametrize("index", [0, 1, 50, 99])
+def test_every_objective_recovers_the_picture(objective: str, index: int) -> None:
+    model = tiny.oracle_model(SOURCE, objective)
+    schedule = model.config.respaced(100)
+    x = q_sample(SOURCE, index, Draws(1).noise("start", index, [0, 1], (3, SIZE, SIZE)), schedule)
+    for which in (index, torch.tensor([index, index])):
+        prediction = model.predict(x, which, schedule)
+        assert torch.allclose(prediction.x0, SOURCE.expand_as(x), atol=2e-3)
+        assert torch.allclose(prediction.mean, posterior_mean(SOURCE, x, index, schedule), atol=2e-3)
+
+
+def test_objectives_are_told_apart() -> None:
+    x, schedule = noisy(1), DiffusionConfig().respaced(100)
+    found = [predict_x0(x, 0.3 * x, INDEX, schedule, o) for o in ("eps", "v", "x0")]
+    assert all(float((found[i] - found[j]).abs().max()) > 0.01 for i in range(3) for j in range(i))
+    with pytest.raises(BlendedError, match="unknown objective"):
+        predict_x0(x, x, INDEX, schedule, "score")
+
+
+@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
+@pytest.mark.parametrize("output", ["sample", "x0"])
+def test_a_loop_with_a_perfect_network_ends_at_its_picture(objective: str, sampler: str, eta: float, output: str) -> None:
+    truth = tiny.random_picture(SIZE, SIZE, seed=99) * 2 - 1
+    models = tiny.tiny_models(tiny.oracle_model(truth, objective))
+    options = preset("best", steps="12", strength=1.0, sampler=sampler, eta=eta, output=output, candidates=1, context=1.0)
+    result = edit((SOURCE + 1) / 2, MASK, None, models, options)
+    expected = torch.where(MASK > 0, (truth + 1) / 2, (SOURCE + 1) / 2)
+    assert torch.allclose(result.picture(result.candidates[0]), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("index", [1, 40, 99])
+def test_ddim_with_eta_1_is_the_posterior(index: int) -> None:
+    schedule = DiffusionConfig().respaced(100)
+    x, x0, noise = noisy(2, 1), noisy(2, 2).clamp(-1, 1), noisy(2, 3)
+    step = ddim_step(x, x0, index, noise, schedule, 1.0)
+    expected = posterior_mean(x0, x, index, schedule) + math.sqrt(schedule.posterior_variance[index]) * noise
+    assert torch.allclose(step, expected, atol=1e-5)
+    half = ddim_step(x, x0, index, noise, schedule, 0.5)
+    assert not torch.allclose(half, step, atol=1e-4)
+    with pytest.raises(BlendedError, match="needs noise"):
+        ddim_step(x, x0, index, None, schedule, 0.5)
+
+
+@pytest.mark.parametrize(("sampler", "eta", "noisy_steps"), [("ddpm", 0.0, [3, 2, 1]), ("ddim", 0.0, []), ("ddim", 0.3, [3, 2, 1])])
+def test_noise_is_drawn_only_where_it_is_used(sampler: str, eta: float, noisy_steps: list[int]) -> None:
+    draws = tiny.Recorded()
+    options = preset("best", steps="4", strength=1.0, sampler=sampler, eta=eta)
+    list(edit_steps(tiny.tiny_models(), SOURCE, MASK, None, options, draws, [2, 3]))
+    assert [step for purpose, step, _ in draws.asked if purpose == "step"] == noisy_steps
+    assert [(p, s) for p, s, _ in draws.asked if p != "step"] == [("start", 3), ("background", 2), ("background", 1), ("background", 0)]
+    assert {images for _, _, images in draws.asked} == {(2, 3)}
+
+
+def test_ddpm_moves_along_the_gradient_by_the_variance(model: DiffusionModel) -> None:
+    schedule = model.config.respaced(100)
+    with torch.no_grad():
+        prediction = model.predict(noisy(1), INDEX, schedule)
+    gradient, noise = torch.ones(1, 3, SIZE, SIZE), torch.zeros(1, 3, SIZE, SIZE)
+    moved = ddpm_step(prediction, INDEX, noise, gradient) - ddpm_step(prediction, INDEX, noise)
+    assert torch.allclose(moved, prediction.variance, atol=1e-5)
+    assert torch.allclose(ddpm_step(prediction, 0, noise + 5, None), prediction.mean), "no noise at the last step"
+
+
+# --- classes, indices, strength ---------------------------------------------------------------------------------------
+
+
+def test_classes() -> None:
+    model = tiny.tiny_model(num_classes=5)
+    cpu = torch.device("cpu")
+
+    def labels(choice: str | int, index: int = 7, images: tuple[int, ...] = (0, 1, 2)) -> Tensor | None:
+        return class_labels(model, choice, index, Draws(1), images, cpu)
+
+    assert torch.equal(labels("zero"), torch.zeros(3, 4 * 32))
+    assert labels(4).tolist() == [4, 4, 4]
+    drawn = torch.stack([labels("random", index) for index in range(40)])
+    assert set(drawn.flatten().tolist()) == {0, 1, 2, 3, 4}, "a new one every step and image"
+    assert torch.equal(labels("random", 7, (1,)), labels("random")[1:2])
+    for wrong in (5, -1):
+        with pytest.raises(BlendedError, match=rf"class {wrong} does not exist; the model has classes 0 to 4"):
+            labels(wrong)
+    assert class_labels(tiny.tiny_model(), "random", 0, Draws(1), [0], cpu) is None
+    with pytest.raises(BlendedError, match="class_choice"):
+        EditOptions(class_choice="dog")
+    results = {}
+    for choice in ("zero", "random", 0, 3):
+        options = preset("best", steps="3", class_choice=choice)
+        results[choice] = list(edit_steps(tiny.tiny_models(model), SOURCE, MASK, None, options, Draws(0), [0]))[-1].x
+    values = list(results.values())
+    assert all(not torch.equal(values[i], values[j]) for i in range(4) for j in range(i)), "a class must reach the network"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 1000), st.data())
+def test_skip_and_strength_say_the_same(total: int, data: st.DataObject) -> None:
+    skip = data.draw(st.integers(0, total - 1))
+    options = cli._options(cli.build_parser().parse_args(["edit", "x.png", "--steps", str(total), "--skip", str(skip)]))
+    schedule = DiffusionConfig().respaced(options.steps)
+    assert len(schedule) == total
+    assert schedule.start_index(options.strength) == total - skip - 1
+
+
+@pytest.mark.parametrize(("strength", "start"), [(1.0, 99), (0.75, 74), (0.67, 66), (0.6, 59), (0.001, 0)])
+def test_strength(strength: float, start: int) -> None:
+    assert DiffusionConfig().respaced("100").start_index(strength) == start
+
+
+@pytest.mark.parametrize("arguments", [["--skip", "100"], ["--skip", "-1"], ["--skip", "3", "--strength", "0.5"]])
+def test_skip_is_checked(arguments: list[str]) -> None:
+    with pytest.raises(BlendedError, match="--skip"):
+        cli._options(cli.build_parser().parse_args(["edit", "x.png", *arguments]))
+
+
+@pytest.mark.parametrize("respacing", ["1000", "100", "50", "25", "ddim25", "ddim50", "250"])
+def test_the_reference_index_is_right_for_even_respacing(respacing: str) -> None:
+    schedule = DiffusionConfig().respaced(respacing)
+    wrong = [i for i in range(len(schedule)) if reference_index(i, schedule) != i]
+    assert len(wrong) == 0
+
+
+def test_the_reference_index_is_wrong_for_sections() -> None:
+    schedule = DiffusionConfig().respaced("50,25,10")
+    assert [reference_index(i, schedule) for i in range(85)] != list(range(85))
+    official, exact = (preset("official", steps="6,3,2", strength=1.0, index_lookup=i, views=1) for i in ("reference", "exact"))
+    a, b = (list(run_loop(o, prompt=PROMPT))[-1].x for o in (official, exact))
+    assert not torch.allclose(a, b, atol=1e-3), "the option must reach the network"
+    even = [list(run_loop(replace(o, steps="10"), prompt=PROMPT))[-1].x for o in (official, exact)]
+    assert torch.equal(*even)
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def kernels(action: Any) -> set[str]:
+    """Names of the attention kernels that ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        action()
+    return {e.key for e in recorded.key_averages() if "_scaled_dot_product" in e.key}
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_attention_does_not_fall_back_to_the_slow_kernel(new_order: bool, with_gradient: bool) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    block = AttentionBlock(32, 2, new_order)
+    x = torch.randn(2, 32, 8, 8, requires_grad=with_gradient)
+    used = kernels(lambda: block(x))
+    assert used and not any("math" in name for name in used), used
+    with sdpa_kernel(SDPBackend.MATH):
+        assert any("math" in name for name in kernels(lambda: block(x))), "the check must be able to fail"
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        assert torch.allclose(block(x), block(x))
+
+
+def test_gradient_checkpointing_changes_memory_alone() -> None:
+    plain, thrifty = tiny.tiny_model(), tiny.tiny_model()
+    thrifty.network.gradient_checkpointing = True  # type: ignore[assignment]
+    calls = {"plain": 0, "thrifty": 0}
+    for name, model in (("plain", plain), ("thrifty", thrifty)):
+        block = next(m for m in model.network.modules() if isinstance(m, ResBlock))
+
+        def count(*_: Any, name: str = name) -> None:
+            calls[name] += 1
+
+        block.register_forward_pre_hook(count)
+    options = GuidanceOptions(views=2)
+    a, b = guided(plain, noisy(2), options), guided(thrifty, noisy(2), options)
+    assert torch.allclose(a.gradient, b.gradient, atol=1e-6 * float(a.gradient.abs().max()))
+    assert torch.equal(a.prediction.x0, b.prediction.x0)
+    assert calls == {"plain": 1, "thrifty": 2}, "the blocks must have run a second time"
+
+
+def test_bfloat16_is_near_float32() -> None:
+    full, half = tiny.tiny_model(), tiny.tiny_model()
+    half.network.set_compute_dtype(torch.bfloat16)  # type: ignore[operator]
+    options = GuidanceOptions(views=1)
+    a, b = guided(full, noisy(2), options), guided(half, noisy(2), options)
+    assert b.prediction.x0.dtype == b.gradient.dtype == torch.float32
+    error = (a.prediction.x0 - b.prediction.x0).abs().max() / a.prediction.x0.abs().max()
+    assert 0 < float(error) < 0.03
+    cosine = torch.nn.functional.cosine_similarity(a.gradient.flatten(1), b.gradient.flatten(1))
+    assert float(cosine.min()) > 0.995
+
+
+def test_sizes_that_do_not_fit_are_a_sentence(model: DiffusionModel) -> None:
+    assert model.network(torch.zeros(1, 3, 12, 20), torch.zeros(1)).shape == (1, 6, 12, 20)
+    with pytest.raises(BlendedError, match="multiples of 2; it was given 16×13"):
+        model.network(torch.zeros(1, 3, 13, 16), torch.zeros(1))
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_those_of_the_method() -> None:
+    """METHOD §2, row by row: (official, paper, best)."""
+    rows: dict[str, tuple[Any, Any, Any]] = {
+        "background_level": ("one_off", "matched", "matched"),
+        "guidance.gradient": ("unet", "x0", "unet"),
+        "guidance.distance": ("spherical_unclamped", "cosine", "spherical"),
+        "guidance.range_scale": (50.0, 0.0, 50.0),
+        "guidance.background_scale": (0.0, 0.0, 0.0),
+        "guidance.background_loss": ("reference", "paper", "paper"),
+        "guidance.lpips_scale": (1000.0, 1000.0, 1000.0),
+        "guidance.l2_scale": (10000.0, 10000.0, 10000.0),
+        "ranking": ("reference", "corrected", "corrected"),
+        "output": ("x0", "sample", "sample"),
+        "background_noise": ("shared", "per_image", "per_image"),
+        "index_lookup": ("reference", "exact", "exact"),
+        "guidance.symmetric_views": (False, True, True),
+        "mask_rule": ("nonzero", "binary", "binary"),
+        "crop": ("squash", "region", "region"),
+        "guidance.views": (8, 16, 8),
+        "guidance.scale": (1000.0, 1000.0, 1000.0),
+        "steps": ("100", "100", "100"),
+        "strength": (0.75, 0.75, 0.75),
+        "sampler": ("ddpm", "ddpm", "ddpm"),
+        "algorithm": ("blended", "blended", "blended"),
+    }
+    for name, values in rows.items():
+        for which, value in zip(("official", "paper", "best"), values, strict=True):
+            options: Any = PRESETS[which]
+            for part in name.split("."):
+                options = getattr(options, part)
+            assert options == value, f"{name} of {which}"
+    assert PRESETS["official"].guidance.clip_input == "mixed" and PRESETS["paper"].guidance.clip_input == "x0"
+    assert PRESETS["official"].class_choice == "random" and PRESETS["paper"].class_choice == PRESETS["best"].class_choice == "zero"
+    assert {k: v.preset for k, v in PRESETS.items()} == {k: k for k in PRESETS} and EditOptions() == PRESETS["best"]
+
+
+def test_options_survive_a_report() -> None:
+    import json
+
+    for name in PRESETS:
+        options = preset(name, seed=2**64 - 1, clamp=0.5, class_choice=3, feather=2)
+        assert EditOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+    with pytest.raises(BlendedError, match="unknown option colour"):
+        EditOptions.from_dict({"colour": 1})
+    with pytest.raises(BlendedError, match="unknown guidance option colour"):
+        EditOptions.from_dict({"guidance": {"colour": 1}})
+    with pytest.raises(BlendedError, match="unknown option colour"):
+        preset("best", colour=1)
+    with pytest.raises(BlendedError, match="unknown preset 'worst'; known are best, paper, official"):
+        preset("worst")
+
+
+def test_options_are_checked() -> None:
+    bad: list[dict[str, Any]] = [
+        {"algorithm": "x"}, {"strength": 0}, {"strength": 1.01}, {"candidates": 0}, {"batch": 0}, {"eta": 2}, {"feather": -1},
+        {"sampler": "euler"}, {"mask_rule": "x"}, {"crop": "x"}, {"output": "x"}, {"ranking": "x"}, {"background_level": "x"},
+    ]  # fmt: skip
+    for values in bad:
+        with pytest.raises(BlendedError, match=next(iter(values))):
+            EditOptions(**values)
+
+
+def test_shapes_are_checked(models: Any) -> None:
+    with pytest.raises(BlendedError, match="one RGB picture"):
+        edit(torch.zeros(1, 4, 8, 8), torch.ones(1, 1, 8, 8), None, models)
+    with pytest.raises(BlendedError, match="of the same size"):
+        edit(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 9), None, models)
+
+
+# --- ranking and notes ------------------------------------------------------------------------------------------------
+
+
+def test_ranking() -> None:
+    assert ranking([0.3, 0.1, 0.2, 0.1]) == [1, 3, 2, 0]
+    assert ranking([None, None, None]) == [0, 1, 2], "without distances, as they are"
+    assert ranking([float("nan"), 0.5, None, 0.4]) == [3, 1, 0, 2], "what has no distance is last"
+
+
+def test_candidates_come_best_first() -> None:
+    options = preset("best", steps="8", views=1, candidates=6, batch=4)
+    result = edit((SOURCE + 1) / 2, MASK, PROMPT, tiny.tiny_models(tiny.gaussian_model()), options)
+    distances = [c.score.clip_distance for c in result.candidates]
+    assert distances == sorted(distances) and len(set(distances)) == 6  # type: ignore[type-var]
+    assert [c.rank for c in result.candidates] == [1, 2, 3, 4, 5, 6]
+    assert sorted(c.index for c in result.candidates) == [0, 1, 2, 3, 4, 5]
+    for candidate in result.candidates:
+        assert candidate.score.gain == pytest.approx(result.source_distance - candidate.score.clip_distance)
+        again = clip_distance(candidate.edited, MASK, CLIP, PROMPT)
+        assert float(again) == pytest.approx(candidate.score.clip_distance, abs=1e-5)
+
+
+def test_seam_energy_sees_a_seam() -> None:
+    mask = torch.zeros(1, 1, 20, 20)
+    mask[..., 5:15, 5:15] = 1
+    ramp = torch.linspace(0, 1, 20).expand(1, 3, 20, 20)
+    assert seam_energy(ramp, mask) == pytest.approx(0, abs=1e-6), "a slope is no seam"
+    assert seam_energy(0.1 + 0 * ramp + mask * 0.4, mask) == pytest.approx(0.4, abs=0.001)
+    assert seam_energy(ramp, torch.ones_like(mask)) == 0
+
+
+def note_of(**changes: Any) -> list[str]:
+    models = tiny.tiny_models(tiny.gaussian_model())
+    result = edit((SOURCE + 1) / 2, MASK, PROMPT, models, preset("best", **{"steps": "40", "views": 1, "candidates": 2, **changes}))
+    return result.notes
+
+
+def test_a_run_says_when_guidance_changed_nothing() -> None:
+    (note,) = note_of(scale=0.0, range_scale=0.0)
+    assert note.startswith("Guidance changed nothing") and "the guidance scale is 0" in note
+    (note,) = note_of(scale=1e-6, range_scale=0.0, strength=0.05)
+    assert "raise --guidance-scale, now 1e-06" in note and "at strength 0.05 little can change" in note
+
+
+def test_an_edit_that_worked_says_nothing() -> None:
+    assert note_of() == []
+    assert note_of(gradient="x0") == []
+
+
+def test_a_removal_says_nothing_of_guidance() -> None:
+    result = edit((SOURCE + 1) / 2, MASK, None, tiny.tiny_models(), preset("best", steps="3", candidates=2))
+    assert result.notes == [] and result.source_distance is None
+    assert [c.score.clip_distance for c in result.candidates] == [None, None]
+    assert [c.index for c in result.candidates] == [0, 1]
+
+
+def test_blend_is_the_formula() -> None:
+    mask = torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 1, 3)
+    assert blend(torch.full((1, 3, 1, 3), 4.0), torch.full((1, 3, 1, 3), 8.0), mask)[0, 0, 0].tolist() == [8, 7, 4]
+
+
+def test_schedules_agree_with_their_definition() -> None:
+    whole, spaced = DiffusionConfig("cosine", 4000).respaced("4000"), DiffusionConfig("cosine", 4000).respaced("50,25,10")
+    assert np.allclose(spaced.alphas_cumprod, whole.alphas_cumprod[spaced.timestep_map], rtol=1e-12)
+    assert spaced.model_timestep(84) == pytest.approx(3999 / 4)
