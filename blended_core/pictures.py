@@ -30,7 +30,7 @@ class Picture:
     """A picture as 8-bit numbers.
 
     ``rgb`` [H, W, 3] and ``alpha`` [H, W] or None are uint8; ``notes`` say what was converted on the way in; ``icc`` is the
-    file's colour profile, passed on when the picture is written.
+    file's colour profile if it is one of RGB, passed on when the picture is written.
     """
 
     rgb: UInt8
@@ -88,7 +88,8 @@ def read_picture(path: Path) -> Picture:
             notes.append(f"{name} holds {image.n_frames} frames; the first is edited.")
         # Pillow hands a 16-bit colour file over as 8-bit without a word; its decoder's raw mode still tells.
         deep = ";16" in _raw_mode(path)
-        icc = image.info.get("icc_profile")
+        # A profile of greys or inks describes nothing in the RGB file that is written.
+        icc = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P", "PA") else None
         turned = image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
         image = ImageOps.exif_transpose(image)
         if turned:
@@ -96,7 +97,7 @@ def read_picture(path: Path) -> Picture:
         mode = image.mode
         if mode.startswith(("I", "F")):
             notes.append(f"{name} is {'16-bit grey' if mode.startswith('I') else 'floating-point grey'}; it is edited as 8-bit RGB.")
-            image = _eight_bit(image)
+            image = _eight_bit(image, dark=mode.startswith("I;16"))
         elif deep:
             notes.append(f"{name} has 16 bits a channel; it is edited with 8.")
         elif mode not in ("RGB", "RGBA"):
@@ -112,9 +113,11 @@ def _raw_mode(path: Path) -> str:
         return " ".join(str(tile[3]) for tile in getattr(image, "tile", []))
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _eight_bit(image: Image.Image, dark: bool = False) -> Image.Image:
+    """Grey of more bits as 8-bit grey. Numbers that all fit 8 bits are taken to be so, unless ``dark``: then they are 16-bit black."""
     values = np.array(image).astype(np.float64)
-    peak = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0 if values.max(initial=0) <= 255 else 65535.0
+    highest = values.max(initial=0)
+    peak = 1.0 if image.mode == "F" and highest <= 1 else 255.0 if highest <= 255 and not dark else 65535.0
     return Image.fromarray((values / peak * 255).round().clip(0, 255).astype(np.uint8))
 
 
