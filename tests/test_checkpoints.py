@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,11 @@ def test_flags_of_guided_diffusion() -> None:
     found = detect(table(FAMILIES["openai 64 cond"][0]), sidecar=flags)
     assert found.diffusion == DiffusionConfig("linear", 500, False, "x0", "learned_range")
     assert found.unet == replace(FAMILIES["openai 64 cond"][0], num_head_channels=48, use_new_attention_order=False)
+    # Attention where the network never is (or at no resolution of it) changes nothing, as in guided-diffusion itself.
+    assert detect(table(TINY), overrides={**TINY_SETTINGS, "attention_downsampling": "2,64,0"}).unet == TINY
+    assert detect(table(replace(TINY, channel_mult=(1, 2, 2))), sidecar={"attention_downsampling": [2, 3]}).unet.attention_downsampling == (
+        2,
+    )
     fixed = table(ODD["fixed variance"])
     assert detect(fixed, sidecar={"sigma_small": True}).diffusion.variance == "fixed_small"
     assert detect(fixed, overrides={"variance": "fixed_small"}).sources["variance"] == "override"
@@ -329,6 +335,9 @@ def test_nonsense_tables_get_a_sentence() -> None:
             outcomes[False] += 1
             assert str(error).endswith("."), error
     assert min(outcomes.values()) > 40, outcomes
+    for shape in ((256, 0), (0, 0), (256,), ()):
+        with pytest.raises(BlendedError, match=r"time_embed\.0\.weight has the shape"):
+            detect({**base, "time_embed.0.weight": shape})
     for key in base:  # alone, each key is no network
         with pytest.raises(BlendedError):
             detect({key: base[key]})
@@ -546,6 +555,18 @@ def test_containers_without_a_network(tmp_path: Path) -> None:
     ):
         torch.save(content, path)
         refused(path, says)
+
+
+def test_containers_that_multiply(tmp_path: Path) -> None:
+    """Lists that hold one another many times are small in a file and endless when walked naively."""
+    path = tmp_path / "model.pt"
+    item: list[Any] = []
+    for _ in range(7):
+        item = [item] * 14
+    torch.save(item, path)
+    start = time.process_time()
+    refused(path, "no tensors")
+    assert time.process_time() - start < 5  # a hundred million visits take far longer
 
 
 def test_wrong_metadata(tmp_path: Path) -> None:
