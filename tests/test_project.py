@@ -1,0 +1,133 @@
+"""The project's own papers: what README, requirements and packaging promise is what is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blended_core.cli import build_parser
+from blended_core.demo.world import BACKGROUNDS, OBJECTS, demo_scene
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = None
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def flags_of_parser() -> set[str]:
+    """Every option string of every command."""
+    flags: set[str] = set()
+    parsers = [build_parser()]
+    while parsers:
+        for action in parsers.pop()._actions:
+            flags.update(action.option_strings)
+            if isinstance(action.choices, dict):
+                parsers.extend(action.choices.values())
+    return flags
+
+
+def our_words(text: str) -> str:
+    """The README without the left column of the table that lists the original script's flags."""
+    start = text.index("## From the original script")
+    end = text.index("## ", start + 3)
+    rows = [line.rsplit("|", 2)[1] if line.startswith("|") else line for line in text[start:end].splitlines()]
+    return text[:start] + "\n".join(rows) + text[end:]
+
+
+def test_every_flag_in_the_readme_exists() -> None:
+    spans = re.findall(r"`([^`\n]+)`|```[a-z]*\n(.*?)```", our_words(README), flags=re.S)
+    named = {flag for span in spans for part in span for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", part)}
+    foreign = {"--help"}
+    assert named - flags_of_parser() - foreign == set()
+    assert len(named) > 20
+
+
+def test_original_flags_map_to_existing_ones() -> None:
+    start = README.index("## From the original script")
+    rows = [line for line in README[start : README.index("## ", start + 3)].splitlines() if line.startswith("| `")]
+    assert len(rows) >= 14
+    for row in rows:
+        for flag in re.findall(r"--[a-z][a-z-]+", row.rsplit("|", 2)[1]):
+            assert flag in flags_of_parser(), row
+
+
+def test_readme_names_the_world_as_it_is() -> None:
+    section = README[README.index("## The embedded world") :]
+    for name in (*OBJECTS, *BACKGROUNDS):
+        assert re.search(rf"\b{name}\b", section), name
+
+
+def test_links_and_pictures_of_the_readme_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).is_file(), target
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib came with Python 3.11")
+def test_requirements_are_those_of_the_project_without_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wanted = {d for d in project["project"]["dependencies"] if not d.startswith("torch")}
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    assert {line for line in lines if line and not line.startswith("#")} == wanted
+    assert project["project"]["scripts"]["blended-diffusion"] == "blended_core.cli:main"
+    assert {"PublisherId", "DisplayName", "requires-comfyui"} <= set(project["tool"]["comfy"])
+
+
+@pytest.mark.parametrize("name", ["ddpm.safetensors", "clip.safetensors", "lpips.safetensors"])
+def test_embedded_weights_are_small_and_carded(name: str) -> None:
+    data = ROOT / "blended_core" / "demo" / "data"
+    assert (data / name).stat().st_size <= 12_000_000
+    assert name in (data / "MODEL_CARDS.md").read_text("utf-8")
+
+
+def test_root_is_importable_without_comfyui_under_any_name(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("some-folder.with dots", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert callable(module.comfy_entrypoint)
+    assert not hasattr(module, "NODE_CLASS_MAPPINGS")  # with it ComfyUI would never call the entry point
+
+
+def test_import_is_light() -> None:
+    code = "import sys, blended_core, blended_core.cli; print([m for m in ('torch', 'open_clip', 'kornia', 'lpips', 'timm') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_names_all_resolve() -> None:
+    import blended_core
+
+    assert all(getattr(blended_core, name) is not None for name in blended_core.__all__)
+    assert set(dir(blended_core)) == set(blended_core.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = blended_core.nothing
+
+
+@pytest.mark.slow
+def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(block.strip().splitlines()) <= 11
+    source, mask = demo_scene()
+    Image.fromarray(source).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    quick = block.replace("candidates=4", 'candidates=1, steps="4", views=2').replace("import DeviceContext", "import to_uint8, DeviceContext")
+    assert quick != block
+    script = tmp_path / "example.py"
+    script.write_text(quick + "\nimport numpy\nnumpy.save('best.npy', to_uint8(best))\n", "utf-8")
+    subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    best = np.load(tmp_path / "best.npy")
+    outside = mask[..., 0] < 128
+    assert (best[outside] == source[outside]).all()
+    assert (best[~outside] != source[~outside]).any()
