@@ -180,12 +180,13 @@ def demo(args: argparse.Namespace) -> int:
     from .pictures import write_png
 
     out: Path = args.out
+    options = preset("best", steps="50", candidates=args.candidates, batch=max(1, min(args.candidates, 3)), seed=args.seed)
+    machine = _machine(args)
     _claim(out, "demo")
     source, mask = demo_scene(args.background, args.seed)
     out.mkdir(parents=True, exist_ok=True)
     write_png(out / "source.png", source)
     write_png(out / "mask.png", mask)
-    options = preset("best", steps="50", candidates=args.candidates, batch=min(args.candidates, 3), seed=args.seed)
     request: dict[str, Any] = {
         "command": "demo",
         "image": str((out / "source.png").resolve()),
@@ -197,7 +198,7 @@ def demo(args: argparse.Namespace) -> int:
         "clip": "embedded",
         "lpips": "embedded",
         "options": options.to_dict(),
-        **_machine(args),
+        **machine,
     }
     return run(request, out, args.animate)
 
@@ -206,6 +207,10 @@ def edit_command(args: argparse.Namespace) -> int:
     """Edits the user's picture, or repeats the run of a report."""
     if args.from_report is not None:
         request = _request_from(args.from_report)
+        given = {k for k, v in vars(args).items() if v != getattr(build_parser().parse_args(["edit"]), k)}
+        if settings := sorted(given - {"from_report", "out", "overwrite", "animate", "debug", *_machine(args)}):
+            raise BlendedError(f"--from repeats a run with its own settings, so it cannot take others ({', '.join(settings)}); leave them out.")
+        request |= {k: v for k, v in _machine(args).items() if k in given}
         _claim(args.out, "edit" if not args.overwrite else None)
         return run(request, args.out, args.animate)
     if args.image is None:
@@ -293,7 +298,7 @@ def _request_from(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text("utf-8"))
         request: dict[str, Any] = report["request"]
-        hashes = report["inputs"]
+        hashes = {key: report["inputs"][key] for key in ("image", "mask")}
         request["options"], request["prompts"], request["image"]
     except FileNotFoundError:
         raise BlendedError(f"the report {path} does not exist; check the path.") from None
@@ -364,9 +369,10 @@ def run(request: dict[str, Any], out: Path, animate: bool) -> int:
             result = edit(picture.tensor(), mask, prompt, models, options, on_step, writer.candidate)
         interrupted = False
     except KeyboardInterrupt:
-        if writer.result is None or not writer.result.candidates:
+        if writer.result is None or not writer.files:
             raise
         result, interrupted = writer.result, True
+        result.candidates = [c for c in result.candidates if c.index in writer.files]  # one may have been in the middle of being written
         _rank(result)
     result.seconds = {"load": loading, **result.seconds}
     writer.finish(result, interrupted)
@@ -438,7 +444,7 @@ class Writer:
         self.result: EditResult | None = None
         self.frames: dict[int, list[Any]] = {}
         self.files: dict[int, Path] = {}
-        self.stale = set((out / "candidates").glob("*.png")) if (out / REPORT).exists() else set()
+        self.stale = {*out.glob("candidates/*.png"), *out.glob("animations/*.webp")} if (out / REPORT).exists() else set()
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[Step], None]]:

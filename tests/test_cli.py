@@ -1,0 +1,398 @@
+"""The terminal, in process: what it writes, repeats, refuses and keeps."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blended_core import cli, pictures
+from blended_core.demo.world import Placed, Scene, render
+from blended_core.edit import Models, Step
+from blended_core.errors import BlendedError
+
+from . import tiny
+
+edit_module = importlib.import_module("blended_core.edit")  # the package's own name ``edit`` is the function
+SMALL = ["--steps", "4", "--candidates", "2", "--views", "2", "--batch", "1"]
+HEIGHT, WIDTH = 60, 84
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    """Arguments that name a picture and its mask."""
+    scene = Scene("lake", (Placed("cat", 0.3, 0.5, 0.6),), 3)
+    Image.fromarray(render(scene, WIDTH, HEIGHT)).save(tmp_path / "picture.png")
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[10:50, 40:75] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return [str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")]
+
+
+@pytest.fixture
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny networks in place of those that a run names."""
+    monkeypatch.setattr(cli, "_load", lambda request, options: tiny.tiny_models())
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(
+        (out / "report.json").read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+    return report
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The sentence that a run fails with: one line on stderr, exit code 2, no traceback."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# --- a run with the embedded networks ---------------------------------------------------------------------------------
+
+
+def test_an_edit_keeps_its_promises(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, embedded: Models, capsys: Any
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda request, options: embedded)
+    out = tmp_path / "out"
+    assert run("edit", *inputs, "--prompt", "a red apple", *SMALL, "--out", out, "--animate") == 0
+    said = capsys.readouterr().out
+    assert "«a red apple»" in said and str(out / "contact_sheet.png") in said
+
+    report = report_of(out)
+    candidates = report["candidates"]
+    assert [c["rank"] for c in candidates] == [1, 2] and {c["candidate"] for c in candidates} == {0, 1}
+    assert candidates[0]["clip_distance"] <= candidates[1]["clip_distance"]
+    assert all(c["background_error"] == 0 and c["seam_energy"] >= 0 and c["seed"] == 0 for c in candidates)
+    assert all(c["gain"] == pytest.approx(report["source_distance"] - c["clip_distance"]) for c in candidates)
+    stems = [Path(c["file"]).stem for c in candidates]
+    assert files_in(out) == sorted(
+        ["contact_sheet.png", "report.json", *(f"candidates/{s}.png" for s in stems), *(f"animations/{s}.webp" for s in stems)]
+    )
+    assert report["interrupted"] is False and report["request"]["prompts"] == ["a red apple"]
+    assert report["request"]["options"]["steps"] == "4" and report["request"]["options"]["guidance"]["views"] == 2
+    assert set(report["versions"]) >= {"python", "torch", "open_clip_torch", "kornia"}
+    assert report["picture"] == {"width": WIDTH, "height": HEIGHT, "notes": []}
+    assert report["region"]["side"] == 64 and set(report["seconds"]) >= {"load", "diffusion", "paste and score"}
+    assert len(report["inputs"]["image"]) == 64
+
+    source, mask = pixels(Path(inputs[0])), pixels(Path(inputs[2])) >= 128
+    for entry in candidates:
+        result = pixels(out / entry["file"])
+        assert np.array_equal(result[~mask], source[~mask])
+        assert (result[mask] != source[mask]).any()
+        with Image.open(out / entry["file"]) as image:
+            about = json.loads(image.info["blended-diffusion"])
+        assert about["candidate"] == entry["candidate"] and about["request"] == report["request"]
+        assert about["score"]["clip_distance"] == entry["clip_distance"]
+        with Image.open(out / "animations" / f"{Path(entry['file']).stem}.webp") as film:
+            assert film.n_frames in (3, 4)  # 3 denoised steps of 4, and the result, which WebP merges with a last step equal to it
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.width >= 3 * 256 and sheet.height > 256
+
+    again = tmp_path / "again"
+    assert run("edit", "--from", out / "report.json", "--out", again) == 0
+    repeated = report_of(again)["candidates"]
+    assert repeated == candidates, "the same scores to the last digit"
+    for entry in candidates:
+        assert (again / entry["file"]).read_bytes() == (out / entry["file"]).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_demo_and_its_own_loading(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, "--candidates", "1", "--device", "cpu", "--seed", "3") == 0
+    assert files_in(out) == ["candidates/01_candidate_00.png", "contact_sheet.png", "mask.png", "report.json", "source.png"]
+    entry = report_of(out)["candidates"][0]
+    assert entry["background_error"] == 0 and math.isfinite(entry["clip_distance"])
+    outside = pixels(out / "mask.png")[..., 0] == 0
+    assert np.array_equal(pixels(out / entry["file"])[outside], pixels(out / "source.png")[outside])
+
+
+# --- smaller runs -----------------------------------------------------------------------------------------------------
+
+
+def test_options_reach_the_report(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+    out = tmp_path / "out"
+    given = [
+        "--prompt", "tree", "--prompt", "dog", "--prompt-weight", "1", "--prompt-weight", "-0.5", "--seed", "7", "--sampler", "ddim",
+        "--eta", "0.5", "--guidance-scale", "300", "--range-scale", "5", "--gradient", "x0", "--clip-input", "mixed", "--distance", "cosine",
+        "--view-chunk", "1", "--clamp", "0.2", "--context", "2", "--feather", "2", "--ranking", "reference", "--class", "random",
+    ]  # fmt: skip
+    assert run("edit", *inputs, *SMALL, *given, "--skip", "1", "--out", out) == 0
+    request = report_of(out)["request"]
+    options, guidance = request["options"], request["options"]["guidance"]
+    assert request["prompts"] == ["tree", "dog"] and request["weights"] == [1.0, -0.5]
+    found = {k: options[k] for k in ("seed", "sampler", "eta", "context", "feather", "ranking", "class_choice", "strength")}
+    assert found == {
+        "seed": 7, "sampler": "ddim", "eta": 0.5, "context": 2, "feather": 2, "ranking": "reference", "class_choice": "random",
+        "strength": 0.75,
+    }  # fmt: skip
+    found = {k: guidance[k] for k in ("scale", "range_scale", "gradient", "clip_input", "distance", "view_chunk", "clamp", "views")}
+    assert found == {
+        "scale": 300, "range_scale": 5, "gradient": "x0", "clip_input": "mixed", "distance": "cosine", "view_chunk": 1, "clamp": 0.2,
+        "views": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "official"], ["--preset", "paper"], ["--algorithm", "local", "--enforce-background"]])
+def test_presets_and_algorithms_run(tmp_path: Path, inputs: list[str], small_networks: None, arguments: list[str]) -> None:
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", tmp_path / "out") == 0
+    assert [c["background_error"] for c in report_of(tmp_path / "out")["candidates"]] == [0, 0]
+
+
+def test_removal_needs_no_clip(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "_load", lambda request, options: Models(tiny.tiny_model()))
+    out = tmp_path / "out"
+    assert run("edit", *inputs, "--prompt", "", *SMALL, "--out", out) == 0
+    assert "removal" in capsys.readouterr().out
+    assert [(c["rank"], c["candidate"], c["clip_distance"], c["gain"]) for c in report_of(out)["candidates"]] == [
+        (1, 0, None, None),
+        (2, 1, None, None),
+    ]
+
+
+def test_what_was_converted_is_said_and_reported(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    grey = tmp_path / "grey.png"
+    Image.fromarray(pixels(Path(inputs[0]))).convert("L").save(grey)
+    assert run("edit", grey, *inputs[1:], "--prompt", "", *SMALL, "--out", tmp_path / "out") == 0
+    note = "grey.png is a grey picture; it is edited as 8-bit RGB."
+    assert f"note: {note}" in capsys.readouterr().err and report_of(tmp_path / "out")["picture"]["notes"] == [note]
+
+
+# --- repeating --------------------------------------------------------------------------------------------------------
+
+
+def test_from_a_folder_that_was_moved(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", out) == 0
+    other.mkdir()
+    for name in ("picture.png", "mask.png"):
+        (tmp_path / name).rename(other / name)
+    (out / "report.json").rename(other / "old.json")
+    assert run("edit", "--from", other / "old.json", "--out", tmp_path / "again") == 0
+    old = json.loads((other / "old.json").read_text("utf-8"))
+    assert report_of(tmp_path / "again")["candidates"] == old["candidates"]
+
+
+def test_from_is_refused_where_it_would_not_repeat(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", out) == 0
+    report = out / "report.json"
+    assert "seed" in failed(capsys, "edit", "--from", report, "--seed", "5", "--out", again)
+    assert run("edit", "--from", report, "--device", "cpu", "--threads", "1", "--out", again) == 0, "the machine may be another"
+    assert "does not exist" in failed(capsys, "edit", "--from", tmp_path / "none.json", "--out", tmp_path / "x")
+    good = json.loads(report.read_text("utf-8"))
+    for name, text in {
+        "list": "[]", "broken": "{", "empty": "{}", "no inputs": json.dumps({**good, "inputs": {}}),
+        "no options": json.dumps({**good, "request": {"image": "x"}}),
+    }.items():  # fmt: skip
+        wrong = tmp_path / f"{name}.json"
+        wrong.write_text(text)
+        assert "is no report.json" in failed(capsys, "edit", "--from", wrong, "--out", tmp_path / "x")
+    good["request"]["options"]["colour"] = 1
+    wrong.write_text(json.dumps(good))
+    assert "unknown option colour" in failed(capsys, "edit", "--from", wrong, "--out", tmp_path / "x")
+    image = Path(inputs[0])
+    Image.fromarray(255 - pixels(image)).save(image)
+    assert "has changed since that run" in failed(capsys, "edit", "--from", report, "--out", tmp_path / "x")
+    image.unlink()
+    assert "is not there any more" in failed(capsys, "edit", "--from", report, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_not_overwritten_unasked(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    out = tmp_path / "out"
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out", out]
+    assert run(*arguments, "--candidates", "3", "--animate") == 0
+    before = {name: (out / name).read_bytes() for name in files_in(out)}
+    assert "already holds the results of a run" in failed(capsys, *arguments)
+    assert "already holds" in failed(capsys, "demo", "--out", out)
+    assert {name: (out / name).read_bytes() for name in files_in(out)} == before
+    (out / "mine.txt").write_text("keep me")
+    assert run(*arguments, "--seed", "1", "--overwrite") == 0
+    entries = report_of(out)["candidates"]
+    assert files_in(out) == sorted(["contact_sheet.png", "mine.txt", "report.json", *(e["file"] for e in entries)]), (
+        "nothing of the old run"
+    )
+
+
+ERRORS: list[tuple[list[str], str]] = [
+    (["--prompt", "tree", "--strength", "1.5"], "strength is 1.5"),
+    (["--prompt", "tree", "--steps", "lots"], "respacing 'lots' is not understood"),
+    (["--prompt", "tree", "--steps", "ddim37"], "no whole stride"),
+    (["--prompt", "tree", "--candidates", "0"], "candidates is 0"),
+    (["--prompt", "tree", "--views", "0"], "views is 0"),
+    (["--prompt", "tree", "--seed", "-1"], "the seed is -1"),
+    (["--prompt", "tree", "--context", "0.5"], "context is 0.5"),
+    (["--prompt", "tree", "--skip", "4"], "--skip is 4 of 4 steps"),
+    (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'"),
+    (["--prompt", "tree", "--set", "heads"], "--set 'heads' is not understood"),
+    (["--prompt", "tree", "--threads", "0"], "--threads is 0"),
+    (["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"], "1 prompts were given with 2 weights"),
+    (["--prompt", "tree", "--invert-mask", "--mask", "{white}"], "the mask is empty"),
+    (["--prompt", "tree", "--mask", "{black}"], "the mask is empty"),
+    (["--prompt", "tree", "--mask", "{missing}"], "does not exist"),
+    (["--prompt", "tree", "--mask", "{text}"], "is no picture that can be read"),
+    (["--prompt", "tree", "--out", "{text}"], "is a file; name a folder"),
+    ([], "no prompt was given"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), ERRORS, ids=[words for _, words in ERRORS])
+def test_errors_are_one_sentence_and_write_nothing(
+    tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, arguments: list[str], words: str
+) -> None:
+    places = {name: str(tmp_path / f"{name}.png") for name in ("white", "black", "missing", "text")}
+    Image.new("L", (WIDTH, HEIGHT), 255).save(places["white"])
+    Image.new("L", (WIDTH, HEIGHT), 0).save(places["black"])
+    Path(places["text"]).write_text("no picture")
+    before = files_in(tmp_path)
+    assert words in failed(capsys, "edit", *inputs, *SMALL, "--out", tmp_path / "out", *(a.format(**places) for a in arguments))
+    assert files_in(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ddpm", "{tmp}/none.pt"], "there is no checkpoint"),
+        (["--device", "abacus"], "'abacus' cannot be used here"),
+        (["--clip", "ViT-B-16"], "names no weights"),
+        (["--clip", "ViT-B-61:openai"], "open_clip has no model"),
+    ],
+)
+def test_networks_that_are_not_there(tmp_path: Path, inputs: list[str], capsys: Any, arguments: list[str], words: str) -> None:
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    assert words in failed(capsys, "edit", *inputs, "--prompt", "a tree", "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--candidates", "0"], "candidates is 0"), (["--seed", "-1"], "the seed is -1"), (["--background", "moon"], "no background 'moon'")],
+)
+def test_a_demo_that_cannot_be_writes_nothing(tmp_path: Path, capsys: Any, arguments: list[str], words: str) -> None:
+    assert words in failed(capsys, "demo", "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["edit", "--steps"], ["paint"], ["edit", "x.png", "--preset", "worst"], ["edit", "--seed", "one"]]
+)
+def test_a_command_line_that_is_not_understood(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BlendedError("a known thing."), RuntimeError("a surprise"), KeyError("odd"), MemoryError(), OSError(28, "No space left on device")],
+)
+def test_a_traceback_comes_only_with_debug(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception
+) -> None:
+    def refuse(*_: object) -> Models:
+        raise error
+
+    monkeypatch.setattr(cli, "_load", refuse)
+    arguments = ["edit", *inputs, "--prompt", "tree", "--out", tmp_path / "out"]
+    failed(capsys, *arguments)
+    assert run(*arguments, "--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "in refuse" in err and err.splitlines()[-1].startswith("error: ")
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, image: int) -> None:
+    """Ctrl-C in the second step of the batch that begins with ``image``."""
+    step = edit_module.guided_step
+    seen: list[int] = []
+
+    def guided_step(
+        models: Models, x: Any, index: int, schedule: Any, options: Any, prompt: Any, mask: Any, draws: Any, images: Any, source: Any
+    ) -> Step:
+        seen.extend(i for i in images if i == image)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        result: Step = step(models, x, index, schedule, options, prompt, mask, draws, images, source)
+        return result
+
+    monkeypatch.setattr(edit_module, "guided_step", guided_step)
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--candidates", "4", "--batch", "2", "--animate"]
+    assert run(*arguments, "--out", whole) == 0
+    interrupt_at(monkeypatch, 2)
+    assert run(*arguments, "--out", out) == 130
+    assert "stopped after" in capsys.readouterr().out
+    report = report_of(out)
+    assert report["interrupted"] is True
+    assert [c["rank"] for c in report["candidates"]] == [1, 2] and {c["candidate"] for c in report["candidates"]} == {0, 1}
+    assert len(files_in(out)) == 2 + 2 + 2
+    finished = {c["candidate"]: whole / c["file"] for c in report_of(whole)["candidates"]}
+    for entry in report["candidates"]:
+        assert np.array_equal(pixels(out / entry["file"]), pixels(finished[entry["candidate"]]))
+
+
+def test_ctrl_c_before_anything_is_finished(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    interrupt_at(monkeypatch, 0)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_while_a_picture_is_written(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one in hand is lost, those before it are kept."""
+    written: list[Path] = []
+    write = pictures.write_png
+
+    def interrupted(path: Path, *rest: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(pictures, "write_png", interrupted)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
+    report = report_of(tmp_path / "out")
+    assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]
+    assert files_in(tmp_path / "out") == ["candidates/01_candidate_00.png", "contact_sheet.png", "report.json"]
