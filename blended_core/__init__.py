@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         Models,
         Step,
         blended_diffusion,
-        edit,
+        edit_picture,
         local_clip_guided_diffusion,
         preset,
     )
@@ -46,7 +46,7 @@ _HOMES = {
         "Models",
         "Step",
         "blended_diffusion",
-        "edit",
+        "edit_picture",
         "local_clip_guided_diffusion",
         "preset",
     ),

@@ -18,7 +18,7 @@ from torch import Tensor
 from blended_core import cli
 from blended_core.blend import final_paste, paste_weights
 from blended_core.diffusion import DiffusionConfig, DiffusionModel
-from blended_core.edit import EditOptions, edit, paste, preset
+from blended_core.edit import EditOptions, edit, paste, prepared_mask, preset
 from blended_core.errors import BlendedError
 from blended_core.pictures import to_uint8
 from blended_core.rank import background_error
@@ -120,6 +120,16 @@ def test_the_threshold_lies_between_127_and_128() -> None:
     assert result[0] == result[4] == 0
     assert 0 < result[2] < 0.02
     assert result[3] == 1
+
+
+def test_inverting_a_mask_moves_no_threshold() -> None:
+    """Of 127 and 128 of 255 exactly one is edited, either way round; a NaN never is."""
+    mask = torch.tensor([0.0, 127 / 255, 0.5, 128 / 255, 1.0, float("nan")]).view(1, 1, 1, 6)
+    for rule in ("binary", "nonzero", "soft"):
+        plain, inverted = (prepared_mask(mask, EditOptions(mask_rule=rule, invert_mask=i))[0, 0, 0].tolist() for i in (False, True))
+        assert plain[:5] == {"binary": [0, 0, 1, 1, 1], "nonzero": [0, 1, 1, 1, 1], "soft": mask.flatten().tolist()[:5]}[rule]
+        assert inverted[:5] == pytest.approx([1 - m for m in plain[:5]])
+        assert plain[5] == inverted[5] == 0
 
 
 @pytest.mark.parametrize("feather", [1, 4, 9])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -13,13 +12,13 @@ import pytest
 from PIL import Image
 
 from blended_core import cli, pictures
+from blended_core import edit as edit_module
 from blended_core.demo.world import Placed, Scene, render
 from blended_core.edit import Models, Step
 from blended_core.errors import BlendedError
 
 from . import tiny
 
-edit_module = importlib.import_module("blended_core.edit")  # the package's own name ``edit`` is the function
 SMALL = ["--steps", "4", "--candidates", "2", "--views", "2", "--batch", "1"]
 HEIGHT, WIDTH = 60, 84
 

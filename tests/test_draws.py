@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from blended_core import edit as edit_module
 from blended_core.augment import DISTORTION, ViewParameters, corners, draw_views, warp_views
 from blended_core.draws import MAX_SEED, Draws
 from blended_core.edit import EditResult, edit, preset
 from blended_core.errors import BlendedError
 
 from . import tiny
-
-edit_module = importlib.import_module("blended_core.edit")  # the package's own name ``edit`` is the function
 
 SEEDS = st.integers(0, MAX_SEED)
 PURPOSES = st.sampled_from(["start", "step", "background", "views", "class"])
