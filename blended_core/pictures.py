@@ -84,8 +84,9 @@ def read_picture(path: Path) -> Picture:
     notes: list[str] = []
     name = path.name
     with _opened(path, "the picture") as image:
-        if getattr(image, "n_frames", 1) > 1:
-            notes.append(f"{name} holds {image.n_frames} frames; the first is edited.")
+        frames: int = getattr(image, "n_frames", 1)
+        if frames > 1:
+            notes.append(f"{name} holds {frames} frames; the first is edited.")
         # Pillow hands a 16-bit colour file over as 8-bit without a word; its decoder's raw mode still tells.
         deep = ";16" in _raw_mode(path)
         # A profile of greys or inks describes nothing in the RGB file that is written.
