@@ -32,6 +32,37 @@ if TYPE_CHECKING:
     from .pictures import Picture, read_mask, read_picture, to_uint8, write_png
     from .schedule import Schedule
 
+__all__ = [
+    "BlendedError",
+    "BlendedWarning",
+    "Candidate",
+    "ClipModel",
+    "DeviceContext",
+    "DiffusionConfig",
+    "DiffusionModel",
+    "Draws",
+    "EditOptions",
+    "EditResult",
+    "GuidanceOptions",
+    "Models",
+    "PRESETS",
+    "Picture",
+    "Prompt",
+    "Schedule",
+    "Step",
+    "blended_diffusion",
+    "edit_picture",
+    "load_clip",
+    "load_ddpm",
+    "load_perceptual",
+    "local_clip_guided_diffusion",
+    "preset",
+    "read_mask",
+    "read_picture",
+    "to_uint8",
+    "write_png",
+]
+
 _HOMES = {
     "checkpoints.load": ("load_ddpm",),
     "clip": ("ClipModel", "Prompt", "load_clip"),
@@ -57,8 +88,6 @@ _HOMES = {
     "schedule": ("Schedule",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -62,8 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     models = edit.add_argument_group("networks")
     models.add_argument("--ddpm", default="embedded", metavar="FILE", help="ADM checkpoint, .safetensors or .pt")
-    models.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the checkpoint, e.g. num_heads=4")
-    models.add_argument("--clip", default="embedded", metavar="MODEL[:WEIGHTS]", help="open_clip model with a tag or a file, e.g. ViT-B-16:openai")
+    models.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the checkpoint, e.g. num_heads=4"
+    )
+    models.add_argument(
+        "--clip", default="embedded", metavar="MODEL[:WEIGHTS]", help="open_clip model with a tag or a file, e.g. ViT-B-16:openai"
+    )
     models.add_argument("--lpips", default="auto", metavar="NET", help="network of D_bg: auto, embedded, vgg, alex or squeeze")
 
     method = edit.add_argument_group("method (where no default is named, the preset decides)")
@@ -97,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     area.add_argument("--crop", choices=("region", "squash"), help="a square around the mask, or the whole picture squashed")
     area.add_argument("--feather", type=int, metavar="PX", help="fade the edit in over this many pixels, inwards")
     area.add_argument("--ranking", choices=("corrected", "reference"))
-    area.add_argument("--enforce-background", action=argparse.BooleanOptionalAction, default=None, help="put the original back outside the mask")
+    area.add_argument(
+        "--enforce-background", action=argparse.BooleanOptionalAction, default=None, help="put the original back outside the mask"
+    )
     _shared(edit)
     return parser
 
@@ -209,7 +215,9 @@ def edit_command(args: argparse.Namespace) -> int:
         request = _request_from(args.from_report)
         given = {k for k, v in vars(args).items() if v != getattr(build_parser().parse_args(["edit"]), k)}
         if settings := sorted(given - {"from_report", "out", "overwrite", "animate", "debug", *_machine(args)}):
-            raise BlendedError(f"--from repeats a run with its own settings, so it cannot take others ({', '.join(settings)}); leave them out.")
+            raise BlendedError(
+                f"--from repeats a run with its own settings, so it cannot take others ({', '.join(settings)}); leave them out."
+            )
         request |= {k: v for k, v in _machine(args).items() if k in given}
         _claim(args.out, "edit" if not args.overwrite else None)
         return run(request, args.out, args.animate)
@@ -219,7 +227,9 @@ def edit_command(args: argparse.Namespace) -> int:
         raise BlendedError("no prompt was given; add --prompt TEXT, or --prompt '' to remove what the mask covers.")
     options = _options(args)
     if args.prompt_weight is not None and len(args.prompt_weight) != len(args.prompt):
-        raise BlendedError(f"{len(args.prompt)} prompts were given with {len(args.prompt_weight)} weights; give one --prompt-weight for each.")
+        raise BlendedError(
+            f"{len(args.prompt)} prompts were given with {len(args.prompt_weight)} weights; give one --prompt-weight for each."
+        )
     request = {
         "command": "edit",
         "image": str(args.image.resolve()),
@@ -290,7 +300,9 @@ def _claim(out: Path, command: str | None) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(report.read_text("utf-8"))["request"]["command"] == "demo":
                 return
-    raise BlendedError(f"{out} already holds the results of a run; choose another --out" + ("." if command == "demo" else ", or add --overwrite."))
+    raise BlendedError(
+        f"{out} already holds the results of a run; choose another --out" + ("." if command == "demo" else ", or add --overwrite.")
+    )
 
 
 def _request_from(path: Path) -> dict[str, Any]:
@@ -333,16 +345,14 @@ def _sha256(path: Path) -> str:
 
 def run(request: dict[str, Any], out: Path, animate: bool) -> int:
     """Carries out a request and writes its results; what is finished is kept if Ctrl-C ends it."""
-    from .edit import EditOptions, choose_region, edit, prepared_mask
+    from .edit import EditOptions, choose_region, edit_picture, prepared_mask
     from .pictures import mask_from_alpha, read_mask, read_picture
 
     began = time.perf_counter()
     options = EditOptions.from_dict(request["options"])
     picture = read_picture(Path(request["image"]))
-    if request["mask"] is None:
-        mask = mask_from_alpha(picture)
-    else:
-        mask = read_mask(Path(request["mask"]), picture.size, picture.notes)
+    given = request["mask"]
+    mask = mask_from_alpha(picture) if given is None else read_mask(Path(given), picture.size, picture.notes)
     for note in picture.notes:
         print(f"note: {note}", file=sys.stderr)
     import torch
@@ -366,7 +376,7 @@ def run(request: dict[str, Any], out: Path, animate: bool) -> int:
     writer = Writer(out, picture, request, options, models, animate)
     try:
         with writer.progress() as on_step:
-            result = edit(picture.tensor(), mask, prompt, models, options, on_step, writer.candidate)
+            result = edit_picture(picture.tensor(), mask, prompt, models, options, on_step, writer.candidate)
         interrupted = False
     except KeyboardInterrupt:
         if writer.result is None or not writer.files:
@@ -519,7 +529,11 @@ class Writer:
         tiles = []
         for c in result.candidates[:30]:
             first = f"#{c.rank}" if c.score.clip_distance is None else f"#{c.rank}   CLIP {c.score.clip_distance:.3f}"
-            second = f"candidate {c.index}" + ("" if c.score.gain is None else f" · gain {c.score.gain:+.3f}") + f" · seam {c.score.seam_energy:.3f}"
+            second = (
+                f"candidate {c.index}"
+                + ("" if c.score.gain is None else f" · gain {c.score.gain:+.3f}")
+                + f" · seam {c.score.seam_energy:.3f}"
+            )
             tiles.append((to_uint8(result.picture(c)), first, second))
         texts = [t for t in self.request["prompts"] if t.strip()]
         title = " + ".join(texts) if texts else "removal"

@@ -59,7 +59,7 @@ class DeviceContext:
     def place(self, network: nn.Module) -> nn.Module:
         """Moves a network here, in this layout; frozen, in evaluation mode."""
         network = network.to(self.device).eval().requires_grad_(False)
-        return network.to(memory_format=torch.channels_last) if self.channels_last else network  # type: ignore[call-overload, no-any-return]
+        return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
     def put(self, tensor: Tensor) -> Tensor:
         """A tensor on the device, as float32 if it is floating."""

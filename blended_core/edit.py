@@ -1,13 +1,14 @@
 """The edit: Algorithm 2 (blended diffusion), Algorithm 1 (local CLIP-guided diffusion), and what surrounds them.
 
 ``blended_diffusion`` and ``local_clip_guided_diffusion`` are the paper's loops, generators that yield every step, made of
-``noise_background``, ``guided_step`` and ``blend``, which the graph nodes call one by one. ``edit`` takes a whole picture
+``noise_background``, ``guided_step`` and ``blend``, which the graph nodes call one by one. ``edit_picture`` takes a whole picture
 through region, batches, paste and scores. Source: Avrahami, Lischinski, Fried, CVPR 2022.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -411,7 +412,7 @@ def choose_region(mask: Tensor, options: EditOptions, model: DiffusionModel) -> 
     return region_around(mask, model.image_size, options.context, options.soft)
 
 
-def edit(
+def edit_picture(
     picture: Tensor,
     mask: Tensor,
     prompt: Prompt | None,
@@ -506,7 +507,9 @@ def edit(
             candidate.rank = rank
         overflown = [str(c.index) for c in result.candidates if not c.edited.isfinite().all()]
         if overflown:
-            notes.append(f"Candidate {', '.join(overflown)} holds values that are not numbers, which came from the networks; try --dtype fp32.")
+            notes.append(
+                f"Candidate {', '.join(overflown)} holds values that are not numbers, which came from the networks; try --dtype fp32."
+            )
         elif guided:
             notes += explain(models, source, region_mask, prompt, result, strongest, broken, distances)
         lap("rank")
@@ -542,10 +545,8 @@ def explain(
     idle = options.guidance.scale == 0 or strongest < NEGLIGIBLE_SHIFT
     if gain is None or before is None or (gain >= NEGLIGIBLE_GAIN * before and not idle):
         return notes
-    step = None
-    for step in edit_steps(models, source, mask, None, options, Draws(options.seed), [best.index]):
-        pass
-    unguided = None if step is None else distances(finished(step, options))[0]
+    (last,) = deque(edit_steps(models, source, mask, None, options, Draws(options.seed), [best.index]), maxlen=1)
+    unguided = distances(finished(last, options))[0]
     if unguided is not None and best.score.clip_distance is not None and best.score.clip_distance < unguided - 0.02 * before:
         return notes
     reasons = []

@@ -66,13 +66,19 @@ def load_perceptual(context: DeviceContext, net: str = "auto", backbone: Path | 
             f"LPIPS '{net}' needs {BACKBONES[net]} in {path.parent}, and it is not there; put it there or use --lpips embedded."
         )
     network = _network(net)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    features = [v for k, v in weights.items() if k.startswith("features.")]
-    ours = list(network.net.named_parameters())
-    if len(features) < len(ours) or any(a.shape != b.shape for a, (_, b) in zip(features, ours, strict=False)):
-        raise BlendedError(f"{path} does not hold the weights of torchvision's {net} backbone for LPIPS.")
+    misfit = BlendedError(f"{path} does not hold the weights of torchvision's {net} backbone for LPIPS; fetch {BACKBONES[net]} again.")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged or foreign file makes torch raise almost anything
+        raise misfit from None
+    if not isinstance(weights, dict):
+        raise misfit
+    features = [v for k, v in weights.items() if str(k).startswith("features.")]
+    ours = list(network.get_submodule("net").parameters())
+    if len(features) != len(ours) or any(a.shape != b.shape for a, b in zip(features, ours, strict=True)):
+        raise misfit
     with torch.no_grad():
-        for value, (_, parameter) in zip(features, ours, strict=False):
+        for value, parameter in zip(features, ours, strict=True):
             parameter.copy_(value)
     return Perceptual(context.place(network), net)
 

@@ -129,7 +129,8 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> Float64:
         """ᾱ."""
-        return np.cumprod(1 - self.betas)
+        product: Float64 = np.cumprod(1 - self.betas)
+        return product
 
     @cached_property
     def alphas_cumprod_prev(self) -> Float64:
@@ -182,12 +183,14 @@ class Schedule:
     @cached_property
     def posterior_mean_coef1(self) -> Float64:
         """Weight of x_0 in the mean of q(x_{t−1} | x_t, x_0)."""
-        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        weight: Float64 = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        return weight
 
     @cached_property
     def posterior_mean_coef2(self) -> Float64:
         """Weight of x_t in the mean of q(x_{t−1} | x_t, x_0)."""
-        return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+        weight: Float64 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+        return weight
 
     def model_timestep(self, index: int) -> float:
         """What the network is told for an index: the original step, in units of a 1000-step process if rescaled."""

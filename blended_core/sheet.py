@@ -41,7 +41,14 @@ def show_mask(rgb: UInt8, mask: Tensor) -> UInt8:
 
 
 def contact_sheet(
-    path: Path, source: UInt8, mask: Tensor, results: Sequence[tuple[UInt8, str, str]], title: str, subtitle: str, columns: int = 4, highlight: bool = True
+    path: Path,
+    source: UInt8,
+    mask: Tensor,
+    results: Sequence[tuple[UInt8, str, str]],
+    title: str,
+    subtitle: str,
+    columns: int = 4,
+    highlight: bool = True,
 ) -> None:
     """Source, mask and results on one sheet.
 
@@ -56,7 +63,11 @@ def contact_sheet(
     height, width = source.shape[:2]
     scale = TILE / max(height, width)
     tile_w, tile_h = max(1, round(width * scale)), max(1, round(height * scale))
-    tiles = [(source, "source", f"{width} x {height}"), (show_mask(source, mask), "mask", f"{float((mask >= 0.5).float().mean()):.0%} of the picture"), *results]
+    tiles = [
+        (source, "source", f"{width} x {height}"),
+        (show_mask(source, mask), "mask", f"{float((mask >= 0.5).float().mean()):.0%} of the picture"),
+        *results,
+    ]
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     head = 84

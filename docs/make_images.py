@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from blended_core import DeviceContext, Models, edit, load_clip, load_ddpm, preset, to_uint8
+from blended_core import DeviceContext, Models, edit_picture, load_clip, load_ddpm, preset, to_uint8
 from blended_core.demo.world import demo_scene
 from blended_core.sheet import contact_sheet
 
@@ -23,11 +23,23 @@ def hero(models: Models) -> None:
     tiles = []
     for text in HERO:
         assert models.clip is not None
-        result = edit(picture, mask, models.clip.prompt(text), models, preset("best", steps="50", candidates=CANDIDATES, batch=3, seed=SEED))
+        result = edit_picture(
+            picture, mask, models.clip.prompt(text), models, preset("best", steps="50", candidates=CANDIDATES, batch=3, seed=SEED)
+        )
         best = result.candidates[0]
-        tiles.append((to_uint8(result.picture(best)), f"“{text}”", f"best of {CANDIDATES} by CLIP, distance {best.score.clip_distance:.3f}"))
+        tiles.append(
+            (to_uint8(result.picture(best)), f"“{text}”", f"best of {CANDIDATES} by CLIP, distance {best.score.clip_distance:.3f}")
+        )
         print(text, best.score)
-    contact_sheet(HERE / "hero.png", source, mask, tiles, "Blended diffusion", "one picture, one mask, six prompts, the embedded models", highlight=False)
+    contact_sheet(
+        HERE / "hero.png",
+        source,
+        mask,
+        tiles,
+        "Blended diffusion",
+        "one picture, one mask, six prompts, the embedded models",
+        highlight=False,
+    )
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from blended_core import cli
 from blended_core.blend import final_paste, paste_weights
 from blended_core.diffusion import DiffusionConfig, DiffusionModel
-from blended_core.edit import EditOptions, edit, paste, prepared_mask, preset
+from blended_core.edit import EditOptions, edit_picture, paste, prepared_mask, preset
 from blended_core.errors import BlendedError
 from blended_core.pictures import to_uint8
 from blended_core.rank import background_error
@@ -194,9 +194,9 @@ def test_an_edit_never_touches_the_outside(
     before = picture.clone(), mask.clone()
     if keep.all():
         with pytest.raises(BlendedError, match="mask is empty"):
-            edit(picture, mask, None, MODELS, options)
+            edit_picture(picture, mask, None, MODELS, options)
         return
-    result = edit(picture, mask, PROMPT if guided else None, MODELS, options)
+    result = edit_picture(picture, mask, PROMPT if guided else None, MODELS, options)
     assert len(result.candidates) == 2
     for candidate in result.candidates:
         pasted = result.picture(candidate)
@@ -212,7 +212,7 @@ def test_any_grey_counts_in_official() -> None:
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 2:9, 3:11] = 1 / 255
     picture = tiny.random_picture(16, 16)
-    result = edit(picture, mask, None, MODELS, preset("official", steps="2", candidates=1))
+    result = edit_picture(picture, mask, None, MODELS, preset("official", steps="2", candidates=1))
     pasted = result.picture(result.candidates[0])
     assert untouched(pasted, picture, mask == 0)
     assert (pasted != picture).any()
@@ -225,7 +225,7 @@ def test_a_broken_network_leaves_the_outside_alone(value: float) -> None:
     mask = torch.zeros(1, 1, 20, 33)
     mask[..., 3:9, 5:20] = 1
     picture = tiny.random_picture(20, 33)
-    result = edit(picture, mask, PROMPT, replace(MODELS, ddpm=broken), preset("best", steps="3", candidates=2, views=1, feather=1))
+    result = edit_picture(picture, mask, PROMPT, replace(MODELS, ddpm=broken), preset("best", steps="3", candidates=2, views=1, feather=1))
     for candidate in result.candidates:
         assert untouched(result.picture(candidate), picture, mask == 0)
         assert candidate.score.background_error == 0.0

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
 
 pytestmark = pytest.mark.skipif(
-    not (COMFYUI / "main.py").is_file(), reason="no ComfyUI was found by COMFYUI_PATH or in the home folder, so the pack was not tried in one"
+    not (COMFYUI / "main.py").is_file(),
+    reason="no ComfyUI was found by COMFYUI_PATH or in the home folder, so the pack was not tried in one",
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from blended_core import edit as edit_module
 from blended_core.augment import DISTORTION, ViewParameters, corners, draw_views, warp_views
 from blended_core.draws import MAX_SEED, Draws
-from blended_core.edit import EditResult, edit, preset
+from blended_core.edit import EditResult, edit_picture, preset
 from blended_core.errors import BlendedError
 
 from . import tiny
@@ -185,7 +185,7 @@ def run(
     mask[..., 4:16, 5:19] = 1
     options = preset("best", **{"steps": "4", "candidates": candidates, "batch": batch, "views": 3, "scale": 100.0, **changes})
     prompt = MODELS.clip.prompt("tree") if MODELS.clip else None
-    return edit(tiny.random_picture(20, 24), mask, prompt, MODELS, options), seen
+    return edit_picture(tiny.random_picture(20, 24), mask, prompt, MODELS, options), seen
 
 
 def by_number(result: EditResult) -> dict[int, Tensor]:

@@ -26,7 +26,7 @@ from blended_core.edit import (
     EditOptions,
     Step,
     class_labels,
-    edit,
+    edit_picture,
     edit_steps,
     guided_step,
     noise_background,
@@ -110,7 +110,7 @@ def test_one_forward_and_the_backward_that_was_asked_for(
 def test_a_whole_edit_runs_the_network_once_a_step(model: DiffusionModel) -> None:
     watched, network = counted(model)
     options = preset("best", steps="6", strength=0.5, views=2, candidates=4, batch=2)
-    edit((SOURCE + 1) / 2, MASK, None, replace(tiny.tiny_models(), ddpm=watched), options)
+    edit_picture((SOURCE + 1) / 2, MASK, None, replace(tiny.tiny_models(), ddpm=watched), options)
     assert network.forwards == 3 * 2
     assert network.backwards == 0, "a removal needs no gradient"
     network.forwards = 0
@@ -343,7 +343,7 @@ def test_algorithm_1_blends_nothing() -> None:
     picture = (SOURCE + 1) / 2
     outside = (MASK == 0).expand_as(picture)
     for enforce, kept in ((None, False), (False, False), (True, True)):
-        result = edit(picture, MASK, PROMPT, models, replace(options, enforce_background=enforce, candidates=1))
+        result = edit_picture(picture, MASK, PROMPT, models, replace(options, enforce_background=enforce, candidates=1))
         pasted = result.picture(result.candidates[0])
         assert bool((pasted[outside] == picture[outside]).all()) is kept
         assert (result.candidates[0].score.background_error == 0) is kept
@@ -405,7 +405,7 @@ def test_a_loop_with_a_perfect_network_ends_at_its_picture(objective: str, sampl
     truth = tiny.random_picture(SIZE, SIZE, seed=99) * 2 - 1
     models = tiny.tiny_models(tiny.oracle_model(truth, objective))
     options = preset("best", steps="12", strength=1.0, sampler=sampler, eta=eta, output=output, candidates=1, context=1.0)
-    result = edit((SOURCE + 1) / 2, MASK, None, models, options)
+    result = edit_picture((SOURCE + 1) / 2, MASK, None, models, options)
     expected = torch.where(MASK > 0, (truth + 1) / 2, (SOURCE + 1) / 2)
     assert torch.allclose(result.picture(result.candidates[0]), expected, atol=2e-3)
 
@@ -640,9 +640,9 @@ def test_options_are_checked() -> None:
 
 def test_shapes_are_checked(models: Any) -> None:
     with pytest.raises(BlendedError, match="one RGB picture"):
-        edit(torch.zeros(1, 4, 8, 8), torch.ones(1, 1, 8, 8), None, models)
+        edit_picture(torch.zeros(1, 4, 8, 8), torch.ones(1, 1, 8, 8), None, models)
     with pytest.raises(BlendedError, match="of the same size"):
-        edit(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 9), None, models)
+        edit_picture(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 9), None, models)
 
 
 # --- ranking and notes ------------------------------------------------------------------------------------------------
@@ -656,7 +656,7 @@ def test_ranking() -> None:
 
 def test_candidates_come_best_first() -> None:
     options = preset("best", steps="8", views=1, candidates=6, batch=4)
-    result = edit((SOURCE + 1) / 2, MASK, PROMPT, tiny.tiny_models(tiny.gaussian_model()), options)
+    result = edit_picture((SOURCE + 1) / 2, MASK, PROMPT, tiny.tiny_models(tiny.gaussian_model()), options)
     distances = [c.score.clip_distance for c in result.candidates]
     assert distances == sorted(distances) and len(set(distances)) == 6  # type: ignore[type-var]
     assert [c.rank for c in result.candidates] == [1, 2, 3, 4, 5, 6]
@@ -678,7 +678,7 @@ def test_seam_energy_sees_a_seam() -> None:
 
 def note_of(**changes: Any) -> list[str]:
     models = tiny.tiny_models(tiny.gaussian_model())
-    result = edit((SOURCE + 1) / 2, MASK, PROMPT, models, preset("best", **{"steps": "40", "views": 1, "candidates": 2, **changes}))
+    result = edit_picture((SOURCE + 1) / 2, MASK, PROMPT, models, preset("best", **{"steps": "40", "views": 1, "candidates": 2, **changes}))
     return result.notes
 
 
@@ -695,7 +695,7 @@ def test_an_edit_that_worked_says_nothing() -> None:
 
 
 def test_a_removal_says_nothing_of_guidance() -> None:
-    result = edit((SOURCE + 1) / 2, MASK, None, tiny.tiny_models(), preset("best", steps="3", candidates=2))
+    result = edit_picture((SOURCE + 1) / 2, MASK, None, tiny.tiny_models(), preset("best", steps="3", candidates=2))
     assert result.notes == [] and result.source_distance is None
     assert [c.score.clip_distance for c in result.candidates] == [None, None]
     assert [c.index for c in result.candidates] == [0, 1]

@@ -122,7 +122,9 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     source, mask = demo_scene()
     Image.fromarray(source).save(tmp_path / "photo.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    quick = block.replace("candidates=4", 'candidates=1, steps="4", views=2').replace("import DeviceContext", "import to_uint8, DeviceContext")
+    quick = block.replace("candidates=4", 'candidates=1, steps="4", views=2').replace(
+        "import DeviceContext", "import to_uint8, DeviceContext"
+    )
     assert quick != block
     script = tmp_path / "example.py"
     script.write_text(quick + "\nimport numpy\nnumpy.save('best.npy', to_uint8(best))\n", "utf-8")

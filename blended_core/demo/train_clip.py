@@ -61,7 +61,8 @@ def soft_mask(rng: np.random.Generator, box: tuple[float, float, float, float]) 
     yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE + 0.5 / SIDE
     u, v = np.abs(2 * xx - x0 - x1) / max(x1 - x0, 1e-3), np.abs(2 * yy - y0 - y1) / max(y1 - y0, 1e-3)
     power = float(rng.choice([2.0, 4.0, 16.0]))
-    return ((u**power + v**power) <= 1).astype(np.float32)
+    inside: np.ndarray = ((u**power + v**power) <= 1).astype(np.float32)
+    return inside
 
 
 def coverage(mask: np.ndarray, placed: Placed) -> float:
@@ -87,7 +88,9 @@ class Examples:
         rng = self.rng
         for _ in range(renew):
             self.pool[int(rng.integers(len(self.pool)))] = self._scene()
-        pictures, masks, truths = [], [], []
+        pictures: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        truths: list[tuple[frozenset[str], str]] = []
         while len(pictures) < batch:
             scene, picture = self.pool[int(rng.integers(len(self.pool)))]
             mask = np.ones((SIDE, SIDE), np.float32)
@@ -241,7 +244,7 @@ def main() -> None:
         text = model.encode_text(tokens([c.text for c in captions]), normalize=True)
         loss = matching_loss(model.logit_scale.exp() * text @ image.T, truth_matrix(captions, truths).to(device))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():

@@ -89,7 +89,7 @@ def main() -> None:
         features = metric.net.forward(metric.scaling_layer(x))[-1]
         loss = F.binary_cross_entropy_with_logits(head(features.mean((2, 3))), targets(truths))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average = loss.item() if not step else 0.98 * average + 0.02 * loss.item()

@@ -18,6 +18,7 @@ from PIL import Image
 from ..errors import BlendedError
 
 SIDE = 64  # pixels of a training scene
+CENTRE = 5 / SIDE  # how far from the middle a centred object may stand
 SPRITE_SIDE = 96
 SHEET_COLUMNS = 4
 SPRITES_PATH = Path(__file__).with_name("data") / "sprites.png"
@@ -160,7 +161,8 @@ def draw_background(scene: Scene, width: int = SIDE, height: int = SIDE) -> Floa
             r = max(1, round(height / SIDE))
             picture[py : py + r, px : px + r] += 0.3 + 0.5 * brightness
     shade = 1 + 0.06 * rng.uniform(-1, 1)
-    return np.clip(picture * shade, 0, 1).astype(np.float32)
+    shaded: FloatImage = np.clip(picture * shade, 0, 1).astype(np.float32)
+    return shaded
 
 
 def render(scene: Scene, width: int = SIDE, height: int = SIDE) -> UInt8Image:
@@ -186,6 +188,7 @@ def random_scene(
     objects: int | None = None,
     names: Sequence[str] | None = None,
     size: tuple[float, float] = (30 / SIDE, 46 / SIDE),
+    centred: float = 0.0,
 ) -> Scene:
     """A scene from the generator: one object mostly, none in a tenth, two smaller ones in a twentieth of all cases.
 
@@ -194,6 +197,7 @@ def random_scene(
         objects: 0, 1 or 2 to fix their number.
         names: objects to choose from (default: all).
         size: range of an object's side as a fraction of the scene's, for scenes with one object.
+        centred: probability that a single object stands near the middle, as it does in a region cut out around a mask.
     """
     if objects is None:
         objects = int(rng.choice(3, p=(0.1, 0.85, 0.05)))
@@ -202,12 +206,16 @@ def random_scene(
     placed = []
     for i in range(objects):
         side = float(rng.uniform(*size) if objects == 1 else rng.uniform(26 / SIDE, 30 / SIDE))
-        x_range = (side / 2, 1 - side / 2) if objects == 1 else (i / 2 + side / 2, (i + 1) / 2 - side / 2)
+        x_range = y_range = (side / 2, 1 - side / 2)
+        if objects > 1:
+            x_range = (i / 2 + side / 2, (i + 1) / 2 - side / 2)
+        elif centred and rng.uniform() < centred:
+            x_range = y_range = (0.5 - CENTRE, 0.5 + CENTRE)
         placed.append(
             Placed(
                 name=pool[int(rng.integers(len(pool)))],
                 x=float(rng.uniform(min(x_range), max(x_range))),
-                y=float(rng.uniform(side / 2, 1 - side / 2)),
+                y=float(rng.uniform(*y_range)),
                 size=side,
             )
         )
