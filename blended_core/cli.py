@@ -87,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     guide.add_argument("--guidance-scale", dest="scale", type=float, metavar="λ", help="weight of the CLIP loss")
     guide.add_argument("--range-scale", type=float, metavar="λ", help="weight of the range loss")
     guide.add_argument("--lambda", dest="background_scale", type=float, metavar="λ", help="weight of D_bg in Algorithm 1")
+    guide.add_argument("--lpips-scale", type=float, metavar="λ", help="weight of LPIPS in the reference code's D_bg (--preset official)")
+    guide.add_argument("--l2-scale", type=float, metavar="λ", help="weight of its squared error")
     guide.add_argument("--gradient", choices=("unet", "x0"), help="through the UNet, or with respect to x̂0 alone (fast)")
     guide.add_argument("--clip-input", choices=("x0", "mixed"), help="what CLIP sees")
     guide.add_argument("--distance", choices=("spherical", "spherical_unclamped", "cosine"))

@@ -129,8 +129,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> Float64:
         """ᾱ."""
-        product: Float64 = np.cumprod(1 - self.betas)
-        return product
+        return np.cumprod(1 - self.betas, dtype=np.float64)
 
     @cached_property
     def alphas_cumprod_prev(self) -> Float64:
@@ -178,7 +177,8 @@ class Schedule:
         """log β̃ with index 0 replaced by index 1's, for it would be −∞."""
         variance = self.posterior_variance
         first = variance[1] if len(variance) > 1 else self.betas[0]
-        return np.log(np.append(first, variance[1:]))
+        logarithm: Float64 = np.log(np.append(first, variance[1:]))
+        return logarithm
 
     @cached_property
     def posterior_mean_coef1(self) -> Float64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_embedded_distance_grows_with_noise_and_is_zero_of_itself(hub: Path) -> 
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     distances = [perceptual(x, x + level * noise) for level in (0.0, 0.05, 0.2, 0.6)]
     assert distances[0].abs().max() < 1e-6
-    assert all((a < b).all() for a, b in zip(distances, distances[1:], strict=False))
+    assert all((a < b).all() for a, b in itertools.pairwise(distances))
     assert distances[0].shape == (3,)
 
 
