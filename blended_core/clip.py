@@ -87,13 +87,11 @@ class ClipModel:
         return Prompt(tuple(t for t, _ in kept), tuple(w for _, w in kept), self.encode_tokens(tokens))
 
     def _warn_about(self, text: str) -> None:
-        encode = getattr(self.tokenizer, "encode", None)
-        if encode is None:
-            return
+        encode, decode = self._coder()
         ids = list(encode(text))
-        room = self.context_length - 2
+        room = self.context_length - 2  # start and end take two
         if len(ids) > room:
-            cut = self.tokenizer.decode(ids[room:]).strip()
+            cut = decode(ids[room:]).strip()
             warnings.warn(
                 f"the prompt has {len(ids)} tokens and {self.name} reads {room}; it was cut before «{cut}».", BlendedWarning, stacklevel=3
             )
@@ -109,10 +107,17 @@ class ClipModel:
                     stacklevel=3,
                 )
 
-    @torch.no_grad()
+    def _coder(self) -> tuple[Any, Any]:
+        """(text → ids without start and end, ids → text); open_clip's own tokenizers and those of Hugging Face differ."""
+        if hasattr(self.tokenizer, "encode"):
+            return self.tokenizer.encode, self.tokenizer.decode
+        inner = self.tokenizer.tokenizer
+        return lambda text: inner.encode(text, add_special_tokens=False), inner.decode
+
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """[P, context_length] ids → [P, D] float32, not normalised."""
-        out: Tensor = self.model.encode_text(tokens).float()  # type: ignore[operator]
+        """[P, context_length] ids → [P, D] float32, not normalised; usable in a gradient also if made in inference mode."""
+        with torch.inference_mode(False), torch.no_grad():
+            out: Tensor = self.model.encode_text(tokens.clone()).float()  # type: ignore[operator]
         return out
 
     def encode_normalised(self, pictures: Tensor) -> Tensor:
@@ -126,20 +131,22 @@ class ClipModel:
         return self.encode_normalised(((pictures + 1) / 2 - self.mean.to(pictures)) / self.std.to(pictures))
 
 
-def load_clip(context: DeviceContext, spec: str = "embedded", cache_dir: Path | None = None) -> ClipModel:
+def load_clip(context: DeviceContext, spec: str = "embedded") -> ClipModel:
     """A CLIP by name.
 
     Args:
         context: where it runs.
         spec: 'embedded'; ``MODEL:TAG`` of open_clip (``ViT-B-16:openai``; weights that are not on this computer are
             downloaded by open_clip, because the tag asks for them); or ``MODEL:FILE`` with a local file of weights.
-        cache_dir: where open_clip keeps downloads (default: its own).
 
     Raises:
         BlendedError: for an unknown model or tag, a file that is absent or does not fit, or a failed download.
     """
-    if spec == "embedded":
-        return _embedded(context)
+    with context.autograd():
+        return _embedded(context) if spec == "embedded" else _open_clip(context, spec)
+
+
+def _open_clip(context: DeviceContext, spec: str) -> ClipModel:
     import open_clip
 
     name, _, weights = spec.partition(":")
@@ -159,15 +166,21 @@ def load_clip(context: DeviceContext, spec: str = "embedded", cache_dir: Path | 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            quick = {"force_quick_gelu": True} if weights == "openai" else {}
-            model, _, _ = open_clip.create_model_and_transforms(
-                name, pretrained=weights, cache_dir=str(cache_dir) if cache_dir else None, **quick
-            )
+            # Some weights were trained with another activation than the model's configuration names; only their own entry tells.
+            known = open_clip.get_pretrained_cfg(name, weights) if weights in tags else {}
+            quick = {"force_quick_gelu": True} if known.get("quick_gelu") else {}
+            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=weights, **quick)
     except Exception as error:  # open_clip passes on whatever its downloader or torch raised
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BlendedError(
             f"open_clip could not load {spec}: {first}. Without a network, give the weights as a file: --clip {name}:FILE."
         ) from error
+    if weights not in tags and f"{name}-quickgelu" in open_clip.list_models():
+        warnings.warn(
+            f"a file does not say which activation it was trained with; for weights of OpenAI, MetaCLIP or DFN write {name}-quickgelu:FILE.",
+            BlendedWarning,
+            stacklevel=4,
+        )
     tokenizer = open_clip.get_tokenizer(name)
     visual = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, (tuple, list)) else int(visual.image_size)

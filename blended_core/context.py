@@ -30,7 +30,8 @@ class DeviceContext:
         """A context by name.
 
         Args:
-            device: 'auto' (CUDA, then MPS, then the CPU) or any name torch knows, e.g. 'cuda:1'.
+            device: 'auto' (CUDA if there is one, else the CPU) or any name torch knows, e.g. 'cuda:1' or 'mps'. MPS has to
+                be asked for: before torch 2.13 it lacks the backward pass of warping that guidance needs.
             dtype: 'fp32', 'bf16', 'fp16' or 'auto': float32 on CPU and MPS; on CUDA bfloat16 where it is native, else
                 float16.
 
@@ -38,8 +39,7 @@ class DeviceContext:
             BlendedError: if the device does not exist here.
         """
         if device == "auto":
-            mps = torch.backends.mps.is_available()
-            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             chosen = torch.device(device)
             torch.zeros(1, device=chosen)

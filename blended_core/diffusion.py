@@ -166,7 +166,7 @@ def ddim_step(x_t: Tensor, x0: Tensor, index: int | Tensor, noise: Tensor | None
 
 
 def ddim_reverse_step(x_t: Tensor, x0: Tensor, index: int | Tensor, schedule: Schedule) -> Tensor:
-    """One deterministic step towards more noise: the inverse of :func:`ddim_step` with eta 0."""
+    """One deterministic step towards more noise, the inverse of :func:`ddim_step` with eta 0; for inverting a picture."""
     eps = predict_eps(x_t, x0, index, schedule)
     following = schedule.alphas_cumprod_next
     return x0 * coefficient(np.sqrt(following), index, x_t) + coefficient(np.sqrt(1 - following), index, x_t) * eps

@@ -23,10 +23,10 @@ from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
 from .draws import Draws, Source
 from .errors import BlendedError
 from .guidance import GuidanceOptions, guided_prediction
-from .losses import Perceptual
+from .losses import PerceptualDistance
 from .rank import Score, background_error, clip_distance, clip_distance_reference, ranking, seam_energy
 from .region import Region, WholePicture, bounds, region_around
-from .schedule import CLEAN, Schedule
+from .schedule import CLEAN, Schedule, check_respacing
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ class EditOptions:
             raise BlendedError(f"eta is {self.eta}; give a number from 0 (deterministic) to 1.")
         if self.feather < 0:
             raise BlendedError(f"feather is {self.feather}; give a number of pixels, 0 for none.")
+        if not self.context >= 1:
+            raise BlendedError(f"context is {self.context}; give 1 (the mask alone) or more, 1.6 is usual.")
+        check_respacing(self.steps)
         Draws(self.seed)
 
     @property
@@ -184,8 +187,16 @@ class Models:
 
     ddpm: DiffusionModel
     clip: ClipModel | None = None
-    perceptual: Perceptual | None = None
+    perceptual: PerceptualDistance | None = None
     context: DeviceContext = field(default_factory=DeviceContext)
+
+    def __post_init__(self) -> None:
+        first = next(self.ddpm.network.parameters(), None)
+        if first is not None and first.device.type != self.context.device.type:
+            raise BlendedError(
+                f"the diffusion model is on {first.device} and the context says {self.context.device}; give the one it was loaded "
+                "with: Models(…, context=context)."
+            )
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,8 @@ class Step:
         done, total: steps.
         x: the sample at that level [B, C, H, W]; x0: x̂0 before it was noised again.
         clip_distance: mean distance of the views [B], or None.
-        shift: how far guidance moved the step's mean, over the step's own noise; 0 without guidance.
+        shift: root mean square by which guidance moved the step, in units of noise: of the step's own (DDPM), or of ε (DDIM);
+            0 without guidance.
         broken: images whose gradient was not finite and was left out.
         gradient: that of minus the loss [B, C, H, W], or None without guidance.
     """
@@ -218,7 +230,7 @@ class Step:
 def noise_background(
     source: Tensor, level: int, schedule: Schedule, draws: Source, images: Sequence[int], purpose: str = "background", shared: bool = False
 ) -> Tensor:
-    """The source noised to a level, one draw for each image (or one for all); [1, C, H, W] → [B, C, H, W].
+    """The source noised to a level, one draw for each image (or one for all); [1, C, H, W] in −1..1 → [B, C, H, W].
 
     ``purpose`` is 'start' for the beginning of an edit and 'background' for blending. At CLEAN it is the source itself.
     """
@@ -230,15 +242,28 @@ def noise_background(
 
 
 def reference_index(index: int, schedule: Schedule) -> int:
-    """The index that the reference code recovers from a timestep: exact for even respacing only (METHOD row 12)."""
+    """The index that the reference code recovers from a timestep: exact for even respacing only (METHOD row 12).
+
+    Its 1000 is the length of the processes that it was written for. Raises BlendedError where that leads out of a schedule.
+    """
     timestep = torch.tensor(schedule.model_timestep(index), dtype=torch.float32)
-    return int((timestep * (len(schedule) / 1000)).long())
+    found = int((timestep * (len(schedule) / 1000)).long())
+    if not 0 <= found < len(schedule):
+        raise BlendedError(
+            f"the reference code's look-up gives index {found} of {len(schedule)} for timestep {float(timestep):g}: it was made for "
+            "processes of 1000 steps. Use index_lookup 'exact' (any preset but official)."
+        )
+    return found
 
 
 def class_labels(
     model: DiffusionModel, choice: str | int, index: int, draws: Source, images: Sequence[int], device: torch.device
 ) -> Tensor | None:
-    """Labels of a step as :meth:`UNet.forward` takes them; None for an unconditional model."""
+    """Labels of a step as :meth:`UNet.forward` takes them.
+
+    None for an unconditional model; for 'zero' an embedding of zeros [B, label_dim] float32; else class indices [B] int64.
+    Raises BlendedError for a class that the model does not have.
+    """
     if model.num_classes is None:
         return None
     if choice == "zero":
@@ -264,7 +289,18 @@ def guided_step(
 ) -> Step:
     """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a DDPM or DDIM step. Nothing is blended.
 
-    ``mask`` [1, 1, H, W] is what CLIP sees; ``source`` is needed where D_bg is on.
+    Args:
+        models, schedule, options, draws: the edit that this is a step of.
+        x: [B, C, H, W] at ``index``; images: the candidates that its rows are.
+        prompt: None or empty: no guidance.
+        mask: [1, 1, H, W], 1 = what CLIP sees.
+        source: [1, C, H, W] in −1..1, needed where D_bg is on.
+
+    Returns:
+        The step, its ``done`` and ``total`` left at 0.
+
+    Raises:
+        BlendedError: if a network is missing that the options need, or the class does not exist.
     """
     guidance, model = options.guidance, models.ddpm
     labels = class_labels(model, options.class_choice, index, draws, images, x.device)
@@ -382,8 +418,15 @@ class EditResult:
     notes: list[str]
     seconds: dict[str, float]
 
+    def rank(self) -> None:
+        """Sorts the candidates, best first, and numbers them."""
+        order = ranking([c.score.clip_distance for c in self.candidates])
+        self.candidates = [self.candidates[i] for i in order]
+        for rank, candidate in enumerate(self.candidates, 1):
+            candidate.rank = rank
+
     def picture(self, candidate: Candidate) -> Tensor:
-        """A candidate at the original's size [1, C, H, W] in 0..1, pasted."""
+        """A candidate at the original's size [1, C, H, W] in 0..1 on the CPU, pasted."""
         return paste(candidate.edited, self.original, self.mask, self.region, self.options)
 
 
@@ -461,6 +504,10 @@ def edit_picture(
         size = models.ddpm.image_size
         source = context.put(region.cut(original, size) * 2 - 1)
         region_mask = context.put(region.cut_mask(used, size, options.soft))
+        if not bool((region_mask > 0).any()):
+            raise BlendedError(
+                f"nothing of the mask is left when the whole picture is squashed to {size}×{size}; use the crop 'region' (--crop region)."
+            )
         seen = (region_mask > 0).to(region_mask) if options.soft else region_mask
         notes: list[str] = []
         guided = prompt is not None and len(prompt) > 0
@@ -501,10 +548,7 @@ def edit_picture(
                 if on_candidate is not None:
                     on_candidate(candidate, result)
                     lap("write")
-        order = ranking([c.score.clip_distance for c in result.candidates])
-        result.candidates = [result.candidates[i] for i in order]
-        for rank, candidate in enumerate(result.candidates, 1):
-            candidate.rank = rank
+        result.rank()
         overflown = [str(c.index) for c in result.candidates if not c.edited.isfinite().all()]
         if overflown:
             notes.append(
@@ -543,11 +587,11 @@ def explain(
         )
     gain, before = best.score.gain, result.source_distance
     idle = options.guidance.scale == 0 or strongest < NEGLIGIBLE_SHIFT
-    if gain is None or before is None or (gain >= NEGLIGIBLE_GAIN * before and not idle):
+    if gain is None or before is None or (gain >= NEGLIGIBLE_GAIN * abs(before) and not idle):
         return notes
     (last,) = deque(edit_steps(models, source, mask, None, options, Draws(options.seed), [best.index]), maxlen=1)
     unguided = distances(finished(last, options))[0]
-    if unguided is not None and best.score.clip_distance is not None and best.score.clip_distance < unguided - 0.02 * before:
+    if unguided is not None and best.score.clip_distance is not None and best.score.clip_distance < unguided - 0.02 * abs(before):
         return notes
     reasons = []
     if options.guidance.scale == 0:

@@ -13,7 +13,7 @@ from .augment import ViewParameters, warp_views
 from .clip import ClipModel, Prompt
 from .diffusion import DiffusionModel, Prediction
 from .errors import BlendedError
-from .losses import DISTANCES, Perceptual, clamp_rows, d_background, d_background_reference, d_clip, finite_rows, range_loss
+from .losses import DISTANCES, PerceptualDistance, clamp_rows, d_background, d_background_reference, d_clip, finite_rows, range_loss
 from .schedule import Schedule
 
 
@@ -153,7 +153,7 @@ def guided_prediction(
     prompt: Prompt | None,
     mask: Tensor,
     source: Tensor | None = None,
-    perceptual: Perceptual | None = None,
+    perceptual: PerceptualDistance | None = None,
     views: ViewParameters | None = None,
     labels: Tensor | None = None,
 ) -> Guided:

@@ -12,7 +12,7 @@ from .errors import BlendedError
 
 DISTANCES = ("spherical", "spherical_unclamped", "cosine")
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
+PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
 """Two pictures [B, 3, H, W] in −1..1 → a distance for each, [B]."""
 
 
@@ -40,14 +40,14 @@ def range_loss(x0: Tensor) -> Tensor:
     return (x0 - x0.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
 
 
-def d_background(x: Tensor, source: Tensor, mask: Tensor, perceptual: Perceptual) -> Tensor:
+def d_background(x: Tensor, source: Tensor, mask: Tensor, perceptual: PerceptualDistance) -> Tensor:
     """½ (MSE + LPIPS) of what lies outside the mask, both pictures masked alike; → [B]. (Paper, eq. 6.)"""
     outside = 1 - mask
     a, b = x * outside, (source * outside).expand_as(x)
     return 0.5 * ((a - b).square().mean(dim=(1, 2, 3)) + perceptual(a, b))
 
 
-def d_background_reference(x: Tensor, source: Tensor, mask: Tensor, perceptual: Perceptual, lpips_scale: float, l2_scale: float) -> Tensor:
+def d_background_reference(x: Tensor, source: Tensor, mask: Tensor, perceptual: PerceptualDistance, lpips_scale: float, l2_scale: float) -> Tensor:
     """The reference code's background loss, already weighted (METHOD row 6); → one number for the whole batch.
 
     Only the prediction is masked, and the MSE averages over the batch, so images influence one another.

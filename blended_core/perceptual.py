@@ -58,8 +58,11 @@ def load_perceptual(context: DeviceContext, net: str = "auto", backbone: Path | 
     if net == "auto":
         present = [n for n in BACKBONES if (hub_folder() / BACKBONES[n]).is_file()]
         net = present[0] if present and backbone is None else "embedded" if backbone is None else "vgg"
-    if net == "embedded":
-        return _embedded(context)
+    with context.autograd():
+        return _embedded(context) if net == "embedded" else _published(context, net, backbone)
+
+
+def _published(context: DeviceContext, net: str, backbone: Path | None) -> Perceptual:
     path = backbone or hub_folder() / BACKBONES[net]
     if not path.is_file():
         raise BlendedError(

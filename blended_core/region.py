@@ -61,7 +61,9 @@ class Region:
         half = (small >= THRESHOLD).to(mask.dtype)
         touched = (small > 0).to(mask.dtype)
         thin = half.sum(dim=(1, 2, 3), keepdim=True) < 0.5 * small.sum(dim=(1, 2, 3), keepdim=True)
-        lost = touched * (1 - F.max_pool2d(half, 3, 1, 1))  # no neighbour stands for it
+        # A pixel is lost if nothing near it stands for it; enlarging spreads a mask's edge over size/side pixels.
+        reach = max(1, math.ceil(size / self.side))
+        lost = touched * (1 - F.max_pool2d(half, 2 * reach + 1, 1, reach))
         return torch.where(thin, touched, torch.maximum(half, lost))
 
     def put_back(self, edited: Tensor, picture: Tensor) -> Tensor:

@@ -86,6 +86,13 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
     return sorted(set(kept_steps))
 
 
+def check_respacing(respacing: str | int) -> None:
+    """Raises BlendedError if a respacing is not understood, whatever the process."""
+    text = str(respacing).strip()
+    for part in [text[4:]] if text.startswith("ddim") else text.split(","):
+        _count(part, text)
+
+
 def _count(text: str, whole: str) -> int:
     try:
         count = int(text)
@@ -205,10 +212,6 @@ class Schedule:
         if not 0 < strength <= 1:
             raise BlendedError(f"strength is {strength}; give a number above 0 and at most 1 (0.75 is usual).")
         return max(1, math.floor(strength * len(self) + 0.5)) - 1
-
-    def signal_to_noise(self, index: int) -> float:
-        """ᾱ/(1−ᾱ) of an index; infinite for CLEAN."""
-        return math.inf if index == CLEAN else float(self.alphas_cumprod[index] / (1 - self.alphas_cumprod[index]))
 
 
 @lru_cache(maxsize=32)

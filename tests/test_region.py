@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blended_core.edit import choose_region, preset
+from blended_core.edit import choose_region, edit_picture, preset
 from blended_core.errors import BlendedError
 from blended_core.region import SMALLEST, SNAP, Region, WholePicture, bounds, region_around
 
@@ -190,3 +192,31 @@ def test_squash_takes_the_whole_picture() -> None:
     same = WholePicture(16, 16)
     square = tiny.random_picture(16, 16)
     assert torch.equal(same.put_back(same.cut(square, 16), square), square)
+
+
+@pytest.mark.parametrize(("model", "side", "width"), [(256, 64, 25), (256, 110, 45), (64, 16, 5), (64, 50, 20)])
+def test_an_enlarged_mask_has_no_ring_around_it(model: int, side: int, width: int) -> None:
+    """Bilinear enlarging leaves faint pixels beyond the edge; they are no islands of their own."""
+    mask = torch.zeros(1, 1, side, side)
+    start = (side - width) // 2
+    mask[..., start : start + width, start : start + width] = 1
+    region = Region(0, 0, side, side, side)
+    row = region.cut_mask(mask, model)[0, 0, model // 2]
+    changes = int((row[1:] != row[:-1]).sum())
+    assert changes == 2, f"{changes} edges in a row that crosses one block"
+    assert abs(float(row.sum()) - width * model / side) <= 2
+
+
+def test_a_mask_lost_by_squashing_is_a_sentence() -> None:
+    picture, mask = torch.rand(1, 3, 90, 160), torch.zeros(1, 1, 90, 160)
+    mask[..., 1, 1] = 1
+    with pytest.raises(BlendedError, match="nothing of the mask is left"):
+        edit_picture(picture, mask, None, tiny.tiny_models(), preset("official", steps="2", candidates=1))
+    result = edit_picture(picture, mask, None, tiny.tiny_models(), preset("official", steps="2", candidates=1, crop="region"))
+    assert len(result.candidates) == 1
+
+
+@pytest.mark.parametrize("changes", [{"steps": "lots"}, {"steps": "ddim0"}, {"context": 0.5}, {"context": float("nan")}])
+def test_options_are_checked_when_they_are_made(changes: dict[str, Any]) -> None:
+    with pytest.raises(BlendedError):
+        preset("best", **changes)

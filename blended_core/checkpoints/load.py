@@ -68,7 +68,7 @@ def load_ddpm(context: DeviceContext, path: Path | str = "embedded", overrides: 
         BlendedWarning: if settings that change the pictures had to be guessed.
     """
     file = open_checkpoint(path)
-    with _about(file.path):
+    with _about(file.path), context.autograd():
         found = _detect(file, overrides)
         unet = _blueprint(found.unet).set_compute_dtype(context.dtype)
         _compare(unet, strip_prefix(file.shapes, found.prefix))
@@ -78,11 +78,12 @@ def load_ddpm(context: DeviceContext, path: Path | str = "embedded", overrides: 
         unet.load_state_dict(state, assign=True)
         model = DiffusionModel.from_unet(context.place(unet), found.diffusion)
         model.found = found
-    if found.family is None and found.guessed:
+    if found.guessed:
         guesses = ", ".join(f"{name} {found.settings[name][0]}" for name in found.guessed)
+        what = "is of no known family" if found.family is None else f"belongs to a family that differs in some settings ({found.family})"
         warnings.warn(
-            f"{file.path.name} is of no known family, and its weights do not tell everything: guessed are {guesses}. If the "
-            "pictures are only noise or colours, set these.",
+            f"{file.path.name} {what}, and its weights do not tell everything: guessed are {guesses}. If the pictures are only "
+            "noise or colours, set these.",
             BlendedWarning,
             stacklevel=2,
         )

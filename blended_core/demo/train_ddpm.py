@@ -89,13 +89,12 @@ def training_loss(model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, schedu
     out, fraction = model(x_t, t.to(x0.device).float()).float().chunk(2, dim=1)
     mse = F.mse_loss(out, a * noise - s * x0)
 
-    c1, c2 = at(schedule.posterior_mean_coef1), at(schedule.posterior_mean_coef2)
+    c1 = at(schedule.posterior_mean_coef1)
     predicted_x0 = (a * x_t - s * out).detach()
     low, high = at(schedule.posterior_log_variance_clipped), at(np.log(schedule.betas))
     log_variance = low + (fraction + 1) / 2 * (high - low)
     difference = c1 * (x0 - predicted_x0)  # the x_t parts of both means cancel
     kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + difference.square() * (-log_variance).exp())
-    del c2
     return mse, kl.flatten(1).mean(1).mean() / math.log(2)
 
 

@@ -2,6 +2,8 @@
 
     python -m blended_core.demo.train_lpips --out runs/lpips --minutes 8
 
+(the same command goes on where it stopped; ``--init`` begins from weights alone, with a new classifier on top).
+
 It learns to name objects and backgrounds of scenes, as the backbones of Zhang et al. (2018) learned from ImageNet. The
 linear heads are one constant, chosen so that two unrelated scenes are about 0.7 apart, as unrelated photographs are
 under the published heads.
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--init", type=Path)
     args = parser.parse_args()
     if args.threads:
@@ -49,7 +52,9 @@ def main() -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     if args.init:
         metric.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
-    head = nn.Linear(512, len(OBJECTS) + len(BACKGROUNDS))
+    device = torch.device(args.device)
+    head = nn.Linear(512, len(OBJECTS) + len(BACKGROUNDS)).to(device)
+    metric = metric.to(device)
     parameters = [*metric.net.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, 4e-4, weight_decay=0.01)
     examples = Examples(np.random.default_rng(1), 4000)
@@ -64,12 +69,16 @@ def main() -> None:
                 row[things.index(name)] = 1
         return rows
 
-    def save(step: int) -> None:
+    def save() -> None:
+        state = {"metric": metric.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
+        torch.save(state, state_path.with_suffix(".tmp"))
+        state_path.with_suffix(".tmp").replace(state_path)
         metric.eval()
         with torch.no_grad():
             for lin in metric.lins:
                 lin.model[-1].weight.fill_(1.0)
             x, _, _ = Examples(np.random.default_rng(2), 64).draw(64, 0)
+            x = x.to(device)
             scale = TYPICAL_DISTANCE / metric(x[:32], x[32:]).mean().item()
             for lin in metric.lins:
                 lin.model[-1].weight.fill_(scale)
@@ -80,23 +89,34 @@ def main() -> None:
             metadata={"format": "pt", "lpips": json.dumps({"net": "squeeze"}), "trained_steps": str(step)},
         )
 
-    start, step, average = time.monotonic(), 0, 0.0
-    while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+    step, elapsed, average = 0, 0.0, 0.0
+    state_path = args.out / "state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        metric.load_state_dict(state["metric"])
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, elapsed = state["step"], state["elapsed"]
+    last = time.monotonic()
+    while (progress := elapsed / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 4e-4 * min(1.0, (step + 1) / 100, max(0.02, (1 - progress) / 0.5))
         x, mask, truths = examples.draw(args.batch, renew=4)
-        x = degrade(x, mask, generator) if step % 2 else x * mask
+        x = (degrade(x, mask, generator) if step % 2 else x * mask).to(device)
         features = metric.net.forward(metric.scaling_layer(x))[-1]
-        loss = F.binary_cross_entropy_with_logits(head(features.mean((2, 3))), targets(truths))
+        loss = F.binary_cross_entropy_with_logits(head(features.mean((2, 3))), targets(truths).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        average = loss.item() if not step else 0.98 * average + 0.02 * loss.item()
         step += 1
+        average = loss.item() if average == 0.0 else 0.98 * average + 0.02 * loss.item()
+        now = time.monotonic()
+        elapsed, last = elapsed + now - last, now
         if step % 100 == 0:
-            print(f"step {step} {progress * args.minutes:.1f} min  loss {average:.4f}", flush=True)
-    save(step)
+            print(f"step {step} {elapsed / 60:.1f} min  loss {average:.4f}", flush=True)
+            save()
+    save()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""open_clip models: embedded, by local file, by tag; what prompts say when they do not fit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blended_core import BlendedError, BlendedWarning, ClipModel, DeviceContext, load_clip
+from blended_core.demo.world import OBJECTS, Placed, Scene, render
+from blended_core.rank import clip_distance
+
+CONTEXT = DeviceContext.choose("cpu")
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model registered with open_clip under the name tiny-for-tests, and a file of its weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny-for-tests.json").write_text(json.dumps(TINY), "utf-8")
+    open_clip.add_model_config(folder / "tiny-for-tests.json")
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**TINY).state_dict(), str(folder / "weights.safetensors"))
+    return folder / "weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def embedded() -> ClipModel:
+    return load_clip(CONTEXT)
+
+
+def test_a_local_file_is_loaded_and_differentiable(tiny_file: Path) -> None:
+    clip = load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}")
+    assert (clip.image_size, clip.context_length) == (16, 8)
+    picture = torch.zeros(2, 3, 16, 16, requires_grad=True)
+    embedding = clip.encode_image(picture)
+    assert embedding.shape == (2, 16)
+    embedding.square().sum().backward()
+    assert picture.grad is not None and picture.grad.abs().max() > 0
+    assert not any(p.requires_grad for p in clip.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("ViT-Z-99:openai", "has no model 'ViT-Z-99'"),
+        ("ViT-B-16", "names no weights; add a tag"),
+        ("ViT-B-16:nowhere.pt", "neither a file nor a tag of ViT-B-16"),
+    ],
+)
+def test_wrong_names_give_sentences(spec: str, sentence: str) -> None:
+    with pytest.raises(BlendedError, match=sentence):
+        load_clip(CONTEXT, spec)
+
+
+def test_a_file_that_does_not_fit_gives_a_sentence(tiny_file: Path, tmp_path: Path) -> None:
+    save_file({"visual.conv1.weight": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
+    with pytest.raises(BlendedError, match="could not load tiny-for-tests"):
+        load_clip(CONTEXT, f"tiny-for-tests:{tmp_path / 'other.safetensors'}")
+
+
+def test_weights_keep_the_activation_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def stop(*_: object, **options: object) -> None:
+        asked.append(options)
+        raise RuntimeError("no download in tests")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", stop)
+    for tag in ("openai", "dfn2b", "laion2b_s34b_b88k"):
+        with pytest.raises(BlendedError, match="no download in tests"):
+            load_clip(CONTEXT, f"ViT-B-16:{tag}")
+    assert [o.get("force_quick_gelu", False) for o in asked] == [True, True, False]
+
+
+def test_a_file_without_word_of_its_activation_is_pointed_out(tiny_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny-for-tests-quickgelu.json").write_text(json.dumps({**TINY, "quick_gelu": True}), "utf-8")
+    open_clip.add_model_config(tmp_path / "tiny-for-tests-quickgelu.json")
+    with pytest.warns(BlendedWarning, match="write tiny-for-tests-quickgelu:FILE"):
+        load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}")
+
+
+def test_long_texts_are_cut_with_a_warning_that_names_the_rest(embedded: ClipModel) -> None:
+    words = "a dog in the snow and " * 6 + "a castle"
+    with pytest.warns(BlendedWarning, match="it was cut before «.*castle»"):
+        prompt = embedded.prompt(words)
+    assert prompt.embeddings.shape == (1, 128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedded.prompt("a dog in the snow")
+
+
+def test_tokenizers_of_hugging_face_warn_too(embedded: ClipModel) -> None:
+    class Inner:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            assert not add_special_tokens
+            return list(range(len(text.split())))
+
+        def decode(self, ids: list[int]) -> str:
+            return f"{len(ids)} more"
+
+    class Outer:
+        tokenizer = Inner()
+
+        def __call__(self, texts: list[str]) -> torch.Tensor:
+            return torch.zeros(len(texts), 24, dtype=torch.long)
+
+    clip = ClipModel(embedded.model, Outer(), "hugging", (0.5,) * 3, (0.5,) * 3, 64, 24)
+    with pytest.warns(BlendedWarning, match="has 30 tokens and hugging reads 22; it was cut before «8 more»"):
+        clip.prompt("word " * 30)
+
+
+def test_words_beyond_the_little_world_are_named(embedded: ClipModel) -> None:
+    with pytest.warns(BlendedWarning, match="never saw «zebra»"):
+        embedded.prompt("a zebra")
+
+
+def test_blank_prompts_are_removal_and_weights_must_match(embedded: ClipModel) -> None:
+    assert len(embedded.prompt("", "  ")) == 0
+    assert embedded.prompt("a dog", "", "a cat", weights=[1, 2, 3]).weights == (1, 3)
+    with pytest.raises(BlendedError, match="2 prompts were given with 1 weights"):
+        embedded.prompt("a", "b", weights=[1])
+
+
+def test_prompts_made_in_inference_mode_can_guide(embedded: ClipModel) -> None:
+    with torch.inference_mode():
+        prompt = load_clip(CONTEXT).prompt("a dog")
+    picture = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    (embedded.encode_image(picture) @ prompt.embeddings.T).sum().backward()
+    assert picture.grad is not None
+
+
+def test_the_embedded_clip_knows_its_world(embedded: ClipModel) -> None:
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 10:54, 10:54] = 1
+    prompts = [embedded.prompt(f"a {name}") for name in OBJECTS]
+    right = 0
+    for name in OBJECTS:
+        pixels = render(Scene("meadow", (Placed(name, 0.5, 0.5, 0.6),), 1))
+        picture = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        distances = [float(clip_distance(picture, mask, embedded, p)) for p in prompts]
+        right += list(OBJECTS)[distances.index(min(distances))] == name
+    assert right >= len(OBJECTS) - 1
