@@ -111,7 +111,7 @@ def sample_timesteps(rng: np.random.Generator, batch: int, steps: int) -> Tensor
 
 def batch_of_scenes(rng: np.random.Generator, batch: int) -> Tensor:
     """[batch, 3, 64, 64] in −1..1; most objects stand where an edit will want them, in the middle of the region."""
-    pictures = np.stack([render(random_scene(rng, size=(32 / SIDE, 44 / SIDE), centred=0.75)) for _ in range(batch)])
+    pictures = np.stack([render(random_scene(rng, size=(36 / SIDE, 42 / SIDE), centred=0.85)) for _ in range(batch)])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from ..errors import BlendedError
 
 SIDE = 64  # pixels of a training scene
-CENTRE = 5 / SIDE  # how far from the middle a centred object may stand
+CENTRE = 2 / SIDE  # how far from the middle a centred object may stand
 SPRITE_SIDE = 96
 SHEET_COLUMNS = 4
 SPRITES_PATH = Path(__file__).with_name("data") / "sprites.png"
@@ -225,12 +225,12 @@ def random_scene(
 def demo_scene(background: str = "meadow", seed: int = 0, width: int = SIDE, height: int = SIDE) -> tuple[UInt8Image, UInt8Image]:
     """An empty scene and a mask to draw an object into, both 8-bit RGB [height, width, 3].
 
-    The mask is an ellipse of about two thirds of the shorter side, a little below the middle.
+    The mask is an ellipse of about two thirds of the shorter side, in the middle.
     """
     rng = np.random.default_rng(seed)
     scene = Scene(background, (), int(rng.integers(2**31)), float(rng.uniform(0.4, 0.6)))
     short = min(width, height)
-    x, y = width * float(rng.uniform(0.45, 0.55)), height * float(rng.uniform(0.52, 0.58))
+    x, y = width * float(rng.uniform(0.48, 0.52)), height * float(rng.uniform(0.48, 0.52))
     yy, xx = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     inside = ((xx - x) / (0.34 * short)) ** 2 + ((yy - y) / (0.36 * short)) ** 2 <= 1
     mask = np.where(inside, np.uint8(255), np.uint8(0))
