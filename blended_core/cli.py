@@ -6,14 +6,19 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import shlex
+import signal
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .edit import Candidate, EditOptions, EditResult, Models, Step
-    from .pictures import Picture
+    from .pictures import Picture, UInt8
 
 from .errors import BlendedError, BlendedWarning
 
@@ -29,9 +34,12 @@ REPORT = "report.json"
 SHEET = "contact_sheet.png"
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 FAILED = 2
+MACHINE = ("device", "dtype", "checkpointing", "threads")  # of a request; the only part that --from may change
 DEMO_PROMPT = "a mushroom"
 DEMO_BACKGROUND = "meadow"
 TEXT_KEY = "blended-diffusion"
+OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")  # of candidates and animations, with their rank or not yet
+SMALLER = "try --batch 1, --view-chunk 2, --checkpointing or --gradient x0."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,24 +136,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without λ or x̂ is no reason to fail
     args = build_parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with _told_warnings():
             return demo(args) if args.command == "demo" else edit_command(args)
-    except BlendedError as error:
-        return _failed(str(error), args.debug)
-    except KeyboardInterrupt:
-        print("\nstopped before a result was finished; nothing was written.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        # Where something is kept, run() says so in the exception.
+        print(f"\n{stop}" if str(stop) else "\nstopped before a result was finished; nothing was written.", file=sys.stderr)
         return INTERRUPTED
-    except MemoryError:
-        return _failed("out of memory; try --batch 1, --view-chunk 2, --checkpointing or --gradient x0.", args.debug)
-    except OSError as error:
-        return _failed(f"{error.strerror or error}: {error.filename or 'file system'}.", args.debug)
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower():
-            return _failed("the device ran out of memory; try --batch 1, --view-chunk 2, --checkpointing or --gradient x0.", args.debug)
-        return _failed(f"{type(error).__name__}: {error}. Run again with --debug for the place.", args.debug)
     except Exception as error:  # whatever a library raises, a person gets a sentence; --debug shows the rest
-        return _failed(f"something unexpected, {type(error).__name__}: {error}. Run again with --debug for the place.", args.debug)
+        return _failed(_sentence(error), args.debug)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, BlendedError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "Ctrl-C."
+    if isinstance(error, MemoryError):
+        return f"out of memory; {SMALLER}"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or 'file system'}."
+    if isinstance(error, RuntimeError):
+        if any(words in str(error).lower() for words in ("out of memory", "can't allocate memory")):
+            return f"the device ran out of memory; {SMALLER}"
+        return f"{type(error).__name__}: {error}. Run again with --debug for the place."
+    return f"something unexpected, {type(error).__name__}: {error}. Run again with --debug for the place."
 
 
 def _failed(sentence: str, debug: bool) -> int:
@@ -192,9 +208,6 @@ def demo(args: argparse.Namespace) -> int:
     machine = _machine(args)
     _claim(out, "demo")
     source, mask = demo_scene(args.background, args.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    write_png(out / "source.png", source)
-    write_png(out / "mask.png", mask)
     request: dict[str, Any] = {
         "command": "demo",
         "image": str((out / "source.png").resolve()),
@@ -208,21 +221,27 @@ def demo(args: argparse.Namespace) -> int:
         "options": options.to_dict(),
         **machine,
     }
-    return run(request, out, args.animate)
+    # The scene gets its place with the report: a demo that fails must not leave it beside the report of an earlier one.
+    with tempfile.TemporaryDirectory() as folder:
+        made = {"image": Path(folder, "source.png"), "mask": Path(folder, "mask.png")}
+        write_png(made["image"], source)
+        write_png(made["mask"], mask)
+        return run(request, out, args.animate, args.argv, made)
 
 
 def edit_command(args: argparse.Namespace) -> int:
     """Edits the user's picture, or repeats the run of a report."""
     if args.from_report is not None:
         request = _request_from(args.from_report)
-        given = {k for k, v in vars(args).items() if v != getattr(build_parser().parse_args(["edit"]), k)}
-        if settings := sorted(given - {"from_report", "out", "overwrite", "animate", "debug", *_machine(args)}):
+        given = {k for k, v in vars(build_parser().parse_args(["edit"])).items() if v != getattr(args, k)}
+        if settings := sorted(given - {"from_report", "out", "overwrite", "animate", "debug", *MACHINE}):
             raise BlendedError(
                 f"--from repeats a run with its own settings, so it cannot take others ({', '.join(settings)}); leave them out."
             )
-        request |= {k: v for k, v in _machine(args).items() if k in given}
+        # Also of a demo's report, whose results a later demo would else take for its own and replace.
+        request |= {"command": "edit", **{k: v for k, v in _machine(args).items() if k in given}}
         _claim(args.out, "edit" if not args.overwrite else None)
-        return run(request, args.out, args.animate)
+        return run(request, args.out, args.animate, args.argv)
     if args.image is None:
         raise BlendedError("no picture was given; write: blended-diffusion edit IMAGE --mask MASK --prompt TEXT")
     if args.prompt is None:
@@ -232,27 +251,36 @@ def edit_command(args: argparse.Namespace) -> int:
         raise BlendedError(
             f"{len(args.prompt)} prompts were given with {len(args.prompt_weight)} weights; give one --prompt-weight for each."
         )
+    if wrong := [w for w in args.prompt_weight or () if not math.isfinite(w)]:
+        raise BlendedError(f"a --prompt-weight is {wrong[0]}; give a finite number.")
     request = {
         "command": "edit",
         "image": str(args.image.resolve()),
         "mask": str(args.mask.resolve()) if args.mask else None,
         "prompts": args.prompt,
         "weights": args.prompt_weight or [1.0] * len(args.prompt),
-        "ddpm": args.ddpm if args.ddpm == "embedded" else str(Path(args.ddpm).resolve()),
+        "ddpm": args.ddpm if args.ddpm == "embedded" else str(Path(args.ddpm).expanduser().resolve()),
         "overrides": _overrides(args.set),
-        "clip": args.clip,
+        "clip": _whole_clip(args.clip),
         "lpips": args.lpips,
         "options": options.to_dict(),
         **_machine(args),
     }
     _claim(args.out, "edit" if not args.overwrite else None)
-    return run(request, args.out, args.animate)
+    return run(request, args.out, args.animate, args.argv)
+
+
+def _whole_clip(spec: str) -> str:
+    """MODEL:FILE with the file's whole path, so that a report finds it from any folder; MODEL:TAG as it is."""
+    model, colon, weights = spec.partition(":")
+    file = Path(weights).expanduser()
+    return f"{model}:{file.resolve()}" if colon and file.is_file() else spec
 
 
 def _machine(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None and args.threads < 1:
         raise BlendedError(f"--threads is {args.threads}; give at least 1.")
-    return {"device": args.device, "dtype": args.dtype, "checkpointing": args.checkpointing, "threads": args.threads}
+    return {key: getattr(args, key) for key in MACHINE}
 
 
 def _options(args: argparse.Namespace) -> EditOptions:
@@ -269,13 +297,22 @@ def _options(args: argparse.Namespace) -> EditOptions:
     if args.skip is not None:
         if args.strength is not None:
             raise BlendedError("--skip and --strength say the same thing; give one of them.")
-        from .schedule import space_timesteps
-
-        total = len(space_timesteps(1000, changes.get("steps", "100")))
+        total = _step_count(changes.get("steps", "100"))
         if not 0 <= args.skip < total:
             raise BlendedError(f"--skip is {args.skip} of {total} steps; give 0 to {total - 1}.")
         changes["strength"] = (total - args.skip) / total
-    return preset(args.preset, **changes)
+    options = preset(args.preset, **changes)
+    if args.eta is not None and options.sampler != "ddim":
+        warnings.warn(f"--eta {args.eta:g} is of DDIM alone and changes nothing here; add --sampler ddim.", BlendedWarning, stacklevel=2)
+    return options
+
+
+def _step_count(respacing: str) -> int:
+    """Steps as the text has them: how long the model's own process is, only the loaded model knows."""
+    from .schedule import check_respacing
+
+    check_respacing(respacing)
+    return sum(int(count) for count in respacing.strip().removeprefix("ddim").split(","))
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -296,7 +333,7 @@ def _claim(out: Path, command: str | None) -> None:
     if out.exists() and not out.is_dir():
         raise BlendedError(f"--out {out} is a file; name a folder.")
     report = out / REPORT
-    if command is None or not report.exists():
+    if command is None or not (report.exists() or _old_results(out)):
         return
     if command == "demo":
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -307,16 +344,34 @@ def _claim(out: Path, command: str | None) -> None:
     )
 
 
+def _old_results(out: Path) -> set[Path]:
+    """Candidates and animations of an earlier run, which may have left no report. Other names are somebody else's files."""
+    return {path for path in (*out.glob("candidates/*.png"), *out.glob("animations/*.webp")) if OUR_NAME.fullmatch(path.stem)}
+
+
+def _spare_inputs(files: Mapping[str, Path], out: Path) -> None:
+    """Refuses to read what the end of this run would delete or write over: no report could ever repeat that."""
+    doomed = {path.resolve() for path in (*_old_results(out), out / SHEET, out / REPORT)}
+    for name, file in files.items():
+        if file.resolve() in doomed:
+            raise BlendedError(
+                f"the {name} {file} is one of the results in {out} that this run replaces; copy it, or choose another --out."
+            )
+
+
 def _request_from(path: Path) -> dict[str, Any]:
-    """The request of a report, its input files checked to be the same as then."""
+    """The request of a report; its pictures and networks are checked to be the same as then."""
     try:
         report = json.loads(path.read_text("utf-8"))
         request: dict[str, Any] = report["request"]
         hashes = {key: report["inputs"][key] for key in ("image", "mask")}
-        request["options"], request["prompts"], request["image"]
+        networks = dict(report.get("networks", {}).get("sha256", {}))
+        versions = {"blended-diffusion": report.get("version"), **report.get("versions", {})}
+        for key in ("image", "mask", "prompts", "weights", "ddpm", "overrides", "clip", "lpips", "options", *MACHINE):
+            request[key]
     except FileNotFoundError:
         raise BlendedError(f"the report {path} does not exist; check the path.") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BlendedError(f"{path} is no report.json of blended-diffusion; give the one in a result folder.") from None
     for key in ("image", "mask"):
         name = request.get(key)
@@ -331,7 +386,36 @@ def _request_from(path: Path) -> dict[str, Any]:
         if _sha256(file) != hashes[key]:
             raise BlendedError(f"the report's {key} {file} has changed since that run; the result would be another.")
         request[key] = str(file.resolve())
+    for name, digest in networks.items():
+        network = _network_files(request).get(name)
+        if network is None or not network.is_file():
+            raise BlendedError(f"the {name} network of that run, {network or request.get(name)}, is not there any more; put it back.")
+        if (now := _sha256(network)) != digest:
+            raise BlendedError(
+                f"the {name} network {network} is not that run's (SHA-256 {now[:12]}… instead of {str(digest)[:12]}…), so the result would "
+                "be another; put the same file back, or make a new run without --from."
+            )
+    present = {"blended-diffusion": _version(), **_versions()}
+    if others := [f"{name} {then} (now {present[name]})" for name, then in versions.items() if present.get(name, then) != then]:
+        warnings.warn(f"that run had {', '.join(others)}; the result may differ from it.", BlendedWarning, stacklevel=2)
     return request
+
+
+def _network_files(request: Mapping[str, Any]) -> dict[str, Path]:
+    """The networks of a request that are files: the package's own, and those given by path."""
+    from .checkpoints.load import EMBEDDED as DDPM
+    from .clip import EMBEDDED as CLIP
+    from .perceptual import EMBEDDED as LPIPS
+
+    files = {"ddpm": DDPM if request["ddpm"] == "embedded" else Path(request["ddpm"])}
+    weights = Path(request["clip"].partition(":")[2])
+    if request["clip"] == "embedded":
+        files["clip"] = CLIP
+    elif weights.is_absolute():
+        files["clip"] = weights
+    if request["lpips"] == "embedded":
+        files["lpips"] = LPIPS
+    return files
 
 
 def _sha256(path: Path) -> str:
@@ -345,25 +429,43 @@ def _sha256(path: Path) -> str:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def run(request: dict[str, Any], out: Path, animate: bool) -> int:
-    """Carries out a request and writes its results; what is finished is kept if Ctrl-C ends it."""
+def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], made: Mapping[str, Path] | None = None) -> int:
+    """Carries out a request and writes its results; what is finished is kept if Ctrl-C or an error ends it.
+
+    ``made`` are the files of a picture and a mask that get their places, those of the request, with the results.
+    """
+    import torch
+
     from .edit import EditOptions, choose_region, edit_picture, prepared_mask
     from .pictures import mask_from_alpha, read_mask, read_picture
 
     began = time.perf_counter()
     options = EditOptions.from_dict(request["options"])
-    picture = read_picture(Path(request["image"]))
-    given = request["mask"]
-    mask = mask_from_alpha(picture) if given is None else read_mask(Path(given), picture.size, picture.notes)
+    files = made or {key: Path(request[key]) for key in ("image", "mask") if request[key]}
+    _spare_inputs(files, out)
+    picture = read_picture(files["image"])
+    mask = read_mask(files["mask"], picture.size, picture.notes) if "mask" in files else mask_from_alpha(picture)
+    # Now, not with the report: by then somebody may have painted on.
+    inputs = {key: _sha256(files[key]) if key in files else None for key in ("image", "mask")}
     for note in picture.notes:
         print(f"note: {note}", file=sys.stderr)
-    import torch
-
-    if request.get("threads"):
+    if request["threads"]:
         torch.set_num_threads(request["threads"])
     models = _load(request, options)
     # As they turned out here, so that the report repeats this run and not another machine's defaults.
-    request = {**request, "device": str(models.context.device), "dtype": _short_dtype(models), "threads": torch.get_num_threads()}
+    request = {
+        **request,
+        "device": str(models.context.device),
+        "dtype": _short_dtype(models),
+        "threads": torch.get_num_threads(),
+        "lpips": getattr(models.perceptual, "name", request["lpips"]),
+    }
+    known = {
+        "command": shlex.join(["blended-diffusion", *argv]),
+        "inputs": inputs,
+        "networks": _networks(request, models),
+    }
+    _note_classes(options, models)
     region = choose_region(prepared_mask(mask, options), options, models.ddpm)
     prompt = None
     if models.clip is not None:
@@ -375,21 +477,70 @@ def run(request: dict[str, Any], out: Path, animate: bool) -> int:
     width, height = picture.size
     where = f"{region.side}×{region.side} region of " if hasattr(region, "side") else ""
     print(f"{wish} in a {where}{width}×{height} picture, {options.candidates} candidates, on {models.context.device}, {_precision(models)}")
-    writer = Writer(out, picture, request, options, models, animate)
+    writer = Writer(out, picture, request, options, models, animate, known, made or {})
+    trouble: BaseException | None = None
     try:
-        with writer.progress() as on_step:
-            result = edit_picture(picture.tensor(), mask, prompt, models, options, on_step, writer.candidate)
-        interrupted = False
+        try:
+            with writer.progress() as on_step:
+                result = edit_picture(picture.tensor(), mask, prompt, models, options, on_step, writer.candidate)
+        except (KeyboardInterrupt, Exception) as error:
+            if writer.result is None or not writer.files:
+                raise
+            trouble, result = error, writer.result
+        with _uninterrupted():
+            if trouble is not None:
+                traceback.clear_frames(trouble.__traceback__)  # their tensors may be what the memory was needed for
+                result.candidates = [
+                    c for c in result.candidates if c.index in writer.files
+                ]  # one may have been in the middle of being written
+                result.rank()
+                finished = f"{len(result.candidates)} of {options.candidates} candidates were finished"
+                result.notes.append(f"Stopped early, {finished}. The reason: {_sentence(trouble)}")
+            result.seconds = {"load": loading, **result.seconds}
+            failures = writer.finish(result, trouble is not None)
+            _tell(result, out, trouble is not None, time.perf_counter() - began)
     except KeyboardInterrupt:
-        if writer.result is None or not writer.files:
+        if not writer.files:
             raise
-        result, interrupted = writer.result, True
-        result.candidates = [c for c in result.candidates if c.index in writer.files]  # one may have been in the middle of being written
-        _rank(result)
-    result.seconds = {"load": loading, **result.seconds}
-    writer.finish(result, interrupted)
-    _tell(result, out, interrupted, time.perf_counter() - began)
-    return INTERRUPTED if interrupted else 0
+        raise KeyboardInterrupt(f"stopped; {len(writer.files)} finished results are in {out / 'candidates'}.") from None
+    if trouble is not None and not isinstance(trouble, KeyboardInterrupt):
+        raise trouble
+    if failures:
+        raise failures[0]
+    return INTERRUPTED if trouble is not None else 0
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C is ignored: an impatient second one must not cost what the first one kept."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals, and may set them
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+
+
+def _note_classes(options: EditOptions, models: Models) -> None:
+    from .edit import PRESETS
+
+    usual = PRESETS[options.preset].class_choice if options.preset in PRESETS else "zero"
+    if models.ddpm.num_classes is None and options.class_choice != usual:
+        warnings.warn(f"--class {options.class_choice} changes nothing: this model knows no classes.", BlendedWarning, stacklevel=2)
+
+
+def _networks(request: Mapping[str, Any], models: Models) -> dict[str, Any]:
+    """The networks for the report; ``sha256`` of those that took part and are files."""
+    present = {"ddpm": models.ddpm, "clip": models.clip, "lpips": models.perceptual}
+    files = {name: file for name, file in _network_files(request).items() if present[name] is not None and file.is_file()}
+    return {
+        "ddpm": {"file": request["ddpm"], **_described(models)},
+        "clip": models.clip.name if models.clip else None,
+        "lpips": getattr(models.perceptual, "name", None),
+        "sha256": {name: _sha256(file) for name, file in files.items()},
+    }
 
 
 def _precision(models: Models) -> str:
@@ -420,15 +571,6 @@ def _load(request: dict[str, Any], options: EditOptions) -> Models:
     return Models(ddpm, clip, perceptual, context)
 
 
-def _rank(result: EditResult) -> None:
-    from .rank import ranking
-
-    order = ranking([c.score.clip_distance for c in result.candidates])
-    result.candidates = [result.candidates[i] for i in order]
-    for rank, candidate in enumerate(result.candidates, 1):
-        candidate.rank = rank
-
-
 def _tell(result: EditResult, out: Path, interrupted: bool, seconds: float) -> None:
     print(f"{'rank':>4}  {'candidate':>9}  {'CLIP distance':>13}  {'gain':>6}  {'background':>10}  {'seam':>6}")
     for c in result.candidates:
@@ -440,23 +582,37 @@ def _tell(result: EditResult, out: Path, interrupted: bool, seconds: float) -> N
         print(f"note: {note}", file=sys.stderr)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items() if value >= 0.05)
     print(f"{'stopped after' if interrupted else 'done in'} {seconds:.1f} s ({parts})")
-    print(f"{out / SHEET}")
+    print(out / SHEET if (out / SHEET).exists() else out / REPORT)
 
 
 class Writer:
     """Writes results as they come: a picture the moment it is finished, the rest at the end."""
 
-    def __init__(self, out: Path, picture: Picture, request: dict[str, Any], options: EditOptions, models: Models, animate: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        picture: Picture,
+        request: dict[str, Any],
+        options: EditOptions,
+        models: Models,
+        animate: bool,
+        known: dict[str, Any],
+        made: Mapping[str, Path],
+    ) -> None:
+        """``known`` is what the report says of things before the run, ``made`` as in :func:`run`."""
         self.out = out
         self.picture = picture
         self.request = request
         self.options = options
         self.models = models
         self.animate = animate
+        self.known = known
+        self.made = made
         self.result: EditResult | None = None
         self.frames: dict[int, list[Any]] = {}
         self.files: dict[int, Path] = {}
-        self.stale = {*out.glob("candidates/*.png"), *out.glob("animations/*.webp")} if (out / REPORT).exists() else set()
+        self.thumbnails: dict[int, UInt8] = {}
+        self.stale = {*_old_results(out), out / SHEET}
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[Step], None]]:
@@ -493,27 +649,45 @@ class Writer:
     def candidate(self, candidate: Candidate, result: EditResult) -> None:
         """Writes one result under its number."""
         from .pictures import to_uint8, write_png
+        from .sheet import thumbnail
 
         self.result = result
         path = self.out / "candidates" / f"candidate_{candidate.index:02d}.png"
-        about = {"candidate": candidate.index, "score": candidate.score.to_dict(), "request": self.request, "version": _version()}
-        text = {TEXT_KEY: json.dumps(about, ensure_ascii=False)}
-        write_png(path, to_uint8(result.picture(candidate)), self._alpha(), text, self.picture.icc)
+        # A picture is passed on, so it tells the names of files, but not whose folders they are in.
+        about = {
+            "candidate": candidate.index,
+            "score": candidate.score.to_dict(),
+            "request": _without_folders(self.request),
+            "version": _version(),
+        }
+        pixels = to_uint8(result.picture(candidate))
+        self.thumbnails[candidate.index] = thumbnail(pixels)
+        write_png(path, pixels, self._alpha(), {TEXT_KEY: _json(about).decode()}, self.picture.icc)
         self.files[candidate.index] = path
 
-    def finish(self, result: EditResult, interrupted: bool) -> None:
-        """Names the results by rank, and writes contact sheet, animations and report."""
+    def finish(self, result: EditResult, interrupted: bool) -> list[BlendedError]:
+        """Names the results by rank, and writes report, contact sheet and animations; returns what the last two failed of."""
+        from .pictures import write_bytes
+
         for candidate in result.candidates:
             old = self.files[candidate.index]
             new = old.with_name(f"{candidate.rank:02d}_{old.name}")
             os.replace(old, new)
             self.files[candidate.index] = new
+        for key, file in self.made.items():
+            write_bytes(Path(self.request[key]), file.read_bytes())
+        self._report(result, interrupted)
         for path in self.stale - set(self.files.values()):
             path.unlink(missing_ok=True)
-        if self.animate:
-            self._animations(result)
-        self._sheet(result)
-        self._report(result, interrupted)
+        failures = []
+        for what, write in {"contact sheet": self._sheet, **({"animations": self._animations} if self.animate else {})}.items():
+            try:
+                write(result)
+            except Exception as error:
+                failure = BlendedError(f"the results and {REPORT} are in {self.out}, but not the {what}: {_sentence(error)}")
+                failure.__cause__ = error
+                failures.append(failure)
+        return failures
 
     def _animations(self, result: EditResult) -> None:
         from .edit import finished_frame
@@ -525,18 +699,17 @@ class Writer:
             animation(self.out / "animations" / f"{self.files[candidate.index].stem}.webp", frames)
 
     def _sheet(self, result: EditResult) -> None:
-        from .pictures import to_uint8
         from .sheet import contact_sheet
 
         tiles = []
         for c in result.candidates[:30]:
-            first = f"#{c.rank}" if c.score.clip_distance is None else f"#{c.rank}   CLIP {c.score.clip_distance:.3f}"
+            first = f"#{c.rank}" if c.score.clip_distance is None else f"#{c.rank} · CLIP {c.score.clip_distance:.3f}"
             second = (
                 f"candidate {c.index}"
                 + ("" if c.score.gain is None else f" · gain {c.score.gain:+.3f}")
                 + f" · seam {c.score.seam_energy:.3f}"
             )
-            tiles.append((to_uint8(result.picture(c)), first, second))
+            tiles.append((self.thumbnails[c.index], first, second))
         texts = [t for t in self.request["prompts"] if t.strip()]
         title = " + ".join(texts) if texts else "removal"
         o = self.options
@@ -546,25 +719,18 @@ class Writer:
     def _report(self, result: EditResult, interrupted: bool) -> None:
         from .pictures import write_bytes
 
-        image, mask = self.request["image"], self.request["mask"]
         report = {
             "version": _version(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "interrupted": interrupted,
-            "command": shlex.join(["blended-diffusion", *sys.argv[1:]]) if sys.argv else "",
             "repeat": "blended-diffusion edit --from report.json --out DIR",
             "request": self.request,
-            "inputs": {"image": _sha256(Path(image)), "mask": _sha256(Path(mask)) if mask else None},
+            **self.known,
             "versions": _versions(),
             "machine": {
                 "device": str(self.models.context.device),
                 "dtype": _precision(self.models),
                 "platform": platform.platform(),
-            },
-            "networks": {
-                "ddpm": {"file": self.request["ddpm"], **_described(self.models)},
-                "clip": self.models.clip.name if self.models.clip else None,
-                "lpips": getattr(self.models.perceptual, "name", None),
             },
             "picture": {"width": self.picture.size[0], "height": self.picture.size[1], "notes": self.picture.notes},
             "region": {f.name: getattr(result.region, f.name) for f in fields(result.region)},
@@ -582,7 +748,29 @@ class Writer:
                 for c in result.candidates
             ],
         }
-        write_bytes(self.out / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        write_bytes(self.out / REPORT, _json(report, indent=2) + b"\n")
+
+
+def _json(value: object, indent: int | None = None) -> bytes:
+    """JSON that every reader takes: no NaN, and what a file name has beside Unicode as an escape."""
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that are none as None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _without_folders(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request with file names in place of paths."""
+    names = {key: Path(request[key]).name for key in ("image", "mask", "ddpm") if request[key]}
+    model, colon, weights = request["clip"].partition(":")
+    return {**request, **names, "clip": model + colon + (Path(weights).name if Path(weights).is_absolute() else weights)}
 
 
 def _described(models: Models) -> dict[str, Any]:

@@ -28,6 +28,17 @@ def _tile(pixels: UInt8, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+def _tile_size(width: int, height: int) -> tuple[int, int]:
+    scale = TILE / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def thumbnail(pixels: UInt8) -> UInt8:
+    """What the contact sheet needs of a picture [H, W, 3]: itself, or a copy whose longer side is TILE px."""
+    height, width = pixels.shape[:2]
+    return pixels if max(height, width) <= TILE else np.array(_tile(pixels, *_tile_size(width, height)))
+
+
 def show_mask(rgb: UInt8, mask: Tensor) -> UInt8:
     """The picture with everything outside the mask pale and grey, and the mask's edge drawn."""
     weight = mask[0, 0].clamp(0, 1).numpy()[..., None]
@@ -37,7 +48,8 @@ def show_mask(rgb: UInt8, mask: Tensor) -> UInt8:
     reach = max(1, round(min(rgb.shape[:2]) / 160))
     edge = F.max_pool2d(inside, 2 * reach + 1, 1, reach) - inside
     out = np.where(edge[0, 0].numpy()[..., None] > 0, np.array(ACCENT), out)
-    return out.round().clip(0, 255).astype(np.uint8)
+    shown: UInt8 = out.round().clip(0, 255).astype(np.uint8)
+    return shown
 
 
 def contact_sheet(
@@ -54,15 +66,15 @@ def contact_sheet(
 
     Args:
         path: where the PNG goes.
-        source, results: [H, W, 3] pictures of one size; a result comes with two lines of text.
+        source: [H, W, 3].
+        results: pictures of the same shape, or their :func:`thumbnail`; each comes with two lines of text.
         mask: [1, 1, H, W].
         title, subtitle: the sheet's heading.
         columns: tiles a row.
         highlight: frame the first result, the best one.
     """
     height, width = source.shape[:2]
-    scale = TILE / max(height, width)
-    tile_w, tile_h = max(1, round(width * scale)), max(1, round(height * scale))
+    tile_w, tile_h = _tile_size(width, height)
     tiles = [
         (source, "source", f"{width} x {height}"),
         (show_mask(source, mask), "mask", f"{float((mask >= 0.5).float().mean()):.0%} of the picture"),
@@ -90,6 +102,7 @@ def contact_sheet(
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+    text = " ".join(text.split())  # one line: Pillow cannot measure two
     if draw.textlength(text, font) <= room:
         return text
     while text and draw.textlength(text + "…", font) > room:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shlex
+import signal
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blended_core import cli, pictures
+from blended_core import cli, pictures, sheet
+from blended_core import clip as clip_module
 from blended_core import edit as edit_module
+from blended_core.checkpoints import load
 from blended_core.demo.world import Placed, Scene, render
 from blended_core.edit import Models, Step
-from blended_core.errors import BlendedError
+from blended_core.errors import BlendedError, BlendedWarning
 
 from . import tiny
 
@@ -53,6 +60,10 @@ def report_of(out: Path) -> dict[str, Any]:
 
 def files_in(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
@@ -96,7 +107,8 @@ def test_an_edit_keeps_its_promises(
     assert set(report["versions"]) >= {"python", "torch", "open_clip_torch", "kornia"}
     assert report["picture"] == {"width": WIDTH, "height": HEIGHT, "notes": []}
     assert report["region"]["side"] == 64 and set(report["seconds"]) >= {"load", "diffusion", "paste and score"}
-    assert len(report["inputs"]["image"]) == 64
+    assert report["inputs"] == {"image": sha256(Path(inputs[0])), "mask": sha256(Path(inputs[2]))}
+    assert report["networks"]["sha256"] == {"ddpm": sha256(load.EMBEDDED), "clip": sha256(clip_module.EMBEDDED)}
 
     source, mask = pixels(Path(inputs[0])), pixels(Path(inputs[2])) >= 128
     for entry in candidates:
@@ -105,7 +117,8 @@ def test_an_edit_keeps_its_promises(
         assert (result[mask] != source[mask]).any()
         with Image.open(out / entry["file"]) as image:
             about = json.loads(image.info["blended-diffusion"])
-        assert about["candidate"] == entry["candidate"] and about["request"] == report["request"]
+        names = {"image": "picture.png", "mask": "mask.png"}
+        assert about["candidate"] == entry["candidate"] and about["request"] == {**report["request"], **names}
         assert about["score"]["clip_distance"] == entry["clip_distance"]
         with Image.open(out / "animations" / f"{Path(entry['file']).stem}.webp") as film:
             assert film.n_frames in (3, 4)  # 3 denoised steps of 4, and the result, which WebP merges with a last step equal to it
@@ -182,6 +195,78 @@ def test_what_was_converted_is_said_and_reported(tmp_path: Path, inputs: list[st
     assert f"note: {note}" in capsys.readouterr().err and report_of(tmp_path / "out")["picture"]["notes"] == [note]
 
 
+def test_notes_of_options_that_change_nothing(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    assert run("edit", *inputs, "--prompt", "", *SMALL, "--eta", "1", "--class", "3", "--out", tmp_path / "out") == 0
+    notes = capsys.readouterr().err
+    assert "--eta 1 is of DDIM alone" in notes and "--class 3 changes nothing" in notes
+    for arguments in (["--sampler", "ddim", "--eta", "1"], ["--preset", "official"]):
+        assert run("edit", *inputs, "--prompt", "", *SMALL, *arguments, "--overwrite", "--out", tmp_path / "out") == 0
+        assert "changes nothing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "total"), [("1500", 1500), ("ddim25", 25), ("50,25,10", 85), (" 100 ", 100)])
+def test_skip_counts_the_steps_of_the_text(steps: str, total: int) -> None:
+    """1500 steps are for the loaded model, whose process may have 4000, to refuse."""
+    options = cli._options(cli.build_parser().parse_args(["edit", "x.png", "--steps", steps, "--skip", "10"]))
+    assert options.strength == (total - 10) / total
+
+
+def test_a_prompt_of_several_lines(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+    assert run("edit", *inputs, "--prompt", "a tree\nand a\tdog", *SMALL, "--out", tmp_path / "out") == 0
+    assert report_of(tmp_path / "out")["request"]["prompts"] == ["a tree\nand a\tdog"]
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def test_scores_that_are_no_numbers(tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edit_module, "seam_energy", lambda *_: math.nan)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
+    assert [c["seam_energy"] for c in report_of(tmp_path / "out")["candidates"]] == [None, None]
+    with Image.open(tmp_path / "out" / "candidates" / "01_candidate_00.png") as image:
+        assert "NaN" not in image.info["blended-diffusion"]
+
+
+def test_names_that_are_no_unicode(tmp_path: Path) -> None:
+    """Of a file in Latin-1, as Python has it."""
+    assert json.loads(cli._json({"image": "caf\udce9 λ", "weights": (1.0, math.inf)})) == {"image": "caf\udce9 λ", "weights": [1.0, None]}
+
+
+def test_pictures_do_not_tell_folders(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+    weights = tmp_path / "clip.pt"
+    weights.write_bytes(b"x")
+    arguments = ["--ddpm", tmp_path / "model.pt", "--clip", f"ViT-B-16:{weights}"]
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / report_of(tmp_path / "out")["candidates"][0]["file"]) as image:
+        about = image.info["blended-diffusion"]
+    assert str(tmp_path) not in about
+    request = json.loads(about)["request"]
+    assert [request[k] for k in ("image", "mask", "ddpm", "clip")] == ["picture.png", "mask.png", "model.pt", "ViT-B-16:clip.pt"]
+    assert report_of(tmp_path / "out")["request"]["ddpm"] == str(tmp_path / "model.pt")
+
+
+def test_the_report_names_the_command(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+    arguments = ["edit", *inputs, "--prompt", "a tree", *SMALL, "--out", str(tmp_path / "out")]
+    assert run(*arguments) == 0
+    assert report_of(tmp_path / "out")["command"] == shlex.join(["blended-diffusion", *arguments])
+
+
+def test_the_contact_sheet_needs_thumbnails_only(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (inputs[0], inputs[2]):
+        with Image.open(name) as image:
+            image.resize((700, 500)).save(name)
+    sheets: list[Any] = []
+    monkeypatch.setattr(sheet, "contact_sheet", lambda *given: sheets.append(given))
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
+    _, source, mask, results, *titles = sheets[0]
+    assert [r[0].shape for r in results] == [(183, 256, 3)] * 2
+    monkeypatch.undo()
+    sheet.contact_sheet(tmp_path / "small.png", source, mask, results, *titles)
+    full = [(pixels(tmp_path / "out" / c["file"]), *r[1:]) for c, r in zip(report_of(tmp_path / "out")["candidates"], results, strict=True)]
+    sheet.contact_sheet(tmp_path / "full.png", source, mask, full, *titles)
+    assert np.array_equal(pixels(tmp_path / "small.png"), pixels(tmp_path / "full.png"))
+
+
 # --- repeating --------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +308,73 @@ def test_from_is_refused_where_it_would_not_repeat(tmp_path: Path, inputs: list[
     assert not (tmp_path / "x").exists()
 
 
+def test_hashes_are_of_what_was_read(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Somebody paints on while the edit runs."""
+    before = {"image": sha256(Path(inputs[0])), "mask": sha256(Path(inputs[2]))}
+
+    def painting(*_: object) -> Models:
+        for name in (inputs[0], inputs[2]):
+            Image.fromarray(255 - pixels(Path(name))).save(name)
+        return tiny.tiny_models()
+
+    monkeypatch.setattr(cli, "_load", painting)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
+    assert report_of(tmp_path / "out")["inputs"] == before
+    assert "has changed since that run" in failed(capsys, "edit", "--from", tmp_path / "out" / "report.json", "--out", tmp_path / "x")
+
+
+def test_networks_are_pinned(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tiny.tiny_models()
+
+    class Named:
+        name = "embedded"
+
+    monkeypatch.setattr(cli, "_load", lambda request, options: replace(models, perceptual=Named()))
+    for name in ("model.pt", "clip.pt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    out = tmp_path / "out"
+    given = ["--ddpm", "~/model.pt", "--clip", "ViT-B-16:clip.pt", "--lpips", "auto"]
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, *given, "--out", out) == 0
+    report = report_of(out)
+    request = report["request"]
+    assert [request[k] for k in ("ddpm", "clip", "lpips")] == [str(tmp_path / "model.pt"), f"ViT-B-16:{tmp_path / 'clip.pt'}", "embedded"]
+    hashes = report["networks"]["sha256"]
+    assert set(hashes) == {"ddpm", "clip", "lpips"} and hashes["clip"] == sha256(tmp_path / "clip.pt")
+    assert run("edit", "--from", out / "report.json", "--out", tmp_path / "again") == 0
+    (tmp_path / "clip.pt").write_text("other")
+    assert "the clip network" in failed(capsys, "edit", "--from", out / "report.json", "--out", tmp_path / "x")
+    (tmp_path / "clip.pt").write_text("clip.pt")
+    (tmp_path / "model.pt").unlink()
+    assert "is not there any more" in failed(capsys, "edit", "--from", out / "report.json", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_versions_are_noted(tmp_path: Path, inputs: list[str], small_networks: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
+    report = report_of(tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BlendedWarning)
+        cli._request_from(tmp_path / "out" / "report.json")
+    report["versions"]["torch"] = "1.0"
+    (tmp_path / "old.json").write_text(json.dumps(report))
+    assert run("edit", "--from", tmp_path / "old.json", "--out", tmp_path / "again") == 0
+    assert "note: that run had torch 1.0 (now " in capsys.readouterr().err
+
+
+def test_a_repeated_demo_is_an_edit(tmp_path: Path, small_networks: None, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert run("demo", "--out", first, "--candidates", "1") == 0
+    assert run("edit", "--from", first / "report.json", "--out", again) == 0
+    assert report_of(again)["request"]["command"] == "edit"
+    assert report_of(again)["candidates"] == report_of(first)["candidates"]
+    assert "already holds the results" in failed(capsys, "demo", "--out", again, "--candidates", "1")
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +394,36 @@ def test_results_are_not_overwritten_unasked(tmp_path: Path, inputs: list[str], 
     )
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_results_that_are_inputs_are_spared(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, place: int) -> None:
+    """An edit of an edit, into the same folder."""
+    out = tmp_path / "out"
+    arguments = ["--prompt", "tree", *SMALL, "--out", out, "--overwrite"]
+    assert run("edit", *inputs, *arguments) == 0
+    before = {name: (out / name).read_bytes() for name in files_in(out)}
+    inputs[place] = str(out / "candidates" / "01_candidate_00.png")
+    if not Path(inputs[place]).exists():
+        inputs[place] = str(out / "candidates" / "01_candidate_01.png")
+    assert "is one of the results" in failed(capsys, "edit", *inputs, *arguments)
+    assert {name: (out / name).read_bytes() for name in files_in(out)} == before
+    assert run("edit", *inputs, *arguments[:-2], tmp_path / "other") == 0
+
+
+def test_old_results_are_known_by_name(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    """A run that was killed left no report, and a person keeps files of their own there."""
+    out = tmp_path / "out"
+    old = ["candidates/candidate_07.png", "candidates/03_candidate_09.png", "animations/03_candidate_09.webp"]
+    mine = ["candidates/best.png", "candidates/03_candidate_09 (copy).png", "animations/film.webp"]
+    for name in old + mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("old")
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out", out]
+    assert "already holds the results" in failed(capsys, *arguments)
+    assert run(*arguments, "--overwrite") == 0
+    results = [c["file"] for c in report_of(out)["candidates"]]
+    assert files_in(out) == sorted(["contact_sheet.png", "report.json", *mine, *results])
+
+
 ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--strength", "1.5"], "strength is 1.5"),
     (["--prompt", "tree", "--steps", "lots"], "respacing 'lots' is not understood"),
@@ -255,6 +437,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--set", "heads"], "--set 'heads' is not understood"),
     (["--prompt", "tree", "--threads", "0"], "--threads is 0"),
     (["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"], "1 prompts were given with 2 weights"),
+    (["--prompt", "tree", "--prompt-weight", "nan"], "a --prompt-weight is nan"),
     (["--prompt", "tree", "--invert-mask", "--mask", "{white}"], "the mask is empty"),
     (["--prompt", "tree", "--mask", "{black}"], "the mask is empty"),
     (["--prompt", "tree", "--mask", "{missing}"], "does not exist"),
@@ -330,11 +513,11 @@ def test_a_traceback_comes_only_with_debug(
     assert "Traceback" in err and "in refuse" in err and err.splitlines()[-1].startswith("error: ")
 
 
-# --- Ctrl-C -----------------------------------------------------------------------------------------------------------
+# --- runs that end early -----------------------------------------------------------------------------------------------------------
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, image: int) -> None:
-    """Ctrl-C in the second step of the batch that begins with ``image``."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, image: int, error: BaseException | None = None) -> None:
+    """Ctrl-C, or an error, in the second step of the batch that begins with ``image``."""
     step = edit_module.guided_step
     seen: list[int] = []
 
@@ -343,7 +526,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, image: int) -> None:
     ) -> Step:
         seen.extend(i for i in images if i == image)
         if len(seen) == 2:
-            raise KeyboardInterrupt
+            raise error or KeyboardInterrupt
         result: Step = step(models, x, index, schedule, options, prompt, mask, draws, images, source)
         return result
 
@@ -395,3 +578,84 @@ def test_ctrl_c_while_a_picture_is_written(
     report = report_of(tmp_path / "out")
     assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]
     assert files_in(tmp_path / "out") == ["candidates/01_candidate_00.png", "contact_sheet.png", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(RuntimeError("CUDA out of memory."), "ran out of memory"), (OSError(28, "No space left on device"), "No space left")],
+)
+def test_an_error_keeps_what_is_finished(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception, words: str
+) -> None:
+    interrupt_at(monkeypatch, 2, error)
+    out = tmp_path / "out"
+    assert words in failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--candidates", "4", "--batch", "2", "--out", out)
+    report = report_of(out)
+    assert report["interrupted"] is True and [c["rank"] for c in report["candidates"]] == [1, 2]
+    assert "2 of 4 candidates were finished" in report["notes"][-1] and words in report["notes"][-1]
+    assert files_in(out) == sorted(["contact_sheet.png", "report.json", *(c["file"] for c in report["candidates"])])
+
+
+@pytest.mark.parametrize("broken", ["contact_sheet", "animation"])
+def test_a_sheet_that_fails_costs_no_report(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, broken: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("cannot draw")
+
+    monkeypatch.setattr(sheet, broken, refuse)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "contact_sheet.png").write_text("of an earlier run")
+    said = failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--animate", "--out", out)
+    assert "cannot draw" in said and "the results and report.json are in" in said
+    report = report_of(out)
+    assert report["interrupted"] is False
+    stems = [Path(c["file"]).stem for c in report["candidates"]]
+    rest = [f"animations/{s}.webp" for s in stems] if broken == "contact_sheet" else ["contact_sheet.png"]
+    assert files_in(out) == sorted(["report.json", *(f"candidates/{s}.png" for s in stems), *rest])
+
+
+def test_a_second_ctrl_c_is_ignored(tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    draw = sheet.contact_sheet
+
+    def impatient(*given: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        draw(*given)
+
+    interrupt_at(monkeypatch, 1)
+    monkeypatch.setattr(sheet, "contact_sheet", impatient)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
+    assert files_in(tmp_path / "out") == ["candidates/01_candidate_00.png", "contact_sheet.png", "report.json"]
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_what_ctrl_c_leaves_is_told_truly(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Even where it comes through while the end is written."""
+
+    def refuse(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Writer, "_report", refuse)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
+    said = capsys.readouterr().err
+    assert "nothing was written" not in said and f"2 finished results are in {tmp_path / 'out' / 'candidates'}" in said
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a surprise")])
+def test_a_demo_that_fails_leaves_the_earlier_one(
+    tmp_path: Path, small_networks: None, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    out = tmp_path / "out"
+    assert run("demo", "--out", out, "--candidates", "2") == 0
+    before = {name: (out / name).read_bytes() for name in files_in(out)}
+    interrupt_at(monkeypatch, 0, error)
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") != 0
+    assert {name: (out / name).read_bytes() for name in files_in(out)} == before
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "_load", lambda request, options: tiny.tiny_models())
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") == 0
+    assert sha256(out / "source.png") == report_of(out)["inputs"]["image"] != json.loads(before["report.json"])["inputs"]["image"]
