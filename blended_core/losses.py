@@ -47,7 +47,9 @@ def d_background(x: Tensor, source: Tensor, mask: Tensor, perceptual: Perceptual
     return 0.5 * ((a - b).square().mean(dim=(1, 2, 3)) + perceptual(a, b))
 
 
-def d_background_reference(x: Tensor, source: Tensor, mask: Tensor, perceptual: PerceptualDistance, lpips_scale: float, l2_scale: float) -> Tensor:
+def d_background_reference(
+    x: Tensor, source: Tensor, mask: Tensor, perceptual: PerceptualDistance, lpips_scale: float, l2_scale: float
+) -> Tensor:
     """The reference code's background loss, already weighted (METHOD row 6); → one number for the whole batch.
 
     Only the prediction is masked, and the MSE averages over the batch, so images influence one another.

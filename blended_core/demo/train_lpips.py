@@ -70,7 +70,13 @@ def main() -> None:
         return rows
 
     def save() -> None:
-        state = {"metric": metric.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
+        state = {
+            "metric": metric.state_dict(),
+            "head": head.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "elapsed": elapsed,
+        }
         torch.save(state, state_path.with_suffix(".tmp"))
         state_path.with_suffix(".tmp").replace(state_path)
         metric.eval()
