@@ -35,8 +35,8 @@ SHEET = "contact_sheet.png"
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 FAILED = 2
 MACHINE = ("device", "dtype", "checkpointing", "threads")  # of a request; the only part that --from may change
-DEMO_PROMPT = "a mushroom"
-DEMO_BACKGROUND = "meadow"
+DEMO_PROMPT = "a sunflower"
+DEMO_BACKGROUND = "lake"
 TEXT_KEY = "blended-diffusion"
 OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")  # of candidates and animations, with their rank or not yet
 SMALLER = "try --batch 1, --view-chunk 2, --checkpointing or --gradient x0."
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("blended-diffusion-demo"), help="folder for the results (%(default)s)")
     demo.add_argument("--prompt", default=DEMO_PROMPT, help="what to draw (%(default)r)")
     demo.add_argument("--background", default=DEMO_BACKGROUND, help="scene to draw it into (%(default)s)")
-    demo.add_argument("--candidates", type=int, default=6, metavar="N")
+    demo.add_argument("--candidates", type=int, default=4, metavar="N")
     demo.add_argument("--seed", type=int, default=0)
     _shared(demo)
 
@@ -204,7 +204,7 @@ def demo(args: argparse.Namespace) -> int:
     from .pictures import write_png
 
     out: Path = args.out
-    options = preset("best", steps="50", candidates=args.candidates, batch=max(1, min(args.candidates, 3)), seed=args.seed)
+    options = preset("best", steps="40", candidates=args.candidates, batch=max(1, min(args.candidates, 4)), seed=args.seed)
     machine = _machine(args)
     _claim(out, "demo")
     source, mask = demo_scene(args.background, args.seed)

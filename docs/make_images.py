@@ -11,8 +11,8 @@ from blended_core.demo.world import demo_scene
 from blended_core.sheet import contact_sheet
 
 HERE = Path(__file__).parent / "images"
-HERO = ("an apple", "a mushroom", "a sunflower", "a tree", "a cactus", "a balloon")
-BACKGROUND, SEED, CANDIDATES = "meadow", 0, 6
+HERO = ("a sunflower", "a pumpkin", "an apple", "a tree", "a balloon", "a cactus")
+BACKGROUND, SEED, CANDIDATES = "lake", 0, 4
 
 
 def hero(models: Models) -> None:
@@ -24,7 +24,7 @@ def hero(models: Models) -> None:
     for text in HERO:
         assert models.clip is not None
         result = edit_picture(
-            picture, mask, models.clip.prompt(text), models, preset("best", steps="50", candidates=CANDIDATES, batch=3, seed=SEED)
+            picture, mask, models.clip.prompt(text), models, preset("best", steps="50", candidates=CANDIDATES, batch=4, seed=SEED)
         )
         best = result.candidates[0]
         tiles.append(
