@@ -25,7 +25,7 @@ from blended_core.context import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
 
-DATA = Path(__file__).parent / "data" / "unet_keys"
+DATA = Path(__file__).parent / "golden" / "unet_keys"
 CPU = DeviceContext()
 M256, M512 = (1, 1, 2, 2, 4, 4), (0.5, 1, 1, 2, 2, 4, 4)
 LINEAR, COSINE, LONG = DiffusionConfig(), DiffusionConfig("cosine"), DiffusionConfig("cosine", 4000)
