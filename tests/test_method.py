@@ -555,9 +555,10 @@ def test_gradient_checkpointing_changes_memory_alone() -> None:
     assert calls == {"plain": 1, "thrifty": 2}, "the blocks must have run a second time"
 
 
-def test_bfloat16_is_near_float32() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_float32(dtype: torch.dtype) -> None:
     full, half = tiny.tiny_model(), tiny.tiny_model()
-    half.network.set_compute_dtype(torch.bfloat16)  # type: ignore[operator]
+    half.network.set_compute_dtype(dtype)  # type: ignore[operator]
     options = GuidanceOptions(views=1)
     a, b = guided(full, noisy(2), options), guided(half, noisy(2), options)
     assert b.prediction.x0.dtype == b.gradient.dtype == torch.float32
