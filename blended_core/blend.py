@@ -34,6 +34,11 @@ def mask_at_level(mask: Tensor, index: int, start_index: int, soft: bool) -> Ten
     return (mask > index / (start_index + 1)).to(mask.dtype)
 
 
+def mask_for_clip(mask: Tensor, soft: bool) -> Tensor:
+    """What CLIP sees of a mask: everything that may be edited at all, however little."""
+    return (mask > 0).to(mask) if soft else mask
+
+
 def blend(foreground: Tensor, background: Tensor, mask: Tensor) -> Tensor:
     """x_fg ⊙ m + x_bg ⊙ (1 − m), [B, C, H, W]; both must be at one noise level."""
     return foreground * mask + background * (1 - mask)

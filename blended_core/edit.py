@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blend import binary_mask, blend, final_paste, mask_at_level, soft_mask
+from .blend import binary_mask, blend, final_paste, mask_at_level, mask_for_clip, soft_mask
 from .clip import ClipModel, Prompt
 from .context import DeviceContext
 from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
@@ -350,7 +350,7 @@ def blended_diffusion(
     schedule = models.ddpm.config.respaced(options.steps)
     start = schedule.start_index(options.strength)
     x = noise_background(source, start, schedule, draws, images, "start")
-    seen = (mask > 0).to(mask) if options.soft else mask
+    seen = mask_for_clip(mask, options.soft)
     for index in range(start, -1, -1):
         step = guided_step(models, x, index, schedule, options, prompt, seen, draws, images, source)
         level = index - 1 if options.background_level == "matched" else index
@@ -366,7 +366,7 @@ def local_clip_guided_diffusion(
     schedule = models.ddpm.config.respaced(options.steps)
     start = schedule.start_index(options.strength)
     x = noise_background(source, start, schedule, draws, images, "start")
-    seen = (mask > 0).to(mask) if options.soft else mask
+    seen = mask_for_clip(mask, options.soft)
     for index in range(start, -1, -1):
         step = guided_step(models, x, index, schedule, options, prompt, seen, draws, images, source)
         x = step.x
@@ -463,6 +463,7 @@ def edit_picture(
     options: EditOptions | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_candidate: Callable[[Candidate, EditResult], None] | None = None,
+    on_start: Callable[[EditResult], None] | None = None,
 ) -> EditResult:
     """Edits a picture of any size inside its mask.
 
@@ -473,6 +474,7 @@ def edit_picture(
         models: the networks.
         options: default: the preset ``best``.
         on_step: called after every step of every batch.
+        on_start: called once before the first step, with the result that will be filled: its region and mask are known.
         on_candidate: called for every finished candidate, before ranking; the result holds those finished so far.
 
     Returns:
@@ -508,7 +510,7 @@ def edit_picture(
             raise BlendedError(
                 f"nothing of the mask is left when the whole picture is squashed to {size}×{size}; use the crop 'region' (--crop region)."
             )
-        seen = (region_mask > 0).to(region_mask) if options.soft else region_mask
+        seen = mask_for_clip(region_mask, options.soft)
         notes: list[str] = []
         guided = prompt is not None and len(prompt) > 0
 
@@ -521,6 +523,8 @@ def edit_picture(
         source_distance = distances(source)[0]
         result = EditResult([], original, used, region, options, source_distance, notes, seconds)
         lap("prepare")
+        if on_start is not None:
+            on_start(result)
         draws = Draws(options.seed)
         strongest, broken = 0.0, 0
         for first in range(0, options.candidates, options.batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from blended_core.diffusion import DiffusionModel
 from blended_core.edit import Models
 
 from . import tiny
+from .server import Server, started
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more than the cores make small networks slower, not faster
 
@@ -42,3 +45,10 @@ def embedded() -> Models:
     context = DeviceContext()
     with context.autograd():
         return Models(load_ddpm(context), load_clip(context), None, context)
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One real ComfyUI for all tests that need a server."""
+    with started(tmp_path_factory.mktemp("comfyui")) as server:
+        yield server

@@ -222,16 +222,20 @@ def random_scene(
     return Scene(background, tuple(placed), int(rng.integers(2**31)), float(rng.uniform(0.2, 0.8)))
 
 
-def demo_scene(background: str = "meadow", seed: int = 0, width: int = SIDE, height: int = SIDE) -> tuple[UInt8Image, UInt8Image]:
-    """An empty scene and a mask to draw an object into, both 8-bit RGB [height, width, 3].
+def demo_scene(
+    background: str = "meadow", seed: int = 0, width: int = SIDE, height: int = SIDE, name: str | None = None
+) -> tuple[UInt8Image, UInt8Image]:
+    """A scene and a mask to draw an object into, both 8-bit RGB [height, width, 3].
 
-    The mask is an ellipse of about two thirds of the shorter side, in the middle.
+    The mask is an ellipse of about two thirds of the shorter side, in the middle. The scene is empty, or shows the named
+    object where the mask is.
     """
     rng = np.random.default_rng(seed)
-    scene = Scene(background, (), int(rng.integers(2**31)), float(rng.uniform(0.4, 0.6)))
+    drawn = int(rng.integers(2**31)), float(rng.uniform(0.4, 0.6))
     short = min(width, height)
     x, y = width * float(rng.uniform(0.48, 0.52)), height * float(rng.uniform(0.48, 0.52))
+    placed = () if name is None else (Placed(name, x / width, y / height, 38 / SIDE),)
     yy, xx = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     inside = ((xx - x) / (0.34 * short)) ** 2 + ((yy - y) / (0.36 * short)) ** 2 <= 1
     mask = np.where(inside, np.uint8(255), np.uint8(0))
-    return render(scene, width, height), np.repeat(mask[..., None], 3, 2)
+    return render(Scene(background, placed, *drawn), width, height), np.repeat(mask[..., None], 3, 2)

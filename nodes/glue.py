@@ -1,0 +1,269 @@
+"""All of ComfyUI that the pack touches: memory manager, progress, interrupt, folders, tensors in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import folder_paths
+import numpy as np
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from comfy.model_patcher import ModelPatcher
+from comfy.utils import ProgressBar
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor, nn
+
+from ..blended_core.clip import ClipModel, Prompt
+from ..blended_core.context import DTYPES, DeviceContext
+from ..blended_core.diffusion import DiffusionModel
+from ..blended_core.edit import Models
+from ..blended_core.errors import BlendedError, BlendedWarning
+from ..blended_core.guidance import GuidanceOptions
+from ..blended_core.perceptual import Perceptual, load_perceptual
+from .latent import four_dimensional, shape_of
+
+CATEGORY = "Blended Diffusion"
+DDPM_FOLDER, CLIP_FOLDER = "ddpm", "open_clip"
+EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+
+DDPM = io.Custom("BLENDED_DDPM")
+CLIP = io.Custom("BLENDED_CLIP")
+PROMPT = io.Custom("BLENDED_PROMPT")
+GUIDANCE = io.Custom("BLENDED_GUIDANCE")
+
+
+# --- networks in the memory manager -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedDDPM:
+    """What BLENDED_DDPM carries."""
+
+    model: DiffusionModel
+    patcher: ModelPatcher
+    context: DeviceContext
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedCLIP:
+    """What BLENDED_CLIP carries."""
+
+    model: ClipModel
+    patcher: ModelPatcher
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPrompt:
+    """What BLENDED_PROMPT carries: texts, and the CLIP that they are in the words of."""
+
+    prompt: Prompt
+    clip: LoadedCLIP
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedGuidance:
+    """What BLENDED_GUIDANCE carries: options, and the LPIPS network if they ask for one."""
+
+    options: GuidanceOptions
+    perceptual: LoadedPerceptual | None
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPerceptual:
+    """An LPIPS network in the memory manager."""
+
+    model: Perceptual
+    patcher: ModelPatcher
+
+
+def device_context(dtype: str = "auto") -> DeviceContext:
+    """Where ComfyUI computes, in a precision by name; 'auto' follows ComfyUI's own choice."""
+    device = mm.get_torch_device()
+    precision = mm.unet_dtype(device, supported_dtypes=[torch.bfloat16, torch.float16, torch.float32]) if dtype == "auto" else DTYPES[dtype]
+    if precision not in DTYPES.values():  # asked for by a flag of ComfyUI's for other networks: float8, float64
+        precision = torch.float32
+    return DeviceContext(device, precision, channels_last=device.type == "cuda")
+
+
+def resting(context: DeviceContext) -> DeviceContext:
+    """The same where ComfyUI keeps networks that are not in use; networks are loaded there and moved by its manager."""
+    return DeviceContext(mm.unet_offload_device(), context.dtype, context.channels_last)
+
+
+def manage(network: nn.Module) -> ModelPatcher:
+    """Hands a network to ComfyUI's memory manager."""
+    # The plain patcher: the dynamic one streams weights through one buffer, which a backward pass would find overwritten.
+    return ModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+def managed_perceptual() -> LoadedPerceptual:
+    """The LPIPS network of this computer: the user's backbone, else the embedded one."""
+    perceptual = load_perceptual(resting(device_context("fp32")))
+    return LoadedPerceptual(perceptual, manage(perceptual.network))
+
+
+def on_device(
+    ddpm: LoadedDDPM | None, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None = None, pixels: int = 0
+) -> DeviceContext:
+    """Brings networks to ComfyUI's device, whole; inside :func:`engine`.
+
+    ``pixels``: of all rows of a batch together; the memory that a guided step needs is told to the manager.
+    """
+    patchers = [part.patcher for part in (ddpm, clip, perceptual) if part is not None]
+    context = ddpm.context if ddpm is not None else device_context("fp32")
+    needed = 0
+    if ddpm is not None:
+        width = sum(p.shape[0] for p in ddpm.model.network.parameters() if p.ndim == 4) ** 0.5
+        needed = int(pixels * width * 4 * VALUES_A_PIXEL)
+    mm.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
+    return context
+
+
+VALUES_A_PIXEL = 60
+"""Rough number of values that a guided step keeps for each pixel and unit of width: what the manager frees beforehand."""
+
+
+def models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None) -> Models:
+    """The engine's view of loaded networks; after :func:`on_device`."""
+    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, ddpm.context)
+
+
+# --- progress, preview, interrupt ---------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A node's bar, its live preview as the person set it, and the check whether the person pressed Cancel."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.bar = ProgressBar(total)
+
+    def update(self, done: int, preview: Tensor | None = None) -> None:
+        """``done`` of ``total``; ``preview`` [B, 3, H, W] in −1..1, of which the first row is shown.
+
+        Raises ComfyUI's InterruptProcessingException after Cancel.
+        """
+        mm.throw_exception_if_processing_interrupted()
+        shown = None
+        if preview is not None and args.preview_method != LatentPreviewMethod.NoPreviews:
+            pixels = ((preview[0].float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+            shown = ("JPEG", enlarged(Image.fromarray(pixels.permute(1, 2, 0).numpy())), args.preview_size)
+        self.bar.update_absolute(done, self.total, shown)
+
+
+def enlarged(picture: Image.Image, least: int = 256) -> Image.Image:
+    """Small pictures at a whole multiple of their size: a preview of 64 pixels is hardly seen."""
+    factor = -(-least // max(picture.size))
+    return picture if factor <= 1 else picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[None]:
+    """The scope in which a node calls the engine.
+
+    Out of ComfyUI's inference mode, whose tensors no gradient can use; warnings go to ComfyUI's log, and errors speak of inputs
+    instead of the terminal's options.
+    """
+    said: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as said, torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("always", BlendedWarning)
+            yield
+    except BlendedError as error:
+        raise BlendedError(in_words_of_nodes(str(error))) from None
+    finally:
+        for warning in said:
+            if issubclass(warning.category, BlendedWarning):
+                logging.warning("Blended Diffusion: %s", in_words_of_nodes(str(warning.message)))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def in_words_of_nodes(sentence: str) -> str:
+    """'use --invert-mask' → 'use “invert mask”'."""
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda match: f"“{match[1].replace('-', ' ')}”", sentence)
+
+
+# --- folders ------------------------------------------------------------------------------------------------------------
+
+
+def register_folders() -> None:
+    """models/ddpm and models/open_clip, unless another pack or extra_model_paths.yaml named them already."""
+    for name in (DDPM_FOLDER, CLIP_FOLDER):
+        paths, extensions = folder_paths.folder_names_and_paths.get(name, ([], set()))
+        own = str(Path(folder_paths.models_dir) / name)
+        folder_paths.folder_names_and_paths[name] = (paths if own in paths else [*paths, own], set(extensions) | EXTENSIONS)
+
+
+def files_in(folder: str) -> list[str]:
+    """Names of the files in a folder of models."""
+    return folder_paths.get_filename_list(folder)
+
+
+def path_of(folder: str, name: str) -> Path:
+    """Where a listed file is; an error names the folder where it should lie."""
+    found = folder_paths.get_full_path(folder, name)
+    if found is None:
+        where = folder_paths.folder_names_and_paths[folder][0][0]
+        raise BlendedError(f"there is no {name!r} in {where} any more; put the file there and press R to refresh, or choose another.")
+    return Path(found)
+
+
+def stamp(*paths: Path) -> str:
+    """Changes when a file is overwritten, so that a node which loads it runs again."""
+    return "/".join(f"{s.st_mtime_ns}.{s.st_size}" for s in (p.stat() for p in paths if p.is_file()))
+
+
+# --- tensors ------------------------------------------------------------------------------------------------------------
+
+
+def pictures(image: Tensor, what: str = "IMAGE") -> tuple[Tensor, Tensor | None]:
+    """IMAGE [B, H, W, 3 or 4] → (colours [B, 3, H, W] float32 in 0..1, alpha [B, 1, H, W] or None), copies on the CPU."""
+    if image.ndim != 4 or image.shape[-1] not in (3, 4):
+        raise BlendedError(f"the {what} has the shape {shape_of(image)}; give pictures [batch, height, width, 3 (RGB) or 4 (RGBA)].")
+    values = image.detach().to("cpu", torch.float32, copy=True).permute(0, 3, 1, 2)
+    return values[:, :3].contiguous(), values[:, 3:].contiguous() if image.shape[-1] == 4 else None
+
+
+def masks(mask: Tensor | None, what: str = "MASK") -> Tensor | None:
+    """MASK [B, H, W] → [B, 1, H, W] float32 on the CPU, a copy; an empty one is an error that says how to draw one."""
+    if mask is None:
+        return None
+    values = four_dimensional(mask).clone()
+    if not bool((values > 0).any()):
+        raise BlendedError(
+            f"the {what} is empty ({shape_of(mask)}, all 0): nothing would be edited. Paint white where the picture should change: "
+            "right-click Load Image, Open in MaskEditor. (Load Image gives an empty mask for a picture without transparency.)"
+        )
+    return values
+
+
+def image(values: Tensor, alpha: Tensor | None = None) -> Tensor:
+    """[B, 3, H, W] in 0..1 → IMAGE, with alpha where the picture had one."""
+    if alpha is not None:
+        values = torch.cat([values, alpha.expand(len(values), -1, -1, -1).to(values)], 1)
+    return values.permute(0, 2, 3, 1).contiguous().to(mm.intermediate_device())
+
+
+def as_image(x: Tensor) -> Tensor:
+    """[B, 3, H, W] in −1..1 → IMAGE, clamped."""
+    return image(((x.float() + 1) / 2).clamp(0, 1))
+
+
+def kept(x: Tensor) -> Tensor:
+    """Samples as a LATENT holds them: float32, where ComfyUI keeps what travels between nodes."""
+    return x.detach().to(mm.intermediate_device(), torch.float32)
+
+
+def text(value: Any) -> str:
+    """A number for a person's eyes."""
+    return f"{value:.3f}" if isinstance(value, (float, np.floating)) else "–" if value is None else str(value)

@@ -1,0 +1,430 @@
+"""The nodes in a real ComfyUI, driven through its server as a page drives them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blended_core.demo.world import demo_scene
+
+from .server import ROOT, Prompt, Server, environment, interpreter, needs_comfyui
+
+pytestmark = [needs_comfyui, pytest.mark.slow]
+LOCK = ROOT / "schema.lock.json"
+
+
+def schema_of(server: Server) -> dict[str, Any]:
+    """What a saved workflow depends on: ids, types, order, defaults and limits of all nodes of the pack."""
+    nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Blended")}
+    kept = ("display_name", "category", "output", "output_name", "output_is_list", "input_order")
+    return {
+        name: {
+            **{key: info[key] for key in kept},
+            "input": {
+                group: {key: inputs_of(spec) for key, spec in inputs.items()}
+                for group, inputs in info["input"].items()
+                if group != "hidden"
+            },
+        }
+        for name, info in sorted(nodes.items())
+    }
+
+
+def inputs_of(spec: list[Any]) -> dict[str, Any]:
+    """One input without its texts; those inside a dynamic choice too."""
+    options = spec[1] if len(spec) > 1 else {}
+    out = {"type": spec[0], **{k: v for k, v in options.items() if k not in ("tooltip", "options")}}
+    if "options" in options:
+        out["options"] = [
+            o
+            if isinstance(o, str)
+            else {"key": o["key"], "inputs": {g: {k: inputs_of(s) for k, s in i.items()} for g, i in o["inputs"].items()}}
+            for o in options["options"]
+        ]
+    return out
+
+
+def differences(locked: Any, found: Any, path: str = "") -> list[str]:
+    """Every place where two nested values differ, in words."""
+    if isinstance(locked, dict) and isinstance(found, dict):
+        out = [f"{path}/{key} is gone" for key in locked if key not in found]
+        out += [f"{path}/{key} is new" for key in found if key not in locked]
+        return out + [d for key in locked if key in found for d in differences(locked[key], found[key], f"{path}/{key}")]
+    return [] if locked == found else [f"{path} was {locked!r} and is {found!r}"]
+
+
+def scene(**inputs: Any) -> Prompt:
+    """Models, a prompt and a scene; every test's beginning."""
+    return {
+        "ddpm": node("LoadDDPM", checkpoint="embedded"),
+        "clip": node("LoadCLIP", weights="embedded"),
+        "prompt": node("EncodePrompt", clip=["clip", 0], text="a pumpkin"),
+        "scene": node("DemoScene", background="snow", **inputs),
+    }
+
+
+def node(name: str, **inputs: Any) -> dict[str, Any]:
+    """A node of the pack."""
+    return {"class_type": f"Blended{name}", "inputs": inputs}
+
+
+def core(name: str, **inputs: Any) -> dict[str, Any]:
+    """A node of ComfyUI."""
+    return {"class_type": name, "inputs": inputs}
+
+
+def start(image: Any = ("scene", 0), mask: Any = ("scene", 1), steps: int = 6, batch: int = 2, **more: Any) -> dict[str, Any]:
+    """Noise Background in its mode start."""
+    values = {"ddpm": ["ddpm", 0], "steps": steps, "strength": 0.75, "seed": 3, "batch": batch, **more}
+    if mask is not None:
+        values["mask"] = list(mask)
+    return node("NoiseBackground", image=list(image), mode="start", **{f"mode.{k}": v for k, v in values.items()})
+
+
+def loop(prompt: Prompt, image: Any = ("scene", 0), **step: Any) -> Prompt:
+    """The step by step graph on what 'start' gives."""
+    return {
+        **prompt,
+        "begin": node("DenoiseLoopStart", latent=["start", 0]),
+        "step": node("CLIPGuidanceStep", ddpm=["ddpm", 0], latent=["begin", 1], prompt=["prompt", 0], **step),
+        "background": node("NoiseBackground", image=list(image), mode="match", **{"mode.latent": ["step", 0]}),
+        "blend": node("BlendLatents", foreground=["step", 0], background=["background", 0]),
+        "end": node("DenoiseLoopEnd", flow=["begin", 0], latent=["blend", 0]),
+        "paste": node("FinalPaste", edited=["end", 0], original=list(image)),
+        "save": core("SaveImage", images=["paste", 0], filename_prefix="loop"),
+    }
+
+
+def sampler(prompt: Prompt, image: Any = ("scene", 0), mask: Any = ("scene", 1), **inputs: Any) -> Prompt:
+    """The same in one node."""
+    values = {"steps": 6, "strength": 0.75, "seed": 3, "candidates": 2, "batch": 2, **inputs}
+    return {
+        **prompt,
+        "sampler": node("Sampler", ddpm=["ddpm", 0], image=list(image), mask=list(mask), prompt=["prompt", 0], **values),
+        "save": core("SaveImage", images=["sampler", 0], filename_prefix="sampler"),
+        "text": core("PreviewAny", source=["sampler", 2]),
+    }
+
+
+def test_the_schema_is_the_locked_one(comfyui: Server) -> None:
+    found = schema_of(comfyui)
+    if os.environ.get("BLENDED_WRITE_LOCK"):
+        LOCK.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert differences(json.loads(LOCK.read_text(encoding="utf-8")), found) == []
+
+
+def test_every_node_and_socket_explains_itself(comfyui: Server) -> None:
+    nodes = {name: info for name, info in comfyui.get("/object_info").items() if name.startswith("Blended")}
+    assert len(nodes) == 13
+
+    def silent(inputs: dict[str, Any]) -> list[str]:
+        out = []
+        for group in inputs.values():
+            for key, spec in group.items():
+                options = spec[1] if isinstance(spec, list) and len(spec) > 1 else {}
+                if not options.get("tooltip"):
+                    out.append(key)
+                for option in options.get("options", []):
+                    out += silent(option["inputs"]) if isinstance(option, dict) else []
+        return out
+
+    for name, info in nodes.items():
+        visible = {k: v for k, v in info["input"].items() if k != "hidden"}
+        assert silent(visible) == [], name
+        assert all(info["output_tooltips"]), name
+        assert info["description"] and info["search_aliases"] and info["category"].startswith("Blended Diffusion"), name
+
+
+@pytest.mark.parametrize("preset", ["best", "paper"])
+def test_loop_sampler_and_terminal_give_one_picture(comfyui: Server, preset: str, tmp_path: Path) -> None:
+    picture, mask = demo_scene("lake", 5, 96, 80)
+    files = {name: comfyui.put(f"{name}.png", pixels) for name, pixels in (("picture", picture), ("mask", mask))}
+    base = scene()
+    base["picture"] = core("LoadImage", image=files["picture"])
+    base["area"] = core("LoadImageMask", image=files["mask"], channel="red")
+    image, area = ("picture", 0), ("area", 0)
+    step: dict[str, Any] = {}
+    if preset == "paper":
+        base["options"] = node("GuidanceOptions", gradient="x0", distance="cosine", range_scale=0.0, views=16)
+        step["options"] = ["options", 0]
+    stepped = comfyui.pictures(comfyui.run(loop({**base, "start": start(image, area)}, image, **step)), "save")
+    at_once = comfyui.pictures(comfyui.run(sampler(base, image, area, preset=preset)), "save")
+    command = [interpreter(), "-m", "blended_core.cli", "edit", str(comfyui.folder / "input" / "picture.png"), "--device", "cpu"]
+    command += ["--mask", str(comfyui.folder / "input" / "mask.png"), "--prompt", "a pumpkin", "--preset", preset, "--steps", "6"]
+    command += ["--strength", "0.75", "--seed", "3", "--candidates", "2", "--batch", "2", "--threads", "1", "--out", str(tmp_path / "out")]
+    told = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    ranked = [np.array(open_rgb(tmp_path / "out" / c["file"])) for c in report["candidates"]]
+    order = [c["candidate"] if "candidate" in c else c["index"] for c in report["candidates"]]
+    assert len(ranked) == len(at_once) == len(stepped) == 2
+    for place, number in enumerate(order):
+        np.testing.assert_array_equal(at_once[place], ranked[place])
+        np.testing.assert_array_equal(stepped[number], ranked[place])
+    assert (ranked[0] != picture).any()
+
+
+def open_rgb(path: Path) -> Any:
+    """A picture's RGB."""
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def test_outside_the_mask_a_photo_sized_png_keeps_every_pixel(comfyui: Server) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (1067, 1600, 3), dtype=np.uint8)
+    mask = np.zeros((1067, 1600, 3), np.uint8)
+    mask[300:520, 700:1010] = 255
+    base = scene()
+    base["picture"] = core("LoadImage", image=comfyui.put("photo.png", picture))
+    base["area"] = core("LoadImageMask", image=comfyui.put("photo_mask.png", mask), channel="red")
+    (result,) = comfyui.pictures(comfyui.run(sampler(base, ("picture", 0), ("area", 0), candidates=1, steps=4)), "save")
+    outside = mask[..., 0] == 0
+    np.testing.assert_array_equal(result[outside], picture[outside])
+    assert (result[~outside] != picture[~outside]).mean() > 0.5
+
+
+def test_progress_and_previews_come_at_every_step(comfyui: Server) -> None:
+    outcome = comfyui.run(sampler(scene(), seed=77))
+    assert outcome.error is None
+    steps = [p for p in outcome.progress if p["node"] == "sampler"]
+    assert [p["value"] for p in steps if p["value"]] == sorted({p["value"] for p in steps if p["value"]})
+    assert steps[-1]["value"] == steps[-1]["max"] == 4
+    assert len(outcome.previews) >= 4
+    looped = comfyui.run(loop({**scene(), "start": start(seed=78)}))
+    assert looped.error is None
+    assert len(looped.previews) >= 4
+
+
+def test_a_changed_seed_runs_only_what_depends_on_it(comfyui: Server) -> None:
+    prompt = sampler(scene(seed=31))
+    comfyui.run(prompt)
+    again = comfyui.run(prompt)
+    assert again.executed == []
+    prompt["sampler"]["inputs"]["seed"] = 4
+    changed = comfyui.run(prompt)
+    assert set(changed.executed) == {"sampler", "save", "text"}
+
+
+def test_an_overwritten_checkpoint_is_loaded_anew(comfyui: Server) -> None:
+    folder = comfyui.folder / "models" / "ddpm"
+    folder.mkdir(exist_ok=True)
+    data = (ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors").read_bytes()
+    file = folder / "mine.safetensors"
+    file.write_bytes(data)
+    prompt = sampler(scene(seed=32))
+    prompt["ddpm"]["inputs"]["checkpoint"] = "mine.safetensors"
+    assert comfyui.run(prompt).error is None
+    assert comfyui.run(prompt).executed == []
+    time.sleep(0.02)
+    file.write_bytes(data)
+    assert "ddpm" in comfyui.run(prompt).executed
+    file.write_bytes(b"not a checkpoint at all")
+    assert "mine.safetensors" in comfyui.run(prompt).sentence
+
+
+def test_cancel_stops_within_a_step_and_the_next_run_succeeds(comfyui: Server) -> None:
+    sent = []
+
+    def cancel(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data["node"] == "sampler" and data["value"] == 2:
+            comfyui.post("/interrupt", {})
+            sent.append(data["value"])
+        elif kind == "progress" and sent:
+            sent.append(data["value"])
+
+    outcome = comfyui.run(sampler(scene(), steps=40, seed=91), cancel)
+    assert outcome.interrupted
+    assert max(sent) <= 4  # the step that was under way, and one whose check came before the request
+    assert comfyui.run(sampler(scene(), seed=92)).error is None
+
+
+def test_free_unloads_every_network(comfyui: Server) -> None:
+    comfyui.run(sampler(scene(), seed=93))
+    comfyui.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(2)
+    outcome = comfyui.run(sampler(scene(), seed=93))
+    assert {"ddpm", "clip", "sampler"} <= set(outcome.executed)  # the caches went too
+    assert outcome.error is None
+
+
+def test_one_mask_for_many_pictures_and_many_masks_for_one(comfyui: Server) -> None:
+    base = scene()
+    base["other"] = node("DemoScene", background="lake", seed=8)
+    base["both"] = core("ImageBatch", image1=["scene", 0], image2=["other", 0])
+    many = comfyui.run(sampler(base, ("both", 0), candidates=1, batch=1))
+    assert len(comfyui.pictures(many, "save")) == 2
+    alone = comfyui.run(sampler(base, ("other", 0), candidates=1, batch=1))
+    np.testing.assert_array_equal(comfyui.pictures(many, "save")[1], comfyui.pictures(alone, "save")[0])
+    stepped = comfyui.run(loop({**base, "start": start(("both", 0), batch=1)}, ("both", 0)))
+    assert stepped.error is None
+    for a, b in zip(comfyui.pictures(stepped, "save"), comfyui.pictures(many, "save"), strict=True):
+        np.testing.assert_allclose(a.astype(int), b, atol=2)  # rows computed together, not one by one
+
+
+def test_our_latent_passes_through_core_nodes(comfyui: Server) -> None:
+    base = {**scene(), "start": start(batch=2)}
+    base["one"] = core("LatentFromBatch", samples=["start", 0], batch_index=1, length=1)
+    taken = loop(base)
+    taken["begin"]["inputs"]["latent"] = ["one", 0]
+    whole = loop(base)
+    a, b = comfyui.pictures(comfyui.run(taken), "save"), comfyui.pictures(comfyui.run(whole), "save")
+    assert len(a) == 1
+    np.testing.assert_allclose(a[0].astype(int), b[1], atol=2)
+    base["twice"] = core("RepeatLatentBatch", samples=["start", 0], amount=2)
+    repeated = loop(base)
+    repeated["begin"]["inputs"]["latent"] = ["twice", 0]
+    pictures = comfyui.pictures(comfyui.run(repeated), "save")
+    assert len(pictures) == 4
+    assert (pictures[0] != pictures[2]).any()  # the same beginning, noise of its own from there on
+
+
+def test_rgba_keeps_its_alpha_and_soft_masks_work(comfyui: Server) -> None:
+    base = scene()
+    base["alpha"] = core("JoinImageWithAlpha", image=["scene", 0], alpha=["scene", 1])
+    result = comfyui.pictures(comfyui.run(sampler(base, ("alpha", 0), candidates=1)), "save")[0]
+    assert result.shape[2] == 4
+    base["feathered"] = core("FeatherMask", mask=["scene", 1], left=8, top=8, right=8, bottom=8)
+    assert comfyui.run(sampler(base, mask=("feathered", 0), mask_edges="soft", candidates=1)).error is None
+    assert comfyui.run(loop({**base, "start": start(mask=("feathered", 0), soft_mask=True)})).error is None
+
+
+def test_removal_needs_no_prompt_and_algorithm_1_runs(comfyui: Server) -> None:
+    prompt = sampler(scene(object="car"), candidates=1)
+    del prompt["sampler"]["inputs"]["prompt"]
+    assert comfyui.run(prompt).error is None
+    local = comfyui.run(sampler(scene(), algorithm="local", candidates=1))
+    assert local.error is None
+    official = comfyui.run(sampler(scene(), preset="official", candidates=1, steps=10))
+    assert official.error is None
+
+
+def test_ranking_sorts_as_the_sampler_does(comfyui: Server) -> None:
+    prompt = sampler(scene())
+    prompt["ranked"] = node("RankByCLIP", images=["sampler", 0], prompt=["prompt", 0], mask=["scene", 1], keep=1)
+    prompt["best"] = core("SaveImage", images=["ranked", 0], filename_prefix="ranked")
+    outcome = comfyui.run(prompt)
+    np.testing.assert_array_equal(comfyui.pictures(outcome, "best")[0], comfyui.pictures(outcome, "save")[0])
+
+
+def test_plain_latents_are_blended_plainly(comfyui: Server) -> None:
+    prompt = scene()
+    for name in ("a", "b"):
+        prompt[name] = core("EmptyLatentImage", width=64, height=64, batch_size=1)
+    prompt["blend"] = node("BlendLatents", foreground=["a", 0], background=["b", 0], mask=["scene", 1])
+    prompt["save"] = core("SaveLatent", samples=["blend", 0], filename_prefix="plain")
+    assert comfyui.run(prompt).error is None
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    (
+        "an empty mask",
+        lambda p: p["start"]["inputs"].update({"mode.mask": ["nothing", 0]}),
+        "the MASK is empty (1×64×64, all 0): nothing would be edited. Paint white where the picture should change",
+    ),
+    (
+        "no mask with a prompt",
+        lambda p: p["start"]["inputs"].pop("mode.mask"),
+        "CLIP Guidance Step has a prompt and no mask, so it does not know where to draw",
+    ),
+    (
+        "a background of another level",
+        lambda p: p["blend"]["inputs"].update(background=["start", 0]),
+        "the foreground is at level 4 of 6",
+    ),
+    (
+        "a plain LATENT where a level is needed",
+        lambda p: p["step"]["inputs"].update(latent=["plain", 0]),
+        "CLIP Guidance Step needs a LATENT that knows its noise level, and this one (1×4×8×8) does not: begin with Noise Background",
+    ),
+    (
+        "a plain background",
+        lambda p: p["blend"]["inputs"].update(background=["plain", 0]),
+        "the background does not know its noise level and the other LATENT does",
+    ),
+    (
+        "a noisy LATENT at Final Paste",
+        lambda p: p["paste"]["inputs"].update(edited=["start", 0]),
+        "the LATENT at Final Paste is still noisy (level 5 of 6",
+    ),
+    (
+        "another original",
+        lambda p: p["paste"]["inputs"].update(original=["wide", 0]),
+        "the original is 96×64 and the edit was made of a picture of 64×64",
+    ),
+    (
+        "another background picture",
+        lambda p: p["background"]["inputs"].update(image=["wide", 0]),
+        "the picture is 96×64 and the edit was begun with one of 64×64; scale it",
+    ),
+    (
+        "samples that were changed",
+        lambda p: p["begin"]["inputs"].update(latent=["scaled", 0]),
+        "row 1, 2 of the 2 in the LATENT at CLIP Guidance Step is not what its note (level 5 of 6",
+    ),
+    (
+        "a loop without a step",
+        lambda p: p["end"]["inputs"].update(latent=["begin", 1]),
+        "the loop does not come nearer to the picture: its round began and ended at level 5 of 6",
+    ),
+    (
+        "a clean LATENT in a step",
+        lambda p: p["step"]["inputs"].update(latent=["clean", 0]),
+        "no noise is left to take away",
+    ),
+    (
+        "an IMAGE without a mask",
+        lambda p: p["paste"]["inputs"].update(edited=["scene", 0]),
+        "Final Paste got an IMAGE and no mask",
+    ),
+    (
+        "a bad class",
+        lambda p: p["step"]["inputs"].update(class_choice="cat"),
+        "class_choice is 'cat'",
+    ),
+    (
+        "a bad respacing",
+        lambda p: p["start"]["inputs"].update({"mode.respacing": "ddim0"}),
+        "ddim0",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "break_it", "sentence"), WRONG, ids=[w[0] for w in WRONG])
+def test_wrong_wiring_gets_a_sentence(comfyui: Server, what: str, break_it: Any, sentence: str) -> None:
+    prompt = loop({**scene(), "start": start()})
+    prompt["wide"] = node("DemoScene", background="lake", width=96)
+    prompt["plain"] = core("EmptyLatentImage", width=64, height=64, batch_size=1)
+    prompt["scaled"] = core("LatentMultiply", samples=["start", 0], multiplier=0.5)
+    prompt["nothing"] = core("SolidMask", value=0.0, width=64, height=64)
+    prompt["short"] = start(steps=1, strength=1.0)
+    prompt["shortstep"] = node("CLIPGuidanceStep", ddpm=["ddpm", 0], latent=["short", 0])
+    prompt["clean"] = node("BlendLatents", foreground=["shortstep", 0], background=["shortstep", 0])
+    break_it(prompt)
+    outcome = comfyui.run(prompt)
+    assert sentence in outcome.sentence
+    assert outcome.error is not None and outcome.error["exception_type"].endswith("BlendedError")
+
+
+def test_a_prompt_of_another_clip_is_refused(comfyui: Server) -> None:
+    prompt = sampler(scene())
+    prompt["clip2"] = node("LoadCLIP", weights="embedded", architecture="other")
+    prompt["more"] = node("EncodePrompt", clip=["clip2", 0], text="a rose", previous=["prompt", 0])
+    prompt["sampler"]["inputs"]["prompt"] = ["more", 0]
+    assert "encoded with another CLIP" in comfyui.run(prompt).sentence
+
+
+def test_a_missing_essential_input_is_refused_by_the_server(comfyui: Server) -> None:
+    prompt = sampler(scene())
+    del prompt["sampler"]["inputs"]["mask"]
+    with pytest.raises((AssertionError, urllib.error.HTTPError), match="mask"):
+        comfyui.run(prompt)
