@@ -113,7 +113,7 @@ class GuidanceOptionsNode(io.ComfyNode):
                     options=["unet", "x0"],
                     default=DEFAULTS.gradient,
                     optional=True,
-                    tooltip="unet: exact, through the diffusion model. x0: about three times as fast with little memory, and less precise.",
+                    tooltip="unet: exact, through the diffusion model. x0: much faster with little memory, and less precise.",
                 ),
                 io.Combo.Input(
                     "distance",
