@@ -198,21 +198,21 @@ def unpack(latent: Latent, wants: str) -> Noisy:
 def same_level(foreground: Noisy, background: Noisy) -> None:
     """Raises BlendedError, naming both, unless two noisy pictures may be blended."""
     a, b = foreground.level, background.level
-    if (a.process, a.respacing, a.index) != (b.process, b.respacing, b.index):
-        advice = "take the background from Noise Background in its mode match, wired to the LATENT that CLIP Guidance Step gives"
-        if (a.process, a.respacing) != (b.process, b.respacing):
-            advice = "both must come from one Noise Background (start)"
-        raise BlendedError(f"the foreground is at {describe(a)} and the background at {describe(b)}; {advice}.")
+    if (a.process, a.respacing) != (b.process, b.respacing):
+        raise BlendedError(
+            f"the foreground is at {a} ({a.process.schedule} schedule) and the background at {b} ({b.process.schedule} schedule): two "
+            "different ways down. Both must come from one Noise Background (start)."
+        )
+    if a.index != b.index:
+        raise BlendedError(
+            f"the foreground is at {a} and the background at {b}; take the background from Noise Background in its mode match, wired to "
+            "the LATENT that CLIP Guidance Step gives."
+        )
     if a.region != b.region or a.size != b.size:
         raise BlendedError(
             f"foreground and background show different parts of the picture ({a.region} and {b.region}); begin both with one Noise "
             "Background."
         )
-
-
-def describe(level: Level) -> str:
-    """The level together with its schedule."""
-    return f"{level} of the {level.process.schedule} schedule in {level.respacing} steps"
 
 
 def fingerprint(row: Tensor) -> str:

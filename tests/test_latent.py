@@ -54,7 +54,7 @@ def test_rows_repeated_get_new_numbers_and_keep_their_picture() -> None:
 def test_latents_of_different_levels_joined_are_refused_by_row() -> None:
     first, second = packed(2), packed(1, index=2, seed=5)
     joined = {**first, "samples": torch.cat([first["samples"], second["samples"]]), "batch_index": [0, 1, 0]}
-    with pytest.raises(BlendedError, match=r"row 3 of the 3 .* level 5 of 10 .*join pictures after Final Paste"):
+    with pytest.raises(BlendedError, match=r"row 3 of the 3 .*level 5 of 10.*join pictures after Final Paste"):
         latent.unpack(joined, "Blend Latents")
 
 
@@ -84,10 +84,12 @@ def test_a_latent_without_the_key_is_refused_with_what_to_do() -> None:
 
 def test_two_levels_are_named_when_they_differ() -> None:
     a, b = latent.unpack(packed(1), "x"), latent.unpack(packed(1, index=3), "x")
-    with pytest.raises(BlendedError, match=r"level 5 of 10 .* level 4 of 10 .*mode match"):
+    with pytest.raises(
+        BlendedError, match=r"level 5 of 10, timestep 444 of 1000 and the background at level 4 of 10, timestep 333 of 1000; .*mode match"
+    ):
         latent.same_level(a, b)
     c = latent.unpack(packed(1, respacing="20"), "x")
-    with pytest.raises(BlendedError, match="in 10 steps and the background at level 5 of 20"):
+    with pytest.raises(BlendedError, match=r"level 5 of 10.*level 5 of 20.*two different ways down"):
         latent.same_level(a, c)
     d = latent.unpack(packed(1, region=Region(0, 0, 16, 24, 20)), "x")
     with pytest.raises(BlendedError, match="different parts of the picture"):
