@@ -102,6 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     guide.add_argument("--distance", choices=("spherical", "spherical_unclamped", "cosine"))
     guide.add_argument("--views", type=int, metavar="N", help="views of extending augmentations; 1 turns them off")
     guide.add_argument("--view-chunk", type=int, metavar="N", help="views through CLIP at once (less memory, same result)")
+    guide.add_argument(
+        "--reference-size", type=int, metavar="PX", help="side of the pictures that the weights are meant for (256); 0: weights as they are"
+    )
     guide.add_argument("--clamp", type=float, metavar="RMS", help="largest root mean square of a gradient")
 
     area = edit.add_argument_group("mask and region")

@@ -144,7 +144,9 @@ PRESETS: dict[str, EditOptions] = {
     ),
     "official": EditOptions(
         preset="official",
-        guidance=GuidanceOptions(clip_input="mixed", distance="spherical_unclamped", background_loss="reference", symmetric_views=False),
+        guidance=GuidanceOptions(
+            clip_input="mixed", distance="spherical_unclamped", background_loss="reference", symmetric_views=False, reference_size=0
+        ),
         background_level="one_off",
         background_noise="shared",
         output="x0",

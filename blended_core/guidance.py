@@ -34,6 +34,9 @@ class GuidanceOptions:
         symmetric_views: shift views along both axes, not along y alone.
         view_chunk: views that go through CLIP at once (0: all); changes memory, not the result.
         clamp: largest root mean square of an image's gradient, or None.
+        reference_size: side of the pictures that the weights are meant for. The losses are means over a picture, so their
+            gradient at a pixel falls with the number of pixels; it is brought to what it would be at this size, and one scale suits
+            models of 64 and of 512 pixels. 0: weights as they are, which is the same at 256.
     """
 
     scale: float = 1000.0
@@ -49,6 +52,7 @@ class GuidanceOptions:
     symmetric_views: bool = True
     view_chunk: int = 0
     clamp: float | None = None
+    reference_size: int = 256
 
     def __post_init__(self) -> None:
         _choice("gradient", self.gradient, ("unet", "x0"))
@@ -63,6 +67,8 @@ class GuidanceOptions:
             raise BlendedError(f"views is {self.views}; CLIP has to see at least 1 (1 turns the augmentations off).")
         if self.view_chunk < 0:
             raise BlendedError(f"view_chunk is {self.view_chunk}; give a number of views, or 0 for all at once.")
+        if self.reference_size < 0:
+            raise BlendedError(f"reference_size is {self.reference_size}; give a side in pixels (256 is usual), or 0 for none.")
         if self.clamp is not None and not self.clamp > 0:
             raise BlendedError(f"the gradient clamp is {self.clamp}; give a number above 0, or none.")
 
@@ -159,7 +165,8 @@ def guided_prediction(
 ) -> Guided:
     """Predicts x_{t−1} and the gradient of minus the loss in one forward of the network.
 
-    loss = scale · D_CLIP + range_scale · range + background_scale · D_bg, summed over the images. Without a prompt there
+    loss = scale · D_CLIP + range_scale · range + background_scale · D_bg, summed over the images; its gradient is brought to
+    ``reference_size``. Without a prompt there
     is no guidance (removal), and the gradient is None.
 
     Args:
@@ -220,6 +227,8 @@ def guided_prediction(
     prediction = Prediction(*(getattr(prediction, f).detach() for f in ("x0", "mean", "variance", "log_variance")))
     if gradient is None:
         return Guided(prediction, None)
+    if options.reference_size:
+        gradient = gradient * (x_t.shape[-1] * x_t.shape[-2] / options.reference_size**2)
     gradient, broken = finite_rows(gradient)
     if options.clamp is not None:
         gradient = clamp_rows(gradient, options.clamp)

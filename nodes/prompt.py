@@ -170,6 +170,16 @@ class GuidanceOptionsNode(io.ComfyNode):
                     advanced=True,
                     tooltip="Views that go through CLIP at once; lower needs less memory and gives the same picture. 0: all.",
                 ),
+                io.Int.Input(
+                    "reference_size",
+                    default=DEFAULTS.reference_size,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Side of the pictures that the scales are meant for: one scale then suits models of every size. 0: scales as they are.",
+                ),
             ],
             outputs=[glue.GUIDANCE.Output("options", display_name="options", tooltip="For the sampler or CLIP Guidance Step.")],
         )
@@ -186,6 +196,7 @@ class GuidanceOptionsNode(io.ComfyNode):
         background_scale: float = DEFAULTS.background_scale,
         clamp: float = 0.0,
         view_chunk: int = DEFAULTS.view_chunk,
+        reference_size: int = DEFAULTS.reference_size,
     ) -> io.NodeOutput:
         with glue.engine():
             options = GuidanceOptions(
@@ -198,5 +209,6 @@ class GuidanceOptionsNode(io.ComfyNode):
                 background_scale=background_scale,
                 clamp=clamp or None,
                 view_chunk=view_chunk,
+                reference_size=reference_size,
             )
             return io.NodeOutput(glue.LoadedGuidance(options, glue.managed_perceptual() if options.needs_perceptual else None))

@@ -121,7 +121,7 @@ def test_a_whole_edit_runs_the_network_once_a_step(model: DiffusionModel) -> Non
 @pytest.mark.parametrize("gradient", ["unet", "x0"])
 def test_the_gradient_is_that_of_the_losses(model: DiffusionModel, gradient: str) -> None:
     """Against the plain composition of the paper's formulas in one graph."""
-    options = GuidanceOptions(gradient=gradient, background_scale=70.0, views=1)
+    options = GuidanceOptions(gradient=gradient, background_scale=70.0, views=1, reference_size=0)
     x, schedule = noisy(2), model.config.respaced(100)
     result = guided(model, x, options)
     x = x.clone().requires_grad_()
@@ -139,6 +139,17 @@ def test_the_gradient_is_that_of_the_losses(model: DiffusionModel, gradient: str
     expected = -torch.autograd.grad(loss.sum(), variable)[0]
     assert torch.allclose(result.gradient, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
     assert torch.allclose(result.clip_distance, 0.5 * cosine.arccos().square(), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [SIZE, 4 * SIZE])
+def test_the_weights_of_the_losses_are_meant_for_one_size_of_picture(model: DiffusionModel, size: int) -> None:
+    """A mean over a quarter of the side has sixteen times the gradient at each pixel; brought to the reference it has not."""
+    plain = guided(model, noisy(2), GuidanceOptions(views=1, reference_size=0)).gradient
+    brought = guided(model, noisy(2), GuidanceOptions(views=1, reference_size=size)).gradient
+    assert torch.allclose(brought, plain * (SIZE / size) ** 2)
+    assert PRESETS["official"].guidance.reference_size == 0
+    with pytest.raises(BlendedError, match="reference_size is -1"):
+        GuidanceOptions(reference_size=-1)
 
 
 @pytest.mark.parametrize("gradient", ["unet", "x0"])
@@ -357,7 +368,7 @@ def test_algorithm_1_asks_for_the_background() -> None:
     models = tiny.tiny_models(tiny.gaussian_model())
     away = []
     for scale in (0.0, 300.0, 3000.0):
-        options = preset("best", algorithm="local", steps="50", strength=0.5, views=1, background_scale=scale)
+        options = preset("best", algorithm="local", steps="50", strength=0.5, views=1, background_scale=scale, reference_size=0)
         last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0]))[-1]
         away.append(float(((last.x - SOURCE) * (1 - MASK)).square().mean()))
     assert away[0] > 1.05 * away[1] > 1.1 * away[2]
