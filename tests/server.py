@@ -69,8 +69,13 @@ class Outcome:
 class Server:
     """A started ComfyUI and the folder it works in."""
 
-    def __init__(self, folder: Path, port: int, log: Path) -> None:
-        self.folder, self.port, self.log = folder, port, log
+    def __init__(self, folder: Path, port: int, log: Path, pid: int) -> None:
+        self.folder, self.port, self.log, self.pid = folder, port, log, pid
+
+    def memory(self) -> float:
+        """Resident memory of the process in MiB."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     @property
     def url(self) -> str:
@@ -163,7 +168,7 @@ def started(folder: Path, *options: str) -> Iterator[Server]:
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=COMFYUI, stdout=stream, stderr=subprocess.STDOUT, env=environment())
         try:
-            server = Server(folder, port, log)
+            server = Server(folder, port, log, process.pid)
             for _ in range(600):
                 if process.poll() is not None:
                     raise AssertionError(f"ComfyUI ended while it started:\n{log.read_text()[-3000:]}")

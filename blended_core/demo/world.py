@@ -18,7 +18,7 @@ from PIL import Image
 from ..errors import BlendedError
 
 SIDE = 64  # pixels of a training scene
-CENTRE = 1 / SIDE  # how far from the middle a centred object may stand
+CENTRE = 0.5 / SIDE  # how far from the middle a centred object may stand
 SPRITE_SIDE = 96
 SHEET_COLUMNS = 4
 SPRITES_PATH = Path(__file__).with_name("data") / "sprites.png"
