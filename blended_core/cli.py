@@ -35,7 +35,7 @@ SHEET = "contact_sheet.png"
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 FAILED = 2
 MACHINE = ("device", "dtype", "checkpointing", "threads")  # of a request; the only part that --from may change
-DEMO_PROMPT = "a sunflower"
+DEMO_PROMPT = "an apple"
 DEMO_BACKGROUND = "lake"
 TEXT_KEY = "blended-diffusion"
 OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")  # of candidates and animations, with their rank or not yet
@@ -202,12 +202,13 @@ def _version() -> str:
 
 def demo(args: argparse.Namespace) -> int:
     """Makes a scene, edits it, writes everything that ``edit`` does."""
-    from .demo.world import demo_scene
+    from .demo.world import GUIDANCE_SCALE, demo_scene
     from .edit import preset
     from .pictures import write_png
 
     out: Path = args.out
-    options = preset("best", steps="40", candidates=args.candidates, batch=max(1, min(args.candidates, 4)), seed=args.seed)
+    count = args.candidates
+    options = preset("best", steps="40", candidates=count, batch=max(1, min(count, 4)), seed=args.seed, scale=GUIDANCE_SCALE)
     machine = _machine(args)
     _claim(out, "demo")
     source, mask = demo_scene(args.background, args.seed)

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from blended_core import DeviceContext, Models, edit_picture, load_clip, load_ddpm, preset, to_uint8
-from blended_core.demo.world import demo_scene
+from blended_core.demo.world import GUIDANCE_SCALE, demo_scene
 from blended_core.sheet import contact_sheet
 
 HERE = Path(__file__).parent / "images"
-HERO = ("a sunflower", "a pumpkin", "an apple", "a tree", "a balloon", "a cactus")
+HERO = ("an apple", "a sunflower", "a pumpkin", "a tree", "a rose", "a balloon")
 BACKGROUND, SEED, CANDIDATES = "lake", 0, 4
 
 
@@ -24,7 +24,11 @@ def hero(models: Models) -> None:
     for text in HERO:
         assert models.clip is not None
         result = edit_picture(
-            picture, mask, models.clip.prompt(text), models, preset("best", steps="50", candidates=CANDIDATES, batch=4, seed=SEED)
+            picture,
+            mask,
+            models.clip.prompt(text),
+            models,
+            preset("best", steps="40", candidates=CANDIDATES, batch=4, seed=SEED, scale=GUIDANCE_SCALE),
         )
         best = result.candidates[0]
         tiles.append(

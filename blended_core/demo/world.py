@@ -19,6 +19,7 @@ from ..errors import BlendedError
 
 SIDE = 64  # pixels of a training scene
 CENTRE = 0.5 / SIDE  # how far from the middle a centred object may stand
+GUIDANCE_SCALE = 3000.0  # suits the embedded models; those of photographs want the presets' own
 SPRITE_SIDE = 96
 SHEET_COLUMNS = 4
 SPRITES_PATH = Path(__file__).with_name("data") / "sprites.png"
