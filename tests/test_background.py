@@ -196,7 +196,11 @@ def test_an_edit_never_touches_the_outside(
         with pytest.raises(BlendedError, match="mask is empty"):
             edit_picture(picture, mask, None, MODELS, options)
         return
-    result = edit_picture(picture, mask, PROMPT if guided else None, MODELS, options)
+    try:
+        result = edit_picture(picture, mask, PROMPT if guided else None, MODELS, options)
+    except BlendedError as error:  # a thin mask may vanish when the whole picture is squashed, and only then
+        assert crop == "squash" and "nothing of the mask is left" in str(error)
+        return
     assert len(result.candidates) == 2
     for candidate in result.candidates:
         pasted = result.picture(candidate)

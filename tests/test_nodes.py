@@ -21,6 +21,11 @@ pytestmark = [needs_comfyui, pytest.mark.slow]
 LOCK = ROOT / "schema.lock.json"
 
 
+def nearly(a: Any, b: Any) -> bool:
+    """The same picture from another batch: rounding grows from step to step, but other draws would change most of the edit."""
+    return bool((np.abs(a.astype(int) - b.astype(int)) > 2).mean() < 0.05)
+
+
 def schema_of(server: Server) -> dict[str, Any]:
     """What a saved workflow depends on: ids, types, order, defaults and limits of all nodes of the pack."""
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Blended")}
@@ -299,7 +304,7 @@ def test_one_mask_for_many_pictures_and_many_masks_for_one(comfyui: Server) -> N
     stepped = comfyui.run(loop({**base, "start": start(("both", 0), batch=1)}, ("both", 0)))
     assert stepped.error is None
     for a, b in zip(comfyui.pictures(stepped, "save"), comfyui.pictures(many, "save"), strict=True):
-        np.testing.assert_allclose(a.astype(int), b, atol=2)  # rows computed together, not one by one
+        assert nearly(a, b)  # rows computed together, not one by one
 
 
 def test_our_latent_passes_through_core_nodes(comfyui: Server) -> None:
@@ -310,7 +315,7 @@ def test_our_latent_passes_through_core_nodes(comfyui: Server) -> None:
     whole = loop(base)
     a, b = comfyui.pictures(comfyui.run(taken), "save"), comfyui.pictures(comfyui.run(whole), "save")
     assert len(a) == 1
-    np.testing.assert_allclose(a[0].astype(int), b[1], atol=2)
+    assert nearly(a[0], b[1])
     base["twice"] = core("RepeatLatentBatch", samples=["start", 0], amount=2)
     repeated = loop(base)
     repeated["begin"]["inputs"]["latent"] = ["twice", 0]
