@@ -437,7 +437,8 @@ class DenoiseLoopEnd(io.ComfyNode):
                 )
             inside = between(prompt, start, own)
             graph = GraphBuilder()
-            names = {node: "end" if node == own else node for node in inside}
+            # Short names: those of the round before carry its prefix already, and would double at every round.
+            names = {node: "end" if node == own else str(i) for i, node in enumerate(inside)}
             for node, name in names.items():
                 graph.node(prompt.get_node(node)["class_type"], name).set_override_display_id(prompt.get_display_node_id(node))
             for node, name in names.items():
