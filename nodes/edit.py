@@ -215,7 +215,6 @@ class BlendedSampler(io.ComfyNode):
             chosen = settled(preset, changes)
             picture, alpha = glue.pictures(image)
             areas = glue.masks(mask)
-            assert areas is not None
             count = max(len(picture), len(areas))
             of = rows_from(len(picture), count, "pictures")
             areas = areas[rows_from(len(areas), count, "masks")]
@@ -323,7 +322,7 @@ class RankByCLIP(io.ComfyNode):
             if not len(prompt.prompt):
                 raise BlendedError("Rank by CLIP needs a prompt with text; an empty one says nothing about pictures.")
             colours, _ = glue.pictures(images)
-            given = glue.masks(mask)
+            given = glue.optional_masks(mask)
             height, width = colours.shape[-2:]
             full = colours.new_ones(1, 1, height, width) if given is None else fit_mask(given, height, width, False)
             full = full[rows_from(len(full), len(colours), "masks")]

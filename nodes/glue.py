@@ -230,14 +230,14 @@ def pictures(image: Tensor, what: str = "IMAGE") -> tuple[Tensor, Tensor | None]
     """IMAGE [B, H, W, 3 or 4] → (colours [B, 3, H, W] float32 in 0..1, alpha [B, 1, H, W] or None), copies on the CPU."""
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise BlendedError(f"the {what} has the shape {shape_of(image)}; give pictures [batch, height, width, 3 (RGB) or 4 (RGBA)].")
-    values = image.detach().to("cpu", torch.float32, copy=True).permute(0, 3, 1, 2)
-    return values[:, :3].contiguous(), values[:, 3:].contiguous() if image.shape[-1] == 4 else None
+    values = image.detach().to("cpu", torch.float32).permute(0, 3, 1, 2)
+    parts = [values[:, :3], values[:, 3:]][: image.shape[-1] - 2]
+    colours, *alpha = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return colours, alpha[0] if alpha else None
 
 
-def masks(mask: Tensor | None, what: str = "MASK") -> Tensor | None:
+def masks(mask: Tensor, what: str = "MASK") -> Tensor:
     """MASK [B, H, W] → [B, 1, H, W] float32 on the CPU, a copy; an empty one is an error that says how to draw one."""
-    if mask is None:
-        return None
     values = four_dimensional(mask).clone()
     if not bool((values > 0).any()):
         raise BlendedError(
@@ -245,6 +245,11 @@ def masks(mask: Tensor | None, what: str = "MASK") -> Tensor | None:
             "right-click Load Image, Open in MaskEditor. (Load Image gives an empty mask for a picture without transparency.)"
         )
     return values
+
+
+def optional_masks(mask: Tensor | None) -> Tensor | None:
+    """The same of an input that may not be wired."""
+    return None if mask is None else masks(mask)
 
 
 def image(values: Tensor, alpha: Tensor | None = None) -> Tensor:

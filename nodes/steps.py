@@ -141,7 +141,7 @@ def begin(
         steps=respacing.strip() or str(steps), strength=strength, seed=seed, context=context, mask_rule="soft" if soft_mask else "binary"
     )
     height, width = picture.shape[-2:]
-    given = glue.masks(mask)
+    given = glue.optional_masks(mask)
     full = None if given is None else fit_mask(given, height, width, soft_mask)
     if full is not None and len(full) > 1 and len(picture) == 1:
         picture = picture.expand(len(full), -1, -1, -1)
@@ -259,7 +259,7 @@ class CLIPGuidanceStep(io.ComfyNode):
                 steps=level.respacing, seed=level.seed, sampler=sampler, eta=eta, guidance=guidance, class_choice=class_of(class_choice),
                 mask_rule="soft" if level.soft else "binary",
             )  # fmt: skip
-            area = noisy.mask(glue.masks(mask))
+            area = noisy.mask(glue.optional_masks(mask))
             guided = prompt is not None and len(prompt.prompt) > 0
             if area is None and guided:
                 raise BlendedError(
@@ -351,7 +351,7 @@ class BlendLatents(io.ComfyNode):
                 )
             ours, other = unpack(foreground, "Blend Latents (foreground)"), unpack(background, "Blend Latents (background)")
             same_level(ours, other)
-            area = ours.mask(glue.masks(mask))
+            area = ours.mask(glue.optional_masks(mask))
             if area is None:
                 raise BlendedError("Blend Latents has no mask; wire a MASK into Noise Background (start) or into this node.")
             rows_from(len(other), len(ours), "background rows")
@@ -515,7 +515,7 @@ class FinalPaste(io.ComfyNode):
     ) -> io.NodeOutput:
         with glue.engine():
             picture, alpha = glue.pictures(original, "original")
-            given = glue.masks(mask)
+            given = glue.optional_masks(mask)
             if isinstance(edited, dict):
                 full, used, of, soft = from_latent(edited, picture, given)
             else:

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+from .server import COMFYUI, FOLDERS, ROOT, interpreter, needs_comfyui
 
-pytestmark = pytest.mark.skipif(
-    not (COMFYUI / "main.py").is_file(),
-    reason="no ComfyUI was found by COMFYUI_PATH or in the home folder, so the pack was not tried in one",
-)
-
-
-def interpreter() -> str:
-    """ComfyUI's own Python where it has an environment, else this one."""
-    for name in (".venv", "venv"):
-        python = COMFYUI / name / "bin" / "python"
-        if python.exists():
-            return str(python)
-    return sys.executable
+pytestmark = needs_comfyui
 
 
 @pytest.mark.slow
 def test_the_pack_is_loaded_without_complaint(tmp_path: Path) -> None:
-    for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+    for name in FOLDERS:
         (tmp_path / name).mkdir()
     (tmp_path / "custom_nodes" / "blended diffusion-1.0").symlink_to(ROOT, target_is_directory=True)
     command = [interpreter(), "main.py", "--cpu", "--quick-test-for-ci", "--disable-api-nodes", "--base-directory", str(tmp_path)]
