@@ -15,9 +15,8 @@ from ..blended_core.edit import PRESETS, Candidate, EditOptions, EditResult, Mod
 from ..blended_core.errors import BlendedError
 from ..blended_core.rank import clip_distance, ranking
 from ..blended_core.region import region_around
-from . import glue
+from . import glue, inputs
 from .latent import fit_mask
-from .steps import MAX_SEED, class_of, rows_from
 
 AS_PRESET = "as the preset"
 
@@ -69,7 +68,7 @@ class BlendedSampler(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=MAX_SEED,
+                    max=inputs.MAX_SEED,
                     control_after_generate=True,
                     optional=True,
                     tooltip="Candidate i depends on the seed and i alone. The terminal gives the same picture for the same seed and batch.",
@@ -107,25 +106,8 @@ class BlendedSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="Candidates at once: time and memory, not the draws.",
                 ),
-                io.Int.Input(
-                    "feather",
-                    default=0,
-                    min=0,
-                    max=512,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Pixels over which the edit fades in, inwards from the mask's edge: the outside stays untouched.",
-                ),
-                io.Float.Input(
-                    "context",
-                    default=best.context,
-                    min=1.0,
-                    max=16.0,
-                    step=0.1,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Side of the square that is edited over the mask's. More surroundings fit the edit in better and leave it fewer pixels.",
-                ),
+                inputs.feather(advanced=True),
+                inputs.context(),
                 io.Combo.Input(
                     "mask_edges",
                     options=[AS_PRESET, "binary", "soft"],
@@ -134,38 +116,9 @@ class BlendedSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="binary: everything from 50 % grey on is edited. soft: greys mean how freely a pixel may change.",
                 ),
-                io.Combo.Input(
-                    "sampler",
-                    options=["ddpm", "ddim"],
-                    default="ddpm",
-                    optional=True,
-                    advanced=True,
-                    tooltip="ddpm draws noise at every step, as the paper does. ddim is deterministic and needs fewer steps.",
-                ),
-                io.Float.Input(
-                    "eta",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Noise of ddim: 0 none, 1 as much as ddpm.",
-                ),
-                io.String.Input(
-                    "respacing",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Instead of steps, guided-diffusion's way to say it: ddim25, or 50,25,10 (sections, the clean end first).",
-                ),
-                io.String.Input(
-                    "class_choice",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Of a class-conditional model: zero, random, or the number of a class. Empty: as the preset.",
-                ),
+                *inputs.samplers(),
+                inputs.respacing(),
+                inputs.class_choice(""),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The candidates at the picture's own size, best first."),
@@ -208,7 +161,7 @@ class BlendedSampler(io.ComfyNode):
         if mask_edges != AS_PRESET:
             changes["mask_rule"] = mask_edges
         if class_choice.strip():
-            changes["class_choice"] = class_of(class_choice)
+            changes["class_choice"] = inputs.class_of(class_choice)
         if options is not None:
             changes["guidance"] = options.options
         with glue.engine():
@@ -216,8 +169,8 @@ class BlendedSampler(io.ComfyNode):
             picture, alpha = glue.pictures(image)
             areas = glue.masks(mask)
             count = max(len(picture), len(areas))
-            of = rows_from(len(picture), count, "pictures")
-            areas = areas[rows_from(len(areas), count, "masks")]
+            of = inputs.rows_from(len(picture), count, "pictures")
+            areas = areas[inputs.rows_from(len(areas), count, "masks")]
             perceptual = options.perceptual if options is not None else None
             if perceptual is None and chosen.guidance.needs_perceptual:
                 perceptual = glue.managed_perceptual()
@@ -325,7 +278,7 @@ class RankByCLIP(io.ComfyNode):
             given = glue.optional_masks(mask)
             height, width = colours.shape[-2:]
             full = colours.new_ones(1, 1, height, width) if given is None else fit_mask(given, height, width, False)
-            full = full[rows_from(len(full), len(colours), "masks")]
+            full = full[inputs.rows_from(len(full), len(colours), "masks")]
             clip = prompt.clip
             progress = glue.Progress(len(colours))
             distances: list[float | None] = []
@@ -368,7 +321,7 @@ class DemoScene(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=MAX_SEED,
+                    max=inputs.MAX_SEED,
                     control_after_generate=True,
                     optional=True,
                     tooltip="Draws clouds, hills and stars.",

@@ -17,17 +17,8 @@ from ..blended_core.edit import EditOptions, guided_step, noise_background
 from ..blended_core.errors import BlendedError
 from ..blended_core.guidance import GuidanceOptions
 from ..blended_core.region import region_around, resize
-from . import glue
+from . import glue, inputs
 from .latent import KEY, Latent, Level, Noisy, fit_mask, pack, same_level, shape_of, unpack
-
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
-
-
-def rows_from(count: int, wanted: int, what: str) -> list[int]:
-    """Which of ``count`` masks or pictures belongs to each of ``wanted``: one for all, or one for each."""
-    if count not in (1, wanted):
-        raise BlendedError(f"{count} {what} do not fit {wanted} pictures; give one for all, or one for each.")
-    return [0] * wanted if count == 1 else list(range(wanted))
 
 
 class NoiseBackground(io.ComfyNode):
@@ -48,12 +39,12 @@ class NoiseBackground(io.ComfyNode):
                 step=0.01,
                 tooltip="Share of the steps that is done. 1 begins with pure noise; lower keeps more of what is there.",
             ),
+            # Without control_after_generate: inside a choice the page adds that widget again each time it builds the choice.
             io.Int.Input(
                 "seed",
                 default=0,
                 min=0,
-                max=MAX_SEED,
-                control_after_generate=True,
+                max=inputs.MAX_SEED,
                 tooltip="Of every draw in this edit: noise, views, classes. The same seed gives the same picture.",
             ),
             io.Int.Input("batch", default=1, min=1, max=64, tooltip="Candidates of each picture, made at once."),
@@ -62,16 +53,7 @@ class NoiseBackground(io.ComfyNode):
                 optional=True,
                 tooltip="White: edit. A square around it is cut out and edited, so small masks get all the pixels. Later nodes know it.",
             ),
-            io.Float.Input(
-                "context",
-                default=1.6,
-                min=1.0,
-                max=16.0,
-                step=0.1,
-                optional=True,
-                advanced=True,
-                tooltip="Side of that square over the mask's. More surroundings fit the edit in better and leave it fewer pixels.",
-            ),
+            inputs.context(),
             io.Boolean.Input(
                 "soft_mask",
                 default=False,
@@ -79,13 +61,7 @@ class NoiseBackground(io.ComfyNode):
                 advanced=True,
                 tooltip="Greys of the mask mean how freely a pixel may change. Off: everything from 50 % grey on is edited.",
             ),
-            io.String.Input(
-                "respacing",
-                default="",
-                optional=True,
-                advanced=True,
-                tooltip="Instead of steps, guided-diffusion's way to say it: ddim25, or 50,25,10 (sections, the clean end first).",
-            ),
+            inputs.respacing(),
         ]
         match = [
             io.Latent.Input(
@@ -146,7 +122,7 @@ def begin(
     if full is not None and len(full) > 1 and len(picture) == 1:
         picture = picture.expand(len(full), -1, -1, -1)
     used = picture.new_ones(1, 1, height, width) if full is None else full
-    rows_from(len(used), len(picture), "masks")
+    inputs.rows_from(len(used), len(picture), "masks")
     size = ddpm.model.image_size
     region = region_around(used, size, context, soft_mask)
     schedule = ddpm.model.config.respaced(options.steps)
@@ -203,31 +179,8 @@ class CLIPGuidanceStep(io.ComfyNode):
                     optional=True,
                     tooltip="Only for λ above 0 in the options: the picture whose background should stay. Not wired: the one that the edit began with.",
                 ),
-                io.Combo.Input(
-                    "sampler",
-                    options=["ddpm", "ddim"],
-                    default="ddpm",
-                    optional=True,
-                    advanced=True,
-                    tooltip="ddpm draws noise at every step, as the paper does. ddim is deterministic and needs fewer steps.",
-                ),
-                io.Float.Input(
-                    "eta",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Noise of ddim: 0 none, 1 as much as ddpm.",
-                ),
-                io.String.Input(
-                    "class_choice",
-                    default="zero",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Of a class-conditional model: zero (no class), random (a new one every step), or the number of a class.",
-                ),
+                *inputs.samplers(),
+                inputs.class_choice("zero"),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="One level lower: the foreground for Blend Latents."),
@@ -256,7 +209,7 @@ class CLIPGuidanceStep(io.ComfyNode):
             check_process(level, ddpm)
             guidance = options.options if options is not None else GuidanceOptions()
             edit = EditOptions(
-                steps=level.respacing, seed=level.seed, sampler=sampler, eta=eta, guidance=guidance, class_choice=class_of(class_choice),
+                steps=level.respacing, seed=level.seed, sampler=sampler, eta=eta, guidance=guidance, class_choice=inputs.class_of(class_choice),
                 mask_rule="soft" if level.soft else "binary",
             )  # fmt: skip
             area = noisy.mask(glue.optional_masks(mask))
@@ -309,12 +262,6 @@ def check_process(level: Level, ddpm: glue.LoadedDDPM) -> None:
         )
 
 
-def class_of(choice: str) -> str | int:
-    """'zero', 'random' or a number."""
-    word = choice.strip().lower() or "zero"
-    return int(word) if word.isdecimal() else word
-
-
 class BlendLatents(io.ComfyNode):
     """The step inside the mask, the real picture outside."""
 
@@ -354,7 +301,7 @@ class BlendLatents(io.ComfyNode):
             area = ours.mask(glue.optional_masks(mask))
             if area is None:
                 raise BlendedError("Blend Latents has no mask; wire a MASK into Noise Background (start) or into this node.")
-            rows_from(len(other), len(ours), "background rows")
+            inputs.rows_from(len(other), len(ours), "background rows")
             level = ours.level
             weights = mask_at_level(area, level.index + 1, level.start, level.soft)
             x = blend(ours.samples, other.samples, weights.to(ours.samples))
@@ -372,7 +319,7 @@ def plain_blend(foreground: Latent, background: Latent, mask: Tensor | None) -> 
     weights = values.reshape(-1, 1, *values.shape[-2:]).to(a)
     if weights.shape[-2:] != a.shape[-2:]:
         weights = F.interpolate(weights, size=tuple(a.shape[-2:]), mode="bilinear", align_corners=False)
-    weights = weights.clamp(0, 1)[rows_from(len(weights), len(a), "masks")]
+    weights = weights.clamp(0, 1)[inputs.rows_from(len(weights), len(a), "masks")]
     return {**foreground, "samples": blend(a, b.to(a), weights.reshape(len(a), *[1] * (a.ndim - 3), *weights.shape[-2:]))}
 
 
@@ -490,14 +437,7 @@ class FinalPaste(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True, tooltip="White: take the edit. Not wired: the mask that the LATENT carries; an IMAGE needs one."
                 ),
-                io.Int.Input(
-                    "feather",
-                    default=0,
-                    min=0,
-                    max=512,
-                    optional=True,
-                    tooltip="Pixels over which the edit fades in, inwards from the mask's edge: the outside stays untouched.",
-                ),
+                inputs.feather(),
                 io.Boolean.Input(
                     "soft_mask",
                     default=False,
@@ -544,7 +484,7 @@ def from_latent(latent: Latent, picture: Tensor, given: Tensor | None) -> Pasted
     if given is None:
         raise BlendedError("Final Paste has no mask; wire a MASK into Noise Background (start) or into this node.")
     used = noisy.rows_of(fit_mask(given, height, width, level.soft), "masks")
-    of = list(noisy.pictures) if len(picture) == len(level.sources) else rows_from(len(picture), len(noisy), "originals")
+    of = list(noisy.pictures) if len(picture) == len(level.sources) else inputs.rows_from(len(picture), len(noisy), "originals")
     return region.put_back((noisy.samples + 1) / 2, picture[of]), used, of, level.soft
 
 
@@ -565,5 +505,5 @@ def from_image(edited: Tensor, picture: Tensor, given: Tensor | None, soft: bool
     full = resize(full, (height, width))
     used = fit_mask(given, height, width, soft)
     count = max(len(full), len(picture), len(used))
-    full = full[rows_from(len(full), count, "edited pictures")]
-    return full, used[rows_from(len(used), count, "masks")], rows_from(len(picture), count, "originals"), soft
+    full = full[inputs.rows_from(len(full), count, "edited pictures")]
+    return full, used[inputs.rows_from(len(used), count, "masks")], inputs.rows_from(len(picture), count, "originals"), soft

@@ -133,3 +133,33 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     outside = mask[..., 0] < 128
     assert (best[outside] == source[outside]).all()
     assert (best[~outside] != source[~outside]).any()
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib came with Python 3.11")
+def test_publishing_adds_the_addresses_that_the_registry_wants() -> None:
+    path = ROOT / "docs" / "addresses.py"
+    spec = importlib.util.spec_from_file_location("addresses", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    published = tomllib.loads(module.with_addresses((ROOT / "pyproject.toml").read_text("utf-8"), "someone/fork", "abc123"))
+    assert published["project"]["urls"]["Repository"] == "https://github.com/someone/fork"
+    for key in ("Icon", "Banner"):
+        address = published["tool"]["comfy"][key]
+        assert (ROOT / address.removeprefix("https://raw.githubusercontent.com/someone/fork/abc123/")).is_file()
+    with pytest.raises(SystemExit, match="must be one"):
+        module.with_addresses("[project]\n", "someone/fork", "abc123")
+
+
+def test_icon_and_banner_have_the_registry_s_sizes() -> None:
+    with Image.open(ROOT / "docs" / "images" / "icon.png") as icon:
+        assert icon.width == icon.height <= 400
+    with Image.open(ROOT / "docs" / "images" / "banner.jpg") as banner:
+        assert banner.width * 9 == banner.height * 21
+
+
+def test_the_published_archive_keeps_what_users_need() -> None:
+    left_out = [line for line in (ROOT / ".comfyignore").read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    for needed in ("__init__.py", "nodes", "blended_core", "workflows", "subgraphs", "locales", "web", "requirements.txt", "docs/images"):
+        assert not any(pattern.strip("/") in (needed, needed.split("/")[0]) for pattern in left_out), needed
+        assert (ROOT / needed).exists(), needed

@@ -83,3 +83,12 @@ def test_the_help_page_names_every_setting_of_the_node(name: str, language: str)
 
 def test_there_is_no_page_of_a_node_that_is_gone() -> None:
     assert sorted(p.name for p in (ROOT / "web" / "docs").iterdir()) == sorted(LOCK)
+
+
+@pytest.mark.parametrize("name", sorted(LOCK))
+def test_the_help_page_shows_its_picture(name: str) -> None:
+    # The page looks for pictures from the folder of all help pages, not from that of this one.
+    for language in LANGUAGES:
+        page = (ROOT / "web" / "docs" / name / f"{language}.md").read_text(encoding="utf-8")
+        assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"{name}/node.png"]
+    assert (ROOT / "web" / "docs" / name / "node.png").stat().st_size < 60_000

@@ -1,0 +1,566 @@
+"""The templates and blueprints of the pack, as data: nodes in titled columns, wired by name. docs/make_workflows.py builds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from blended_core.demo.world import GUIDANCE_SCALE
+
+WIDTH = 300
+NOTE = ("#432", "#653")
+STEPS = 40
+GROUPS = {
+    "Models": "#3b4a5c",
+    "Picture": "#3d5446",
+    "Edit": "#5b4634",
+    "Result": "#4f3d57",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node: its type, widget values, and what is wired into which input ('other.output')."""
+
+    type: str
+    wires: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    title: str | None = None
+    width: int = WIDTH
+    height: int = 0
+    colour: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """Nodes one below the other in a group with a title; no title, no group."""
+
+    title: str
+    nodes: dict[str, Node]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A workflow. ``before`` and ``after`` name the nodes whose pictures make the thumbnail, ``each`` how many of every one."""
+
+    name: str
+    columns: tuple[Column, ...]
+    before: str = ""
+    after: tuple[str, ...] = ()
+    each: int = 1
+    overlap_free: bool = True
+    colours: dict[str, str] = field(default_factory=lambda: GROUPS)
+
+    def links(self) -> list[tuple[str, str, str, str]]:
+        """(from, output, to, input)."""
+        return [
+            (*wire.split(".", 1), name, socket)  # type: ignore[misc]
+            for column in self.columns
+            for name, node in column.nodes.items()
+            for socket, wire in node.wires.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A graph of which a part becomes one node. Slots: (inner node, its slot, the name that the person sees)."""
+
+    graph: Graph
+    inside: tuple[str, ...]
+    inputs: tuple[tuple[str, str, str], ...]
+    outputs: tuple[tuple[str, str, str], ...]
+    description: str
+
+
+def note(text: str, width: int = 380, height: int = 320) -> Column:
+    """A column with nothing but words."""
+    return Column("", {"note": Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, colour=NOTE)})
+
+
+def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
+    """The embedded networks and a prompt."""
+    nodes = {"ddpm": Node("BlendedLoadDDPM", height=120)}
+    if text is not None:
+        nodes["clip"] = Node("BlendedLoadCLIP", height=120)
+        nodes["prompt"] = prompt(text)
+        nodes["options"] = Node("BlendedGuidanceOptions", values={"scale": scale, **options})
+    return Column("Models", nodes)
+
+
+def prompt(text: str) -> Node:
+    """What CLIP should see."""
+    return Node("BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": text}, height=140)
+
+
+def scene(background: str, seed: int = 0, thing: str = "none", width: int = 64, height: int = 64) -> Node:
+    """A picture of the embedded world."""
+    values = {"background": background, "object": thing, "width": width, "height": height, "seed": seed, "control_after_generate": "fixed"}
+    return Node("BlendedDemoScene", values=values)
+
+
+def preview(picture: str, title: str, height: int = 320) -> Node:
+    """A picture to look at."""
+    return Node("PreviewImage", {"images": picture}, title=title, height=height)
+
+
+def save(picture: str, prefix: str, height: int = 340) -> Node:
+    """A picture to keep."""
+    return Node("SaveImage", {"images": picture}, {"filename_prefix": f"blended/{prefix}"}, height=height)
+
+
+def sampler(
+    image: str = "scene.image", mask: str = "scene.mask", *, prompt: str | None = "prompt", options: str = "options", **values: Any
+) -> Node:
+    """The whole edit in one node."""
+    wires = {"ddpm": "ddpm.ddpm", "image": image, "mask": mask}
+    if prompt is not None:
+        wires |= {"prompt": f"{prompt}.prompt", "options": f"{options}.options"}
+    return Node("BlendedSampler", wires, {"steps": STEPS, "seed": 0, "control_after_generate": "fixed", **values})
+
+
+def scores(of: str = "sampler.scores") -> Node:
+    """The table of scores as text."""
+    return Node("PreviewAny", {"source": of}, title="Scores", height=180)
+
+
+QUICK = Graph(
+    "Quick edit",
+    (
+        note(
+            "# Quick edit\n\nPress **Run**. An apple is painted into the white part of the mask; every other pixel stays as it was.\n\n"
+            "- The result shows four candidates, **best first**.\n"
+            "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 things and 6 backgrounds.\n"
+            "- Set *control after generate* of the sampler to `randomize` for new candidates at every run.\n"
+            "- *strength* 1 forgets what lies under the mask, lower keeps more of it.\n\n"
+            "Nothing is downloaded: the models are in the pack.",
+            height=360,
+        ),
+        models("an apple"),
+        Column("Picture", {"scene": scene("lake"), "before": preview("scene.image", "Before")}),
+        Column("Edit", {"sampler": sampler(candidates=4)}),
+        Column("Result", {"after": save("sampler.images", "quick_edit", 400), "scores": scores()}),
+    ),
+    before="before",
+    after=("after",),
+)
+
+STEP_BY_STEP = Graph(
+    "Six nodes step by step",
+    (
+        note(
+            "# The method, one node at a time\n\nOne round of the loop is one noise level:\n\n"
+            "1. **CLIP Guidance Step** takes one denoising step towards the prompt.\n"
+            "2. **Noise Background** (*match*) brings the real picture to the level that was just reached.\n"
+            "3. **Blend Latents** keeps the step inside the mask and the real picture outside.\n\n"
+            "The loop ends when no noise is left. **Final Paste** puts the edit on the original, so that nothing outside the mask "
+            "has changed by a single bit.\n\nSteps, strength, seed and mask are given once, in *Noise Background* (*start*): the LATENT carries "
+            "them. The same seed gives the same picture in *Blended Diffusion Sampler*.",
+            height=440,
+        ),
+        models("an apple"),
+        Column(
+            "Picture",
+            {
+                "scene": scene("lake"),
+                "before": preview("scene.image", "Before", 280),
+                "start": Node(
+                    "BlendedNoiseBackground",
+                    {"image": "scene.image", "mode.ddpm": "ddpm.ddpm", "mode.mask": "scene.mask"},
+                    {"mode": "start", "mode.steps": STEPS},
+                ),
+            },
+        ),
+        Column(
+            "Loop: one round a noise level",
+            {
+                "begin": Node("BlendedDenoiseLoopStart", {"latent": "start.latent"}),
+                "step": Node(
+                    "BlendedCLIPGuidanceStep",
+                    {"ddpm": "ddpm.ddpm", "latent": "begin.latent", "prompt": "prompt.prompt", "options": "options.options"},
+                    height=200,
+                ),
+                "match": Node(
+                    "BlendedNoiseBackground", {"image": "scene.image", "mode.latent": "step.latent"}, {"mode": "match"}, height=90
+                ),
+                "blend": Node("BlendedBlendLatents", {"foreground": "step.latent", "background": "match.latent"}),
+                "end": Node("BlendedDenoiseLoopEnd", {"flow": "begin.flow", "latent": "blend.latent"}),
+            },
+        ),
+        Column(
+            "Result",
+            {
+                "paste": Node("BlendedFinalPaste", {"edited": "end.latent", "original": "scene.image"}),
+                "after": save("paste.image", "step_by_step", 400),
+            },
+        ),
+    ),
+    before="before",
+    after=("after",),
+    colours={**GROUPS, "Loop: one round a noise level": GROUPS["Edit"]},
+)
+
+RANKED = Graph(
+    "Many results ranked",
+    (
+        note(
+            "# Many results, ranked\n\nOne try in a few is good, so the paper makes many and keeps the best. Here twelve candidates are "
+            "painted, four at once, and come out **sorted by CLIP**: the first four are kept, the last four shown beside them.\n\n"
+            "*Rank by CLIP* sorts pictures of **any** node. Here it looks at the same candidates with another prompt and without a mask: "
+            "which of them fits the whole scene?\n\nCLIP has its own taste. Look at them yourself.",
+            height=340,
+        ),
+        Column(
+            "Models",
+            {
+                **models("a rose").nodes,
+                "other": Node(
+                    "BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": "a rose in the snow"}, title="Encode Prompt (scene)", height=140
+                ),
+            },
+        ),
+        Column("Picture", {"scene": scene("snow", seed=3), "before": preview("scene.image", "Before")}),
+        Column("Edit", {"sampler": sampler(candidates=12)}),
+        Column(
+            "Result",
+            {
+                "best": Node("ImageFromBatch", {"image": "sampler.images"}, {"batch_index": 0, "length": 4}, title="The best four"),
+                "after": save("best.IMAGE", "ranked", 360),
+                "worst": Node("ImageFromBatch", {"image": "sampler.images"}, {"batch_index": 8, "length": 4}, title="The last four"),
+                "last": preview("worst.IMAGE", "Last four", 300),
+            },
+        ),
+        Column(
+            "Another opinion",
+            {
+                "rank": Node("BlendedRankByCLIP", {"images": "sampler.images", "prompt": "other.prompt"}, {"keep": 4}),
+                "again": preview("rank.images", "Best four by the other prompt", 360),
+                "scores": scores(),
+            },
+        ),
+    ),
+    after=("after",),
+    each=4,
+    colours={**GROUPS, "Another opinion": GROUPS["Models"]},
+)
+
+BACKGROUND = Graph(
+    "Replace the background",
+    (
+        note(
+            "# Replace the background\n\nThe mask covers the object, and core's *Invert Mask* turns it round: now everything **but** the "
+            "object is painted anew, and the object stays to the bit.\n\n"
+            "- *strength* 1 forgets the old background. About 0.7 keeps its layout.\n"
+            "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `the night sky`, `snow`, `a lake`, `a sunset`.",
+            height=300,
+        ),
+        models("a snowy winter field"),
+        Column(
+            "Picture",
+            {
+                "scene": scene("desert", thing="cactus", seed=2),
+                "before": preview("scene.image", "Before", 260),
+                "invert": Node("InvertMask", {"mask": "scene.mask"}),
+                "mask": Node("MaskPreview", {"mask": "invert.MASK"}, title="White: painted anew", height=240),
+            },
+        ),
+        Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0, candidates=4)}),
+        Column("Result", {"after": save("sampler.images", "background", 400), "scores": scores()}),
+    ),
+    before="before",
+    after=("after",),
+)
+
+REMOVAL = Graph(
+    "Remove an object",
+    (
+        note(
+            "# Remove an object\n\nWithout a prompt there is no guidance: the diffusion model fills the mask from its surroundings.\n\n"
+            "- Let the mask cover the whole object and a little more (*Grow Mask*).\n"
+            "- *context* says how much of the surroundings the model sees.\n"
+            "- Make several candidates: without CLIP nothing ranks them, so they come in the order of their draws.\n\n"
+            "On photos, take a checkpoint trained on places rather than on objects.",
+            height=300,
+        ),
+        models(None),
+        Column(
+            "Picture",
+            {
+                "scene": scene("meadow", thing="mushroom", seed=4),
+                "before": preview("scene.image", "Before", 280),
+            },
+        ),
+        Column("Edit", {"sampler": sampler(prompt=None, strength=1.0, context=1.8, candidates=4)}),
+        Column("Result", {"after": save("sampler.images", "removal", 400)}),
+    ),
+    before="before",
+    after=("after",),
+)
+
+SCRIBBLE = Graph(
+    "Scribble to object",
+    (
+        note(
+            "# Scribble to object\n\nPaint roughly what you want, mask it, and begin in the middle of the process: *strength* 0.6 keeps the "
+            "colours and the place of the scribble and lets the prompt make a thing of it.\n\n"
+            "Here core nodes do the scribbling: a red patch and a brown one. In your own picture use any paint program, or the mask editor's "
+            "colours.\n\nLower *strength* stays closer to the scribble.",
+            height=300,
+        ),
+        models("a mushroom"),
+        Column(
+            "Scribble",
+            {
+                "scene": scene("meadow", seed=6),
+                "brown": Node("EmptyImage", values={"width": 10, "height": 20, "color": 0xE8D9C0}, title="Stem"),
+                "stem": Node(
+                    "ImageCompositeMasked",
+                    {"destination": "scene.image", "source": "brown.IMAGE"},
+                    {"x": 27, "y": 32},
+                    title="Paint the stem",
+                ),
+                "red": Node("EmptyImage", values={"width": 32, "height": 18, "color": 0xD03030}, title="Cap"),
+            },
+        ),
+        Column(
+            "Picture",
+            {
+                "cap": Node(
+                    "ImageCompositeMasked", {"destination": "stem.IMAGE", "source": "red.IMAGE"}, {"x": 16, "y": 16}, title="Paint the cap"
+                ),
+                "before": preview("cap.IMAGE", "Scribble", 300),
+                "mask": Node("MaskPreview", {"mask": "scene.mask"}, title="Mask", height=260),
+            },
+        ),
+        Column("Edit", {"sampler": sampler("cap.IMAGE", strength=0.6, candidates=4)}),
+        Column("Result", {"after": save("sampler.images", "scribble", 400), "scores": scores()}),
+    ),
+    before="before",
+    after=("after",),
+    colours={**GROUPS, "Scribble": GROUPS["Picture"]},
+)
+
+ALGORITHMS = Graph(
+    "Algorithm 1 beside Algorithm 2",
+    (
+        note(
+            "# Two algorithms of one paper\n\n**Algorithm 1** (*local*) asks for the background by a loss, weighted by λ (*background_scale*). "
+            "The model paints the whole square, and the background drifts.\n\n**Algorithm 2** (*blended*) puts the real background back at every "
+            "noise level. Nothing drifts, and the edit grows into it.\n\nAbove and below: the square as the model painted it (x̂0), before it "
+            "is pasted. Look outside the mask. λ 100 drifts more, λ 10000 edits less.",
+            height=340,
+        ),
+        Column(
+            "Models",
+            {
+                **models("an apple").nodes,
+                "with_lambda": Node(
+                    "BlendedGuidanceOptions", values={"scale": GUIDANCE_SCALE, "background_scale": 1000}, title="Guidance Options (λ 1000)"
+                ),
+            },
+        ),
+        Column("Picture", {"scene": scene("sunset", seed=1), "before": preview("scene.image", "Before", 300)}),
+        Column(
+            "Algorithm 1: local CLIP-guided diffusion",
+            {
+                "first": sampler(options="with_lambda", algorithm="local", candidates=2),
+                "one": preview("first.x̂0", "Algorithm 1: x̂0", 300),
+            },
+        ),
+        Column(
+            "Algorithm 2: blended diffusion",
+            {"second": sampler(candidates=2), "two": preview("second.x̂0", "Algorithm 2: x̂0", 300)},
+        ),
+    ),
+    after=("one", "two"),
+    each=2,
+    colours={
+        **GROUPS,
+        "Algorithm 1: local CLIP-guided diffusion": GROUPS["Result"],
+        "Algorithm 2: blended diffusion": GROUPS["Edit"],
+    },
+)
+
+CORE = Graph(
+    "With core nodes",
+    (
+        note(
+            "# Among ComfyUI's own nodes\n\nA wide picture, scaled up by core; a mask made, feathered, placed and grown by core.\n\n"
+            "The sampler reads its greys because *mask_edges* is `soft`: dark grey may change late, light grey early. It edits a square "
+            "around the mask at the model's size and pastes it back into the wide picture.\n\nAt the end core's *Image Composite Masked* puts "
+            "the edit on yet another picture: a soft edge on a new ground. *Final Paste* would keep that picture outside the mask to the bit.",
+            height=360,
+        ),
+        models("a sunflower"),
+        Column(
+            "Picture",
+            {
+                "scene": scene("meadow", seed=8, width=96, height=64),
+                "scale": Node(
+                    "ImageScale",
+                    {"image": "scene.image"},
+                    {"upscale_method": "lanczos", "width": 192, "height": 128, "crop": "disabled"},
+                ),
+                "before": preview("scale.IMAGE", "Before", 260),
+            },
+        ),
+        Column(
+            "Mask by core",
+            {
+                "black": Node("SolidMask", values={"value": 0, "width": 192, "height": 128}, title="Solid Mask (black)"),
+                "white": Node("SolidMask", values={"value": 1, "width": 72, "height": 80}, title="Solid Mask (white)"),
+                "feather": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 10, "top": 10, "right": 10, "bottom": 10}),
+                "paint": Node(
+                    "MaskComposite", {"destination": "black.MASK", "source": "feather.MASK"}, {"x": 60, "y": 24, "operation": "add"}
+                ),
+                "grow": Node("GrowMask", {"mask": "paint.MASK"}, {"expand": 4}),
+                "mask": Node("MaskPreview", {"mask": "grow.MASK"}, title="Mask", height=220),
+            },
+        ),
+        Column(
+            "Edit",
+            {
+                "sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85),
+            },
+        ),
+        Column(
+            "Result",
+            {
+                "best": Node("ImageFromBatch", {"image": "sampler.images"}, {"batch_index": 0, "length": 1}, title="The best"),
+                "after": save("best.IMAGE", "core", 280),
+                "night": scene("night", seed=2, width=192, height=128),
+                "composite": Node(
+                    "ImageCompositeMasked",
+                    {"destination": "night.image", "source": "best.IMAGE", "mask": "grow.MASK"},
+                ),
+                "on_night": preview("composite.IMAGE", "On another picture", 260),
+            },
+        ),
+    ),
+    before="before",
+    after=("after",),
+    colours={**GROUPS, "Mask by core": GROUPS["Picture"]},
+)
+
+OWN = Graph(
+    "Your checkpoint and photo",
+    (
+        note(
+            "# Your own checkpoint and photo\n\nThis runs as it is, on the embedded models. Then make it yours:\n\n"
+            "1. **Checkpoint**: put an ADM file (`256x256_diffusion_uncond.pt`, a fine-tune, LSUN…) into `models/ddpm`, press **R**, and choose it "
+            "in *Load DDPM*. Its settings are read from the file; *overrides* corrects them.\n"
+            "2. **CLIP**: choose `ViT-B-16:openai` in *Load CLIP*. open_clip fetches it once. Files of yours go into `models/open_clip`.\n"
+            "3. **Photo**: drop or paste it on the empty canvas: a *Load Image* appears. Wire its IMAGE and MASK instead of *Demo Scene*'s, "
+            "into the sampler and *Before*.\n"
+            "4. **Mask**: right-click *Load Image*, *Open in MaskEditor*, paint what may change.\n"
+            f"5. **Guidance**: *scale* 1000 suits photos ({GUIDANCE_SCALE:.0f} is for the embedded models). *steps* 100.\n\n"
+            "| it should | turn |\n|---|---|\n| change more | strength up |\n| obey the text | scale, views up; more candidates |\n"
+            "| use less memory | batch 1, view_chunk 2, gradient x0 |\n| be quicker | sampler ddim with respacing ddim25 |",
+            width=460,
+            height=620,
+        ),
+        models("a balloon"),
+        Column("Picture", {"scene": scene("desert", seed=5, width=96, height=64), "before": preview("scene.image", "Before", 300)}),
+        Column("Edit", {"sampler": sampler(candidates=4)}),
+        Column("Result", {"after": save("sampler.images", "own", 400), "scores": scores()}),
+    ),
+    before="before",
+    after=("after",),
+)
+
+TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN)
+
+
+# Where the picture of each node's help page is taken: the template and the node's name in it.
+PORTRAITS = {
+    "BlendedLoadDDPM": (QUICK, "ddpm"),
+    "BlendedLoadCLIP": (QUICK, "clip"),
+    "BlendedEncodePrompt": (QUICK, "prompt"),
+    "BlendedGuidanceOptions": (QUICK, "options"),
+    "BlendedDemoScene": (QUICK, "scene"),
+    "BlendedSampler": (QUICK, "sampler"),
+    "BlendedNoiseBackground": (STEP_BY_STEP, "start"),
+    "BlendedDenoiseLoopStart": (STEP_BY_STEP, "begin"),
+    "BlendedCLIPGuidanceStep": (STEP_BY_STEP, "step"),
+    "BlendedBlendLatents": (STEP_BY_STEP, "blend"),
+    "BlendedDenoiseLoopEnd": (STEP_BY_STEP, "end"),
+    "BlendedFinalPaste": (STEP_BY_STEP, "paste"),
+    "BlendedRankByCLIP": (RANKED, "rank"),
+}
+
+
+def inner(*columns: Column, name: str) -> Graph:
+    """The graph that a blueprint is cut out of."""
+    return Graph(name, columns)
+
+
+BLUEPRINTS = (
+    Blueprint(
+        inner(
+            models("an apple"),
+            Column("Picture", {"scene": scene("lake")}),
+            Column("Edit", {"sampler": sampler()}),
+            name="Edit by Prompt (Blended Diffusion)",
+        ),
+        inside=("ddpm", "clip", "prompt", "options", "sampler"),
+        inputs=(
+            ("sampler", "image", "image"),
+            ("sampler", "mask", "mask"),
+            ("prompt", "text", "prompt"),
+            ("ddpm", "checkpoint", "checkpoint"),
+            ("clip", "weights", "clip"),
+            ("options", "scale", "guidance_scale"),
+            ("sampler", "steps", "steps"),
+            ("sampler", "strength", "strength"),
+            ("sampler", "seed", "seed"),
+            ("sampler", "candidates", "candidates"),
+        ),
+        outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
+        description="Paints what the prompt says into the white part of the mask; every other pixel stays. Candidates come best first.",
+    ),
+    Blueprint(
+        inner(
+            models("a snowy winter field"),
+            Column("Picture", {"scene": scene("desert", thing="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
+            Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0)}),
+            name="Replace Background (Blended Diffusion)",
+        ),
+        inside=("ddpm", "clip", "prompt", "options", "invert", "sampler"),
+        inputs=(
+            ("sampler", "image", "image"),
+            ("invert", "mask", "object_mask"),
+            ("prompt", "text", "prompt"),
+            ("ddpm", "checkpoint", "checkpoint"),
+            ("clip", "weights", "clip"),
+            ("options", "scale", "guidance_scale"),
+            ("sampler", "steps", "steps"),
+            ("sampler", "strength", "strength"),
+            ("sampler", "seed", "seed"),
+            ("sampler", "candidates", "candidates"),
+        ),
+        outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
+        description="Keeps what the mask covers to the bit and paints everything around it from the prompt.",
+    ),
+    Blueprint(
+        inner(
+            models(None),
+            Column(
+                "Picture",
+                {"scene": scene("meadow", thing="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 2})},
+            ),
+            Column("Edit", {"sampler": sampler(mask="grow.MASK", prompt=None, strength=1.0)}),
+            name="Remove Object (Blended Diffusion)",
+        ),
+        inside=("ddpm", "grow", "sampler"),
+        inputs=(
+            ("sampler", "image", "image"),
+            ("grow", "mask", "mask"),
+            ("grow", "expand", "grow_mask"),
+            ("ddpm", "checkpoint", "checkpoint"),
+            ("sampler", "steps", "steps"),
+            ("sampler", "seed", "seed"),
+            ("sampler", "candidates", "candidates"),
+        ),
+        outputs=(("sampler", "images", "images"),),
+        description="Fills the masked part from its surroundings, without a prompt; every other pixel stays.",
+    ),
+)

@@ -1,0 +1,278 @@
+"""Makes ``workflows/`` and ``subgraphs/``: ``uv run python -m docs.make_workflows [NAME…]`` with a ComfyUI and a Chromium at hand.
+
+Each graph is said here, built and saved by ComfyUI's own page, opened again and run; its thumbnail is made of what came out.
+``--shots DIR`` also keeps a screenshot of each after its run; ``--url`` takes a server that runs already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from tests.page import Page, opened
+from tests.server import started
+
+from .graphs import BLUEPRINTS, PORTRAITS, TEMPLATES, Blueprint, Graph
+
+ROOT = Path(__file__).parent.parent
+THUMBNAIL = 512
+SHOWN_IN_README = {"Six nodes step by step": "six_nodes.png", "Many results ranked": "ranked.png"}
+INSET = 168
+
+BUILD = """async ({columns, nodes, links, groups}) => {
+  const app = window.app, LG = window.LiteGraph, made = {};
+  await app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0}, true, true, null);
+  const set = (node, name, value) => {
+    const widget = node.widgets.find(w => w.name === name);
+    if (!widget) throw new Error(`${node.type} has no widget ${name}; it has ${node.widgets.map(w => w.name)}`);
+    widget.value = value;
+    widget.callback?.(value, app.canvas, node);
+  };
+  for (const [name, spec] of Object.entries(nodes)) {
+    const node = made[name] = LG.createNode(spec.type);
+    if (!node) throw new Error(`no node ${spec.type}`);
+    app.graph.add(node);
+    if (spec.title) node.title = spec.title;
+    if (spec.colour) { node.color = spec.colour[0]; node.bgcolor = spec.colour[1]; }
+    for (const [widget, value] of Object.entries(spec.values)) set(node, widget, value);
+  }
+  await new Promise(r => setTimeout(r, 300));
+  for (const [from, output, to, input] of links) {
+    const o = made[from].outputs.findIndex(s => s.name === output), i = made[to].inputs.findIndex(s => s.name === input);
+    if (o < 0) throw new Error(`${from} has no output ${output}; it has ${made[from].outputs.map(s => s.name)}`);
+    if (i < 0) throw new Error(`${to} has no input ${input}; it has ${made[to].inputs.map(s => s.name)}`);
+    if (!made[from].connect(o, made[to], i)) throw new Error(`${from}.${output} does not fit ${to}.${input}`);
+  }
+  await new Promise(r => setTimeout(r, 300));
+  let x = 0;
+  for (const [title, names] of columns) {
+    const width = Math.max(...names.map(n => nodes[n].width));
+    let y = 0;
+    for (const name of names) {
+      const node = made[name], least = node.computeSize()[1];
+      node.setSize([width, Math.max(least, nodes[name].height)]);
+      node.pos = [x, y];
+      y += node.size[1] + 60;
+    }
+    if (title) {
+      const group = new LG.LGraphGroup(title);
+      group.pos = [x - 20, -80]; group.size = [width + 40, y + 40]; group.color = groups[title] ?? '#3f5159';
+      app.graph.add(group);
+    }
+    x += width + 80;
+  }
+  await new Promise(r => setTimeout(r, 300));
+  return Object.fromEntries(Object.entries(made).map(([name, node]) => [name, node.id]));
+}"""
+
+ENCLOSE = """async ({inside, inputs, outputs, title, description}) => {
+  const app = window.app, rest = () => new Promise(r => setTimeout(r, 300));
+  const {subgraph, node} = app.graph.convertToSubgraph(new Set(inside.map(id => app.graph.getNodeById(id))));
+  await rest();
+  const socket = (id, name) => { const inner = subgraph.getNodeById(id); return [inner, inner.inputs.find(i => i.name === name)]; };
+  // The page shows some widgets by itself, in its own order.
+  for (const outer of [...subgraph.inputs]) if (!inputs.some(([id, name]) => outer.linkIds.includes(socket(id, name)[1].link) && !socket(id, name)[1].widget))
+    subgraph.removeInput(outer);
+  for (const [id, name, label] of inputs) {
+    const [inner, input] = socket(id, name), outer = subgraph.inputs.find(i => i.linkIds.includes(input.link));
+    if (outer) subgraph.renameInput(outer, label);
+    else subgraph.addInput(label, String(input.type)).connect(input, inner);
+  }
+  for (const [id, name, label] of outputs) {
+    const inner = subgraph.getNodeById(id), output = inner.outputs.find(o => o.name === name);
+    const outer = subgraph.outputs.find(o => o.linkIds.some(l => (output.links ?? []).includes(l)));
+    if (outer) subgraph.renameOutput(outer, label);
+    else subgraph.addOutput(label, String(output.type)).connect(output, inner);
+  }
+  subgraph.name = node.title = title;
+  subgraph.description = description;
+  for (const other of [...app.graph.nodes]) if (other !== node) app.graph.remove(other);
+  for (const group of [...app.graph.groups]) app.graph.remove(group);
+  await rest();
+  node.setSize([360, node.computeSize()[1]]);
+  node.pos = [0, 0];
+  await rest();
+}"""
+
+
+def tidy(workflow: dict[str, Any]) -> dict[str, Any]:
+    """Without what belongs to the machine that saved it."""
+    workflow.pop("id", None)
+    extra = workflow.get("extra", {})
+    workflow["extra"] = {"ds": extra["ds"]} if "ds" in extra else {}
+    return workflow
+
+
+def build(page: Page, graph: Graph) -> dict[str, int]:
+    """Lays the graph out in the page; ids by name."""
+    spec = {
+        "columns": [[column.title, list(column.nodes)] for column in graph.columns],
+        "nodes": {
+            name: {
+                "type": n.type, "title": n.title, "values": n.values, "width": n.width, "height": n.height, "colour": n.colour,
+            }
+            for column in graph.columns for name, n in column.nodes.items()
+        },
+        "links": graph.links(),
+        "groups": graph.colours,
+    }  # fmt: skip
+    ids = dict(page.page.evaluate(BUILD, spec))
+    if graph.overlap_free and (over := page.overlaps()):
+        raise SystemExit(f"{graph.name}: {over}")
+    return ids
+
+
+def fetched(url: str, file: dict[str, str]) -> Image.Image:
+    """A picture that a node shows."""
+    query = urllib.parse.urlencode({k: file[k] for k in ("filename", "subfolder", "type")})
+    with urllib.request.urlopen(f"{url}/view?{query}", timeout=60) as answer:
+        return Image.open(io.BytesIO(answer.read())).convert("RGB")
+
+
+def large(picture: Image.Image, side: int) -> Image.Image:
+    """Its middle square at a size."""
+    short = min(picture.size)
+    left, top = (picture.width - short) // 2, (picture.height - short) // 2
+    return picture.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def thumbnail(after: list[Image.Image], before: Image.Image | None, path: Path) -> None:
+    """The result (or several, in a grid), with the picture as it was in a corner."""
+    card = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (24, 24, 27))
+    across = 1 if len(after) == 1 else 2
+    gap = 0 if across == 1 else 6
+    side = (THUMBNAIL - gap * (across - 1)) // across
+    rows = -(-len(after) // across)
+    for i, picture in enumerate(after):
+        top = (THUMBNAIL - rows * side - gap * (rows - 1)) // 2
+        card.paste(large(picture, side), (i % across * (side + gap), top + i // across * (side + gap)))
+    if before is not None:
+        frame = ImageDraw.Draw(card)
+        at = THUMBNAIL - INSET - 18
+        frame.rounded_rectangle((14, at - 4, 14 + INSET + 7, at + INSET + 3), 8, fill=(250, 249, 246))
+        card.paste(large(before, INSET), (18, at))
+    card.save(path, quality=90)
+
+
+def shown(page: Page, ids: dict[str, int], name: str) -> list[Image.Image]:
+    """What a node shows after the run."""
+    return [fetched(page.url, f) for f in page.outputs()[str(ids[name])]["images"]]
+
+
+PORTRAIT = """async ([id, left, top]) => {
+  const app = window.app, node = app.graph.getNodeById(id), ds = app.canvas.ds;
+  app.canvas.deselectAll();
+  ds.scale = 1;
+  ds.offset[0] = left - node.pos[0]; ds.offset[1] = top - node.pos[1];
+  app.canvas.setDirty(true, true);
+  await new Promise(r => setTimeout(r, 1200));
+  return [node.size[0], node.size[1]];
+}"""
+
+
+def portrait(page: Page, number: int, path: Path) -> None:
+    """A node with the ends of its wires, as its help page shows it."""
+    left, top, beside, above = 420, 180, 64, 76
+    width, height = page.page.evaluate(PORTRAIT, [number, left, top])
+    box = page.page.locator("canvas#graph-canvas").bounding_box()
+    clip = {"x": box["x"] + left - beside, "y": box["y"] + top - above, "width": width + 2 * beside, "height": height + above + 36}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = Image.open(io.BytesIO(page.page.screenshot(clip=clip))).convert("RGB")
+    taken.quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
+    """Builds, saves, opens again, runs, and draws the thumbnail."""
+    ids = build(page, graph)
+    page.fit()
+    workflow = tidy(page.workflow())
+    page.load(workflow, graph.name)
+    page.fit()
+    if wrong := page.wrong() + page.shown():
+        raise SystemExit(f"{graph.name}: {wrong}")
+    end = page.run(timeout=900)
+    if end["end"] != "success" or not end["previews"]:
+        raise SystemExit(f"{graph.name}: {end}")
+    page.fit()
+    if shots is not None:
+        page.screenshot(shots / f"{graph.name}.png")
+    if graph.name in SHOWN_IN_README:
+        taken = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+        taken.quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs" / "images" / SHOWN_IN_README[graph.name], optimize=True)
+    for kind, (where, name) in PORTRAITS.items():
+        if where is graph:
+            portrait(page, ids[name], ROOT / "web" / "docs" / kind / "node.png")
+    folder = ROOT / "workflows"
+    folder.mkdir(exist_ok=True)
+    after = [picture for name in graph.after for picture in shown(page, ids, name)[: graph.each]]
+    thumbnail(after, shown(page, ids, graph.before)[0] if graph.before else None, folder / f"{graph.name}.jpg")
+    (folder / f"{graph.name}.json").write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"{graph.name}: {len(workflow['nodes'])} nodes, {end['previews']} previews")
+
+
+def make_blueprint(page: Page, blueprint: Blueprint, shots: Path | None) -> None:
+    """Builds the graph, makes one node of its inner part and saves that."""
+    graph = blueprint.graph
+    ids = build(page, graph)
+    sides = {"inputs": blueprint.inputs, "outputs": blueprint.outputs}
+    spec = {side: [[ids[name], slot, label] for name, slot, label in slots] for side, slots in sides.items()}
+    page.page.evaluate(
+        ENCLOSE, {**spec, "inside": [ids[name] for name in blueprint.inside], "title": graph.name, "description": blueprint.description}
+    )
+    page.fit()
+    if shots is not None:
+        page.screenshot(shots / f"blueprint {graph.name}.png")
+    workflow = tidy(page.workflow())
+    workflow["extra"] = {}
+    workflow["definitions"]["subgraphs"][0]["category"] = "Blended Diffusion"
+    folder = ROOT / "subgraphs"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{graph.name}.json").write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"blueprint {graph.name}: {len(workflow['definitions']['subgraphs'][0]['nodes'])} nodes")
+
+
+def fresh(url: str) -> contextlib.AbstractContextManager[Page]:
+    """A page of its own for each graph, so that no tabs of the others are in its picture; nor the small map over its corner."""
+    return opened(url, size=(1800, 1000), **{"Comfy.Minimap.Visible": False})
+
+
+@contextlib.contextmanager
+def server(url: str | None) -> Iterator[str]:
+    """A server's address: the one given, or one started for this."""
+    if url is not None:
+        yield url
+        return
+    with tempfile.TemporaryDirectory() as folder, started(Path(folder)) as own:
+        yield own.url
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="templates and blueprints to make (default: all)")
+    parser.add_argument("--url", help="of a running ComfyUI with the pack")
+    parser.add_argument("--shots", type=Path, help="folder for screenshots")
+    args = parser.parse_args()
+    with server(args.url) as url:
+        for graph in TEMPLATES:
+            if not args.names or graph.name in args.names:
+                with fresh(url) as page:
+                    make_template(page, graph, args.shots)
+        for blueprint in BLUEPRINTS:
+            if not args.names or blueprint.graph.name in args.names:
+                with fresh(url) as page:
+                    make_blueprint(page, blueprint, args.shots)
+
+
+if __name__ == "__main__":
+    main()
