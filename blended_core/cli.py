@@ -1,4 +1,4 @@
-"""The terminal: ``blended-diffusion demo`` and ``blended-diffusion edit``."""
+"""The terminal: ``blended-diffusion demo``, ``edit``, ``inspect`` and ``convert``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .diffusion import DiffusionModel
     from .edit import Candidate, EditOptions, EditResult, Models, Step
     from .pictures import Picture, UInt8
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with _told_warnings():
-            return demo(args) if args.command == "demo" else edit_command(args)
+            return COMMANDS[args.command](args)
     except KeyboardInterrupt as stop:
         # Where something is kept, run() says so in the exception.
         print(f"\n{stop}" if str(stop) else "\nstopped before a result was finished; nothing was written.", file=sys.stderr)
@@ -272,6 +273,60 @@ def edit_command(args: argparse.Namespace) -> int:
     }
     _claim(args.out, "edit" if not args.overwrite else None)
     return run(request, args.out, args.animate, args.argv)
+
+
+def inspect_command(args: argparse.Namespace) -> int:
+    """``inspect``: a table, or JSON."""
+    from .checkpoints.describe import as_dict, as_table
+
+    model, path = _examined(args)
+    assert model.found is not None  # load_ddpm sets it
+    if args.json:
+        print(json.dumps(as_dict(model.found, path), indent=1, ensure_ascii=False))
+    else:
+        print(as_table(model.found, path))
+    return 0
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    """``convert``: one file with everything in it."""
+    from .checkpoints.convert import convert
+
+    if args.target.suffix.lower() != ".safetensors":
+        raise BlendedError(f"{args.target} does not end in .safetensors; that is the only kind of file written.")
+    if args.target.exists() and not args.overwrite:
+        raise BlendedError(f"{args.target} exists; take another name, or --overwrite.")
+    if not args.target.absolute().parent.is_dir():
+        raise BlendedError(f"there is no folder {args.target.absolute().parent}; create it first.")
+    model, path = _examined(args)
+    size = convert(model, args.target, half=args.half)
+    print(f"{path.name} → {args.target}: {size / 1e6:.1f} MB{' in half precision' if args.half else ''}, settings included")
+    return 0
+
+
+def _examined(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
+    """The checkpoint that a command names, in float32, and its file."""
+    from .checkpoints.load import EMBEDDED, load_ddpm
+    from .context import DeviceContext
+
+    context = DeviceContext.choose(args.device, "fp32")
+    picture = None
+    if args.picture is not None:
+        from .pictures import read_picture
+
+        picture = read_picture(args.picture).tensor() * 2 - 1
+    path = EMBEDDED if args.file == "embedded" else Path(args.file).expanduser()
+    with context.autograd():
+        model = load_ddpm(context, args.file, _overrides(args.set), probe=args.probe, picture=picture)
+    return model, path
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": demo,
+    "edit": edit_command,
+    "inspect": inspect_command,
+    "convert": convert_command,
+}
 
 
 def _whole_clip(spec: str) -> str:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 from PIL import Image
+from server import PromptServer
 from torch import Tensor, nn
 
+from ..blended_core.checkpoints.load import may_be_checkpoint
 from ..blended_core.clip import ClipModel, Prompt
 from ..blended_core.context import DTYPES, DeviceContext
 from ..blended_core.diffusion import DiffusionModel
@@ -97,6 +100,19 @@ def device_context(dtype: str = "auto") -> DeviceContext:
 def resting(context: DeviceContext) -> DeviceContext:
     """The same where ComfyUI keeps networks that are not in use; networks are loaded there and moved by its manager."""
     return DeviceContext(mm.unet_offload_device(), context.dtype, context.channels_last)
+
+
+def trying(context: DeviceContext, path: Path) -> DeviceContext:
+    """Where a network of that file's size can be tried out: on the device that computes, with room made for it."""
+    size = path.stat().st_size
+    mm.free_memory(2 * size + 2**30, context.device)
+    return context
+
+
+def tell(node: str, text: str) -> None:
+    """Shows text on a node in the page."""
+    if PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(text, node)
 
 
 def manage(network: nn.Module) -> ModelPatcher:
@@ -205,8 +221,20 @@ def register_folders() -> None:
 
 
 def files_in(folder: str) -> list[str]:
-    """Names of the files in a folder of models."""
-    return folder_paths.get_filename_list(folder)
+    """Names of the files in a folder of models; of diffusion models only those that may be one."""
+    names = folder_paths.get_filename_list(folder)
+    return [name for name in names if folder != DDPM_FOLDER or _may_be_checkpoint(name)]
+
+
+def _may_be_checkpoint(name: str) -> bool:
+    path = folder_paths.get_full_path(DDPM_FOLDER, name)
+    return path is not None and _looked_at(path, stamp(Path(path)))
+
+
+@lru_cache(maxsize=4096)
+def _looked_at(path: str, _stamp: str) -> bool:
+    """A file is looked into once, and again when it has changed: the page asks for the list often."""
+    return may_be_checkpoint(Path(path))
 
 
 def path_of(folder: str, name: str) -> Path:
@@ -216,6 +244,14 @@ def path_of(folder: str, name: str) -> Path:
         where = folder_paths.folder_names_and_paths[folder][0][0]
         raise BlendedError(f"there is no {name!r} in {where} any more; put the file there and press R to refresh, or choose another.")
     return Path(found)
+
+
+def is_there(folder: str, name: str) -> bool | str:
+    """True, or a sentence for ComfyUI's check before a run."""
+    try:
+        return path_of(folder, name).is_file()
+    except BlendedError as error:
+        return str(error)
 
 
 def stamp(*paths: Path) -> str:

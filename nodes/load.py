@@ -7,7 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..blended_core.checkpoints.load import load_ddpm
+from ..blended_core.checkpoints.calibrate import PROBED
+from ..blended_core.checkpoints.describe import summary
+from ..blended_core.checkpoints.load import inspect_checkpoint, load_ddpm
 from ..blended_core.clip import load_clip
 from ..blended_core.errors import BlendedError
 from . import glue
@@ -62,6 +64,7 @@ class LoadDDPM(io.ComfyNode):
                     tooltip="Settings that you know better than the file tells, one a line: num_heads = 4. Leave it empty unless pictures are noise.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 glue.DDPM.Output(
                     "ddpm", display_name="ddpm", tooltip="The diffusion model, for Noise Background, CLIP Guidance Step or the sampler."
@@ -77,11 +80,21 @@ class LoadDDPM(io.ComfyNode):
         return glue.stamp(path, path.with_suffix(".json"))
 
     @classmethod
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
+        # A file that the list leaves out may stand in a saved workflow; execute says what it is, the list could not.
+        return checkpoint == EMBEDDED or glue.is_there(glue.DDPM_FOLDER, checkpoint)
+
+    @classmethod
     def execute(cls, checkpoint: str, precision: str = "auto", overrides: str = "") -> io.NodeOutput:
         with glue.engine():
             path: Path | str = EMBEDDED if checkpoint == EMBEDDED else glue.path_of(glue.DDPM_FOLDER, checkpoint)
-            context = glue.device_context(precision)
-            model = load_ddpm(glue.resting(context), path, settings(overrides))
+            context, stated = glue.device_context(precision), settings(overrides)
+            open_settings = inspect_checkpoint(path, stated).open_settings
+            where = glue.trying(context, Path(path)) if set(open_settings) & set(PROBED) else glue.resting(context)
+            model = load_ddpm(where, path, stated)
+            assert model.found is not None  # load_ddpm sets it
+            glue.tell(cls.hidden.unique_id, summary(model.found))
+            glue.resting(context).place(model.network)
             return io.NodeOutput(glue.LoadedDDPM(model, glue.manage(model.network), context))
 
 

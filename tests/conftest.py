@@ -18,6 +18,14 @@ from .server import Server, started
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more than the cores make small networks slower, not faster
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decisions of the probe are kept for this run alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def model() -> DiffusionModel:
     """A tiny unconditional UNet of 16 px that predicts ε and a variance."""

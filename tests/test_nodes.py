@@ -7,6 +7,8 @@ import os
 import subprocess
 import time
 import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 
 from blended_core.demo.world import demo_scene
 
-from .server import ROOT, Prompt, Server, environment, interpreter, needs_comfyui
+from .server import COMFYUI, ROOT, Prompt, Server, environment, interpreter, needs_comfyui
+from .tiny import tiny_unet
 
 pytestmark = [needs_comfyui, pytest.mark.slow]
 LOCK = ROOT / "schema.lock.json"
@@ -124,6 +127,36 @@ def test_the_schema_is_the_locked_one(comfyui: Server) -> None:
     if os.environ.get("BLENDED_WRITE_LOCK"):
         LOCK.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     assert differences(json.loads(LOCK.read_text(encoding="utf-8")), found) == []
+
+
+def test_the_schema_is_what_execute_takes() -> None:
+    command = [interpreter(), str(ROOT / "tests" / "contract.py")]
+    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=300, env=environment())
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    assert told["differences"] == []
+    assert sorted(told["nodes"]) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
+
+
+def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> None:
+    pack = "blended diffusion-1.0"
+    templates = sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))
+    assert sorted(comfyui.get("/workflow_templates")[pack]) == templates and len(templates) == 9
+
+    def size(path: str) -> int:
+        with urllib.request.urlopen(comfyui.url + urllib.parse.quote(path), timeout=60) as answer:
+            return len(answer.read())
+
+    for name in templates:
+        assert comfyui.get(urllib.parse.quote(f"/api/workflow_templates/{pack}/{name}.json"))["nodes"]
+        assert size(f"/api/workflow_templates/{pack}/{name}.jpg") > 5000
+    for node in json.loads(LOCK.read_text(encoding="utf-8")):
+        for file in ("en.md", "ko.md", "node.png"):
+            assert size(f"/extensions/{pack}/docs/{node}/{file}") > 200
+        for language in ("en", "ko"):
+            assert comfyui.get("/i18n")[language]["nodeDefs"][node]["display_name"]
+    listed = {b["name"] for b in comfyui.get("/global_subgraphs").values() if pack in b["info"]["node_pack"]}
+    assert listed == {p.stem for p in (ROOT / "subgraphs").glob("*.json")} and len(listed) == 3
 
 
 def test_every_node_and_socket_explains_itself(comfyui: Server) -> None:
@@ -259,6 +292,29 @@ def test_an_overwritten_checkpoint_is_loaded_anew(comfyui: Server) -> None:
     assert "mine.safetensors" in comfyui.run(prompt).sentence
 
 
+def test_the_list_shows_what_may_be_a_checkpoint_and_a_saved_workflow_is_told_the_rest(comfyui: Server) -> None:
+    from safetensors.torch import save_file
+
+    folder = comfyui.folder / "models" / "ddpm"
+    folder.mkdir(exist_ok=True)
+    network = tiny_unet().state_dict()
+    save_file(network, str(folder / "unknown.safetensors"))
+    save_file({k: v for k, v in network.items() if not k.startswith("output_blocks")}, str(folder / "classifier.safetensors"))
+    listed = comfyui.get("/object_info/BlendedLoadDDPM")["BlendedLoadDDPM"]["input"]["required"]["checkpoint"][1]["options"]
+    assert "unknown.safetensors" in listed and "classifier.safetensors" not in listed
+    prompt = sampler(scene(), candidates=1)
+    prompt["ddpm"]["inputs"]["checkpoint"] = "classifier.safetensors"
+    assert "classifier of noisy pictures" in comfyui.run(prompt).sentence
+    prompt["ddpm"]["inputs"]["checkpoint"] = "unknown.safetensors"
+    outcome = comfyui.run(prompt)
+    assert outcome.error is None
+    told = [m for m in outcome.previews if b"found by trying" in m]
+    assert told and b"no published family" in told[0], "Load DDPM shows nothing on itself"
+    prompt["ddpm"]["inputs"]["checkpoint"] = "gone.safetensors"
+    with pytest.raises(AssertionError, match="no 'gone.safetensors' in .*put the file there"):
+        comfyui.run(prompt)
+
+
 def test_cancel_stops_within_a_step_and_the_next_run_succeeds(comfyui: Server) -> None:
     sent = []
 
@@ -343,6 +399,52 @@ def test_removal_needs_no_prompt_and_algorithm_1_runs(comfyui: Server) -> None:
     assert local.error is None
     official = comfyui.run(sampler(scene(), preset="official", candidates=1, steps=10))
     assert official.error is None
+
+
+def test_algorithm_1_is_a_loop_without_blending(comfyui: Server) -> None:
+    base = scene()
+    base["options"] = node("GuidanceOptions", scale=3000.0, background_scale=1000.0)
+    steps = loop({**base, "start": start(batch=1)}, options=["options", 0], source=["scene", 0])
+    del steps["background"], steps["blend"]
+    steps["end"]["inputs"]["latent"] = ["step", 0]
+    steps["x0"] = core("SaveImage", images=["step", 1], filename_prefix="x0")
+    alone = comfyui.run(sampler(base, algorithm="local", candidates=1, batch=1, options=["options", 0]))
+    ours = comfyui.run(steps)
+    np.testing.assert_array_equal(comfyui.pictures(ours, "save")[0], comfyui.pictures(alone, "save")[0])
+    other = comfyui.run(loop({**base, "start": start(batch=1)}, options=["options", 0]))
+    assert not np.array_equal(comfyui.pictures(other, "save")[0], comfyui.pictures(ours, "save")[0])
+
+
+def test_a_class_conditional_model_takes_each_choice(comfyui: Server) -> None:
+    from safetensors.torch import save_file
+
+    unet = tiny_unet(num_classes=5)
+    folder = comfyui.folder / "models" / "ddpm"
+    folder.mkdir(exist_ok=True)
+    save_file(unet.state_dict(), str(folder / "classes.safetensors"), {"unet": json.dumps(unet.config.to_dict())})
+    pictures = []
+    for choice in ("zero", "random", "3", "4"):
+        prompt = sampler(scene(), class_choice=choice, candidates=1)
+        prompt["ddpm"]["inputs"]["checkpoint"] = "classes.safetensors"
+        outcome = comfyui.run(prompt)
+        assert outcome.error is None, outcome.error
+        pictures.append(comfyui.pictures(outcome, "save")[0])
+    assert all(not np.array_equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    prompt = loop({**scene(), "start": start(batch=1)}, class_choice="3")
+    prompt["ddpm"]["inputs"]["checkpoint"] = "classes.safetensors"
+    np.testing.assert_array_equal(comfyui.pictures(comfyui.run(prompt), "save")[0], pictures[2])
+    prompt["step"]["inputs"]["class_choice"] = "9"
+    assert "9" in comfyui.run(prompt).sentence
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision(comfyui: Server, precision: str) -> None:
+    prompt = sampler(scene(), candidates=1)
+    reference = comfyui.pictures(comfyui.run(prompt), "save")[0].astype(int)
+    prompt["ddpm"]["inputs"]["precision"] = precision
+    outcome = comfyui.run(prompt)
+    assert outcome.error is None
+    assert np.abs(comfyui.pictures(outcome, "save")[0].astype(int) - reference).mean() < 4
 
 
 def test_ranking_sorts_as_the_sampler_does(comfyui: Server) -> None:

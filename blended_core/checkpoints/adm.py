@@ -293,6 +293,24 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.out[2].bias)  # type: ignore[arg-type]
 
+    def rewire(self, config: UNetConfig) -> UNet:
+        """Takes another number of heads or order of qkv with the same weights; returns self.
+
+        Raises:
+            BlendedError: if the heads do not divide a block's channels. The network is as before then.
+        """
+        blocks = [
+            (module, half is self.output_blocks)
+            for half in (self.input_blocks, self.middle_block, self.output_blocks)
+            for module in half.modules()
+            if isinstance(module, AttentionBlock)
+        ]
+        heads = [config.heads(block.qkv.in_channels, upsample) for block, upsample in blocks]
+        for (block, _), count in zip(blocks, heads, strict=True):
+            block.heads, block.new_order = count, config.use_new_attention_order
+        self.config = config
+        return self
+
     def set_compute_dtype(self, dtype: torch.dtype) -> UNet:
         """float32, bfloat16 or float16 for the torso; returns self."""
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from ..diffusion import DiffusionConfig
 from ..errors import BlendedError
 from .adm import UNetConfig
+
+if TYPE_CHECKING:
+    from .calibrate import Probe
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -30,8 +33,9 @@ class Detection:
     """What a checkpoint is, and how that is known.
 
     ``prefix`` stands before the names of the network's tensors. ``sources`` has one word for each setting of ``unet`` and
-    ``diffusion``: 'shapes', 'signature', 'metadata', 'sidecar', 'override' or 'default' (a guess). ``family`` is the
-    published family whose signature the network has, or None.
+    ``diffusion``: 'shapes', 'signature', 'metadata', 'sidecar', 'override', 'file' (a published file, known by its hash), 'probe'
+    or 'default' (a guess). ``family`` is the published family whose signature the network has, or None. ``probe`` is what the
+    calibration probe found, where it was asked.
     """
 
     prefix: str
@@ -39,6 +43,27 @@ class Detection:
     diffusion: DiffusionConfig
     sources: Mapping[str, str]
     family: str | None
+    probe: Probe | None = None
+
+    @property
+    def open_settings(self) -> tuple[str, ...]:
+        """The guessed settings, and those that hang together with them and are guessed too, though their value changes nothing yet."""
+        together = ({"num_heads", "num_head_channels", "use_new_attention_order"}, {"schedule", "steps", "rescale_timesteps"})
+        names = set(self.guessed)
+        for group in together:
+            if names & group:
+                names |= {name for name in group if self.sources[name] == "default"}
+        return tuple(sorted(names))
+
+    def decided(self, settings: Mapping[str, Any], source: str) -> Detection:
+        """With values for some settings, and where they come from."""
+        unet, diffusion = ({f.name for f in fields(kind)} for kind in (UNetConfig, DiffusionConfig))
+        return replace(
+            self,
+            unet=replace(self.unet, **{k: v for k, v in settings.items() if k in unet}),
+            diffusion=replace(self.diffusion, **{k: v for k, v in settings.items() if k in diffusion}),
+            sources={**self.sources, **dict.fromkeys(settings, source)},
+        )
 
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
@@ -117,6 +142,16 @@ FAMILIES = (
     Family("improved-diffusion ImageNet 64 px, large", _network(64, 192, MULT_64, 3, (4, 8), False, True, num_heads=4), _LONG),
     Family("improved-diffusion CIFAR-10", _network(32, 128, MULT_32, 3, (2, 4), False, True, num_heads=4), _LONG),
 )
+
+
+# Published files, by the beginning of their SHA-256, that belong to a family whose members differ. A hint, which a statement beats.
+KNOWN_FILES: dict[str, tuple[str, dict[str, Any]]] = {"9c111ab8": ("ADM 512 px, unconditional fine-tunes", {"objective": "eps"})}
+
+
+def settings_of_file(found: Detection, digest: str) -> dict[str, Any]:
+    """What is known of a published file with that SHA-256, of the settings that are still a guess."""
+    family, settings = KNOWN_FILES.get(digest[:8], ("", {}))
+    return {k: v for k, v in settings.items() if k in found.guessed} if family == found.family else {}
 
 
 def detect(

@@ -11,8 +11,9 @@ import contextlib
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from torch.overrides import TorchFunctionMode
 from ..context import DeviceContext
 from ..diffusion import DiffusionModel
 from ..errors import BlendedError, BlendedWarning
+from ..region import resize
 from .adm import UNet, UNetConfig
-from .detect import WANTED, Detection, detect, strip_prefix
+from .calibrate import PROBED, question, recall, remember, sha256
+from .calibrate import probe as run_probe
+from .detect import ANCHOR, WANTED, Detection, detect, settings_of_file, strip_prefix
 
 EMBEDDED = Path(__file__).parent.parent / "demo" / "data" / "ddpm.safetensors"
 ZIP = b"PK\x03\x04"  # how torch.save's present format begins; the older one is a pickle, which cannot be mapped
+NAMES = 1 << 23  # bytes at the beginning of a file, in which the names of its tensors stand
 DEPTH = 8  # dictionaries and lists inside each other, at most
 NAMED = 4  # keys that an error names
 
@@ -46,8 +51,18 @@ class CheckpointFile:
     take: Callable[[str], Tensor]
 
 
-def load_ddpm(context: DeviceContext, path: Path | str = "embedded", overrides: Mapping[str, Any] | None = None) -> DiffusionModel:
+def load_ddpm(
+    context: DeviceContext,
+    path: Path | str = "embedded",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    probe: bool = True,
+    picture: Tensor | None = None,
+) -> DiffusionModel:
     """A diffusion model from a checkpoint, on the context's device, in its precision, frozen.
+
+    What neither the file nor its family tells is found out by the calibration probe, once for each file: the decision is kept
+    in the user's cache folder (:mod:`blended_core.checkpoints.calibrate`).
 
     Args:
         context: where and in which precision it runs.
@@ -56,6 +71,8 @@ def load_ddpm(context: DeviceContext, path: Path | str = "embedded", overrides: 
         overrides: settings that are known better than the file tells, by the names of :class:`UNetConfig` and
             :class:`DiffusionConfig` or guided-diffusion's flags. They win over the metadata of a safetensors file, and that
             over a sidecar (``model.json`` beside ``model.pt``).
+        probe: False leaves open settings at a guess.
+        picture: [1, 3, H, W] in −1..1 for the probe, of the kind that the model draws and any size; a kept decision is not used then.
 
     Returns:
         The model; ``model.found`` says how each setting was decided.
@@ -65,29 +82,71 @@ def load_ddpm(context: DeviceContext, path: Path | str = "embedded", overrides: 
             description in every key, or holds values that are not finite.
 
     Warns:
-        BlendedWarning: if settings that change the pictures had to be guessed.
+        BlendedWarning: before the probe runs; if it could hardly decide; if settings that change the pictures had to be guessed.
     """
     file = open_checkpoint(path)
     with _about(file.path), context.autograd():
         found = _detect(file, overrides)
         unet = _blueprint(found.unet).set_compute_dtype(context.dtype)
         _compare(unet, strip_prefix(file.shapes, found.prefix))
+        digest = sha256(file.path) if found.guessed and probe else ""
+        found = found.decided(settings_of_file(found, digest), "file")
         state = {}
         for name, parameter in unet.state_dict().items():
             state[name] = _weights(file.take(found.prefix + name), name, parameter.dtype).to(context.device)
         unet.load_state_dict(state, assign=True)
-        model = DiffusionModel.from_unet(context.place(unet), found.diffusion)
+        context.place(unet)
+        if digest and set(found.open_settings) & set(PROBED):
+            found = _probed(unet, found, digest, picture, file.path)
+        model = DiffusionModel.from_unet(unet.rewire(found.unet), found.diffusion)
         model.found = found
+    _warn(found, file.path)
+    return model
+
+
+def _probed(unet: UNet, found: Detection, digest: str, picture: Tensor | None, path: Path) -> Detection:
+    """Open settings by the probe, or by what it decided before."""
+    wanted = [name for name in found.open_settings if name in PROBED]
+    key = question(digest, found.unet, found.diffusion, wanted)
+    decision = recall(key) if picture is None else None
+    if decision is None or set(decision.settings) != set(wanted):
+        warnings.warn(f"{path.name} does not tell its {', '.join(wanted)}; finding out by trying, once.", BlendedWarning, stacklevel=4)
+        fitting = None if picture is None else _square(picture, found.unet.image_size)
+        decision = run_probe(unet, found.diffusion, wanted, fitting)
+        remember(key, decision)
+    return replace(found.decided(decision.settings, "probe"), probe=decision)
+
+
+def _square(picture: Tensor, side: int) -> Tensor:
+    """The middle square of a picture [1, 3, H, W] at a size."""
+    if picture.ndim != 4 or picture.shape[1] != 3 or min(picture.shape[2:]) < 1:
+        raise BlendedError(f"the picture of the probe is {tuple(picture.shape)}; it must be [1, 3, H, W].")
+    short = min(picture.shape[2:])
+    top, left = ((length - short) // 2 for length in picture.shape[2:])
+    return resize(picture[:1, :, top : top + short, left : left + short].float(), (side, side))
+
+
+def _warn(found: Detection, path: Path) -> None:
+    """Of what stays unsure."""
+    if found.probe is not None and found.probe.unsure:
+        close = "; ".join(
+            f"{group} ({found.probe.margins[group]:.2f} times better than {rival})" for group, rival in found.probe.unsure.items()
+        )
+        warnings.warn(
+            f"{path.name}: trying the settings hardly decided {close}. If the pictures are only noise or colours, set these, or let "
+            "the probe try a picture of the kind that the model draws (blended-diffusion inspect --picture).",
+            BlendedWarning,
+            stacklevel=3,
+        )
     if found.guessed:
         guesses = ", ".join(f"{name} {found.settings[name][0]}" for name in found.guessed)
         what = "is of no known family" if found.family is None else f"belongs to a family that differs in some settings ({found.family})"
         warnings.warn(
-            f"{file.path.name} {what}, and its weights do not tell everything: guessed are {guesses}. If the pictures are only "
+            f"{path.name} {what}, and its weights do not tell everything: guessed are {guesses}. If the pictures are only "
             "noise or colours, set these.",
             BlendedWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model
 
 
 def inspect_checkpoint(path: Path | str = "embedded", overrides: Mapping[str, Any] | None = None) -> Detection:
@@ -147,6 +206,28 @@ def open_checkpoint(path: Path | str) -> CheckpointFile:
     if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
         return _open_safetensors(path)
     return _open_torch(path, start)
+
+
+def may_be_checkpoint(path: Path) -> bool:
+    """False for files that surely hold no whole ADM network: no name of its tensors stands where names stand in such files.
+
+    A quick look, at most some megabytes; what cannot be told is True, and :func:`load_ddpm` says what it is.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            if path.suffix.lower() == ".safetensors":
+                names = stream.read(min(int.from_bytes(start, "little"), NAMES))
+            elif start.startswith(ZIP):
+                with zipfile.ZipFile(stream) as archive:
+                    pickles = [n for n in archive.namelist() if n.endswith("data.pkl")]
+                    with archive.open(pickles[0]) as inner:
+                        names = inner.read(NAMES)
+            else:
+                names = start + stream.read(NAMES)
+    except (OSError, ValueError, IndexError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return True
+    return ANCHOR.encode() in names and b"output_blocks" in names
 
 
 def _open_safetensors(path: Path) -> CheckpointFile:

@@ -1,0 +1,299 @@
+"""The calibration probe: what the shapes of a checkpoint do not say, found by trying.
+
+A picture is noised at a few levels, and the network is asked for the noise under every setting that it could have. Under
+its own settings it knows the noise best. Heads and the order of qkv change how the weights are wired, schedule and length what
+a timestep means, the objective only how an output is read, so that one forward serves all objectives.
+
+The error of a candidate is the geometric mean over the levels of the mean squared error of ε. The margin of a decision is the
+error of the best candidate that decides otherwise over the error of the winner: 1 is a tie, 3 beyond doubt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..diffusion import OBJECTIVES, DiffusionConfig, predict_eps, predict_x0
+from ..draws import Draws
+from ..errors import BlendedError
+from ..schedule import Schedule
+from .adm import UNet, UNetConfig
+
+LEVELS = (0.97, 0.75, 0.35, 0.08)
+"""Share of the picture's variance (ᾱ) at which the network is asked: nearly clean to nearly noise."""
+SMALL = 1.1
+"""A margin below this is worth a warning."""
+HEADS, HEAD_CHANNELS = (1, 2, 4, 8), (16, 32, 64, 128)
+# A length of 4000 with rescaled timesteps follows the curve of 1000 and is fed the same numbers: the two cannot be told apart,
+# and need not be.
+PROCESSES = (("linear", 1000, True), ("cosine", 1000, True), ("linear", 4000, False), ("cosine", 4000, False))
+WIRING = ("num_heads", "num_head_channels", "use_new_attention_order")
+PROCESS = ("schedule", "steps", "rescale_timesteps")
+PROBED = (*WIRING, *PROCESS, "objective")
+FORMAT = 1  # of the kept decisions; raised when the probe decides otherwise than before
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was decided.
+
+    ``settings``: name → value of every setting that was open. ``margins``: 'heads', 'schedule' and 'objective' as far as they
+    were open → the margin. ``rivals``: the same groups → what came second, in words. ``error``: of the winner. ``seconds``
+    and ``forwards``: what it took; 0 forwards if it was remembered.
+    """
+
+    settings: dict[str, Any]
+    margins: dict[str, float]
+    rivals: dict[str, str]
+    error: float
+    forwards: int
+    seconds: float
+
+    @property
+    def unsure(self) -> dict[str, str]:
+        """Groups whose margin is small → what came second."""
+        return {group: self.rivals[group] for group, margin in self.margins.items() if margin < SMALL}
+
+    def margin_of(self, setting: str) -> float | None:
+        """The margin of the group that a setting belongs to."""
+        return self.margins.get(group_of(setting))
+
+
+def group_of(setting: str) -> str:
+    """'heads', 'schedule' or 'objective'."""
+    return "heads" if setting in WIRING else "schedule" if setting in PROCESS else setting
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    wiring: UNetConfig
+    process: DiffusionConfig
+
+
+def probe(
+    unet: UNet,
+    process: DiffusionConfig,
+    open_settings: Iterable[str],
+    picture: Tensor | None = None,
+    on_forward: Callable[[int, int], None] | None = None,
+) -> Probe:
+    """Decides the open settings of a network; leaves it wired as decided.
+
+    Args:
+        unet: the network with its weights, in any precision, on any device.
+        process: what is known or guessed of the process; settings that are not open are kept.
+        open_settings: names out of PROBED; others are ignored.
+        picture: [1, 3, H, W] in −1..1 of the kind that the network draws, sides multiples of its downsampling; None: a drawn scene.
+        on_forward: called with (done, expected) after every forward of the network.
+
+    Raises:
+        BlendedError: if the network's answers are not finite under any setting, or the picture does not fit.
+    """
+    begun = time.perf_counter()
+    undecided = [name for name in PROBED if name in set(open_settings)]
+    device = next(unet.parameters()).device
+    x0 = (drawn_picture(unet.config) if picture is None else picture).to(device, torch.float32)
+    if x0.ndim != 4 or x0.shape[:2] != (1, 3) or any(side % unet.config.downsampling for side in x0.shape[2:]):
+        raise BlendedError(
+            f"the picture of the probe is {tuple(x0.shape)}; it must be [1, 3, H, W] with sides that are multiples of {unet.config.downsampling}."
+        )
+    noise = Draws(0).noise("calibration", 0, range(len(LEVELS)), tuple(x0.shape[1:])).to(device)
+    wirings, processes = _wirings(unet.config, undecided), _processes(process, undecided)
+    expected = len(processes) + len(wirings) - 1
+    errors: dict[_Candidate, float] = {}
+    seen: set[tuple[UNetConfig, tuple[Any, ...]]] = set()
+
+    def ask(wiring: UNetConfig, tried: DiffusionConfig) -> None:
+        key = (wiring, tuple(getattr(tried, name) for name in PROCESS))
+        if key in seen:
+            return
+        seen.add(key)
+        unet.rewire(wiring)
+        readings = OBJECTIVES if "objective" in undecided else (tried.objective,)
+        for objective, error in _errors(unet, tried, readings, x0, noise).items():
+            errors[_Candidate(wiring, replace(tried, objective=objective))] = error
+        if on_forward is not None:
+            on_forward(len(seen), max(expected, len(seen)))
+
+    def best() -> _Candidate:
+        return min(errors, key=lambda c: errors[c])
+
+    # One group after the other: a wrong wiring blurs every process alike. Again, until nothing changes.
+    for tried in processes:
+        ask(unet.config, tried)
+    before = None
+    while before != best():
+        before = best()
+        for wiring in wirings:
+            ask(wiring, before.process)
+        for tried in processes:
+            ask(best().wiring, tried)
+    won = best()
+    if not math.isfinite(errors[won]):
+        raise BlendedError("the network answers with numbers that are not finite under every setting; the file is damaged: fetch it again.")
+    unet.rewire(won.wiring)
+    values = {**won.wiring.to_dict(), **won.process.to_dict()}
+    margins, rivals = _margins(errors, won, undecided)
+    return Probe(
+        {name: values[name] for name in undecided}, margins, rivals, errors[won], len(seen), time.perf_counter() - begun
+    )  # fmt: skip
+
+
+def drawn_picture(config: UNetConfig) -> Tensor:
+    """[1, 3, S, S] in −1..1 of the network's size: a scene of the embedded world, the same every time."""
+    from ..demo.world import demo_scene
+
+    scene, _ = demo_scene("meadow", 0, config.image_size, config.image_size, "castle")
+    return torch.from_numpy(scene).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _errors(unet: UNet, process: DiffusionConfig, objectives: Sequence[str], x0: Tensor, noise: Tensor) -> dict[str, float]:
+    """The error under every reading of one forward, in a batch of all levels."""
+    schedule: Schedule = process.respaced(process.steps)
+    indices = [int(np.abs(schedule.alphas_cumprod - level).argmin()) for level in LEVELS]
+    index = torch.tensor(indices)
+    signal = torch.as_tensor(schedule.sqrt_alphas_cumprod[indices], dtype=torch.float32, device=x0.device)[:, None, None, None]
+    x_t = signal * x0 + (1 - signal**2).sqrt() * noise
+    timesteps = torch.tensor([float(schedule.model_timestep(i)) for i in indices], device=x0.device)
+    labels = None
+    if unet.config.num_classes is not None:
+        labels = torch.zeros(len(indices), 4 * unet.config.model_channels, device=x0.device)
+    with torch.no_grad():
+        output = unet(x_t, timesteps, labels)[:, :3].float()
+    found = {}
+    for objective in objectives:
+        eps = predict_eps(x_t, predict_x0(x_t, output, index, schedule, objective), index, schedule)
+        each = (eps - noise).square().mean(dim=(1, 2, 3)).double().clamp(min=1e-12)
+        value = float(each.log().mean().exp())
+        found[objective] = value if math.isfinite(value) else math.inf
+    return found
+
+
+def _widths(config: UNetConfig) -> list[int]:
+    """Channels of the levels with attention; the middle always has some."""
+    levels = [int(m * config.model_channels) for m in config.channel_mult]
+    return [w for i, w in enumerate(levels) if 2**i in config.attention_downsampling] + levels[-1:]
+
+
+def _wirings(config: UNetConfig, undecided: Sequence[str]) -> list[UNetConfig]:
+    """Every way to wire the attention that is left open; those that come to the same are one."""
+    widths = _widths(config)
+    heads = [config]
+    if {"num_heads", "num_head_channels"} & set(undecided):
+        heads += [replace(config, num_heads=n, num_head_channels=None) for n in HEADS if not any(w % n for w in widths)]
+        heads += [
+            replace(config, num_heads=UNetConfig.num_heads, num_head_channels=c) for c in HEAD_CHANNELS if not any(w % c for w in widths)
+        ]
+    orders = (False, True) if "use_new_attention_order" in undecided else (config.use_new_attention_order,)
+    found: dict[tuple[Any, ...], UNetConfig] = {}
+    for wiring in heads:
+        for order in orders:
+            counts = tuple((wiring.heads(w), wiring.heads(w, True)) for w in widths)
+            same = (counts, order and any(n > 1 for pair in counts for n in pair))  # one head has no order
+            found.setdefault(same, replace(wiring, use_new_attention_order=order))
+    return list(found.values())
+
+
+def _processes(process: DiffusionConfig, undecided: Sequence[str]) -> list[DiffusionConfig]:
+    """Every process that is left open."""
+    found = []
+    for values in PROCESSES:
+        changes: dict[str, Any] = {name: value for name, value in zip(PROCESS, values, strict=True) if name in undecided}
+        tried = replace(process, **changes)
+        if tried not in found:
+            found.append(tried)
+    return found
+
+
+def _margins(errors: Mapping[_Candidate, float], won: _Candidate, undecided: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """For each open group the best candidate that differs in it."""
+
+    def of(candidate: _Candidate, group: str) -> tuple[Any, ...]:
+        values = {**candidate.wiring.to_dict(), **candidate.process.to_dict()}
+        return tuple(values[name] for name in PROBED if group_of(name) == group)
+
+    margins, rivals = {}, {}
+    for group in dict.fromkeys(group_of(name) for name in undecided):
+        others = [c for c in errors if of(c, group) != of(won, group)]
+        if others:
+            second = min(others, key=lambda c: errors[c])
+            margins[group] = min(errors[second] / errors[won], 1e6)
+            rivals[group] = _in_words(second, group)
+    return margins, rivals
+
+
+def _in_words(candidate: _Candidate, group: str) -> str:
+    wiring, process = candidate.wiring, candidate.process
+    if group == "heads":
+        count = f"{wiring.num_heads} heads" if wiring.num_head_channels is None else f"heads of {wiring.num_head_channels} channels"
+        return f"{count}, {'new' if wiring.use_new_attention_order else 'old'} qkv order"
+    if group == "schedule":
+        return f"{process.schedule} {process.steps}{', rescaled' if process.rescale_timesteps and process.steps != 1000 else ''}"
+    return process.objective
+
+
+# --- decisions are kept ---------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def kept_decisions() -> Path:
+    """Where decisions are kept: ``probes.json`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
+    root = (
+        os.environ.get("BLENDED_DIFFUSION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blended-diffusion"
+    )
+    return Path(root) / "probes.json"
+
+
+def question(digest: str, unet: UNetConfig, process: DiffusionConfig, open_settings: Sequence[str]) -> str:
+    """What a decision answers: this file, with these settings open and the others as they are."""
+    fixed = {k: v for k, v in {**unet.to_dict(), **process.to_dict()}.items() if k not in open_settings}
+    text = json.dumps([FORMAT, sorted(open_settings), fixed], sort_keys=True)
+    return f"{digest}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def recall(key: str) -> Probe | None:
+    """An earlier decision, or None; a file that cannot be read is as good as none."""
+    try:
+        kept = json.loads(kept_decisions().read_text(encoding="utf-8"))[key]
+        found = Probe(**kept)
+        return replace(found, settings={k: found.settings[k] for k in found.settings if k in PROBED}, forwards=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remember(key: str, decision: Probe) -> None:
+    """Keeps a decision; a folder that cannot be written costs only the next probe's time."""
+    path = kept_decisions()
+    try:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            kept = {}
+        kept = kept if isinstance(kept, dict) else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside it and moved: another process never reads half a file.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as stream:
+            json.dump({**kept, key: asdict(decision)}, stream, indent=1)
+        os.replace(stream.name, path)
+    except OSError:
+        return

@@ -1,0 +1,76 @@
+"""Run by ComfyUI's own Python (tests/test_nodes.py): the schema of every node against its execute; prints the differences as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+NAME = "contract_pack"
+
+
+def pack() -> Any:
+    """The pack as ComfyUI loads it, in a process that thinks it is ComfyUI on a CPU."""
+    sys.path.insert(0, str(Path.cwd()))
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def differences(where: str, inputs: list[Any], function: Callable[..., Any], given: set[str]) -> list[str]:
+    """What of a function's parameters and a list of schema inputs does not fit, in words; ``given`` come from elsewhere."""
+    parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k not in given}
+    out = [f"{where}: {name} is a parameter and no input" for name in set(parameters) - {i.id for i in inputs}]
+    for item in inputs:
+        if item.id not in parameters:
+            out.append(f"{where}: {item.id} is an input and no parameter")
+            continue
+        default = parameters[item.id].default
+        if item.optional and default is inspect.Parameter.empty:
+            out.append(f"{where}: {item.id} is optional and has no Python default")
+        wanted = getattr(item, "default", None)
+        if default is not inspect.Parameter.empty and wanted is not None and default != wanted:
+            out.append(f"{where}: {item.id} is {wanted!r} in the schema and {default!r} in Python")
+    return out
+
+
+def main() -> None:
+    """Every node of the pack."""
+
+    async def nodes() -> list[Any]:
+        extension = await pack().comfy_entrypoint()
+        await extension.on_load()
+        return list(await extension.get_node_list())
+
+    found: list[str] = []
+    names = []
+    for node in asyncio.run(nodes()):
+        schema = node.define_schema()
+        names.append(schema.node_id)
+        found += differences(schema.node_id, schema.inputs, node.execute, {"cls"})
+        outputs = [o.id for o in schema.outputs]
+        if len(set(outputs)) != len(outputs):
+            found.append(f"{schema.node_id}: two outputs have one id")
+        for item in schema.inputs:
+            for option in getattr(item, "options", None) or []:
+                if not isinstance(option, str):
+                    function = getattr(sys.modules[node.__module__], {"start": "begin"}.get(option.key, option.key))
+                    found += differences(f"{schema.node_id} ({option.key})", option.inputs, function, {"picture"})
+    print(json.dumps({"nodes": names, "differences": found}))
+
+
+if __name__ == "__main__":
+    main()
