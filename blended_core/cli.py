@@ -75,7 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the checkpoint, e.g. num_heads=4"
     )
     models.add_argument(
-        "--clip", default="embedded", metavar="MODEL[:WEIGHTS]", help="open_clip model with a tag or a file, e.g. ViT-B-16:openai"
+        "--clip",
+        default="embedded",
+        metavar="MODEL[:WEIGHTS]",
+        help="open_clip model with a tag or a file, e.g. ViT-B-16:openai, or a file alone",
     )
     models.add_argument("--lpips", default="auto", metavar="NET", help="network of D_bg: auto, embedded, vgg, alex or squeeze")
 
@@ -119,7 +122,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--enforce-background", action=argparse.BooleanOptionalAction, default=None, help="put the original back outside the mask"
     )
     _shared(edit)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is, and how each of its settings was decided")
+    inspect.add_argument("file", metavar="FILE", help="ADM checkpoint, or 'embedded'")
+    inspect.add_argument("--json", action="store_true", help="as JSON, for programs")
+    _checkpoint(inspect)
+
+    convert = commands.add_parser("convert", help="write a checkpoint's weights and settings into one .safetensors file")
+    convert.add_argument("file", metavar="FILE", help="ADM checkpoint, or 'embedded'")
+    convert.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
+    convert.add_argument("--half", action="store_true", help="in half precision: half the size, rounded to 11 bits")
+    convert.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
+    _checkpoint(convert)
     return parser
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that you know better, e.g. num_heads=4")
+    parser.add_argument("--picture", type=Path, metavar="IMAGE", help="picture of the kind that the model draws, for trying settings out")
+    parser.add_argument("--no-probe", dest="probe", action="store_false", help="guess what the file does not tell, without trying")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
@@ -330,7 +353,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _whole_clip(spec: str) -> str:
-    """MODEL:FILE with the file's whole path, so that a report finds it from any folder; MODEL:TAG as it is."""
+    """MODEL:FILE or FILE with the file's whole path, so that a report finds it from any folder; MODEL:TAG as it is."""
+    if Path(spec).expanduser().is_file():
+        return str(Path(spec).expanduser().resolve())
     model, colon, weights = spec.partition(":")
     file = Path(weights).expanduser()
     return f"{model}:{file.resolve()}" if colon and file.is_file() else spec
@@ -467,7 +492,8 @@ def _network_files(request: Mapping[str, Any]) -> dict[str, Path]:
     from .perceptual import EMBEDDED as LPIPS
 
     files = {"ddpm": DDPM if request["ddpm"] == "embedded" else Path(request["ddpm"])}
-    weights = Path(request["clip"].partition(":")[2])
+    alone = Path(request["clip"])  # a file without a model's name before it
+    weights = alone if alone.is_absolute() else Path(request["clip"].partition(":")[2])
     if request["clip"] == "embedded":
         files["clip"] = CLIP
     elif weights.is_absolute():

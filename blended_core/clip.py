@@ -137,7 +137,8 @@ def load_clip(context: DeviceContext, spec: str = "embedded") -> ClipModel:
     Args:
         context: where it runs.
         spec: 'embedded'; ``MODEL:TAG`` of open_clip (``ViT-B-16:openai``; weights that are not on this computer are
-            downloaded by open_clip, because the tag asks for them); or ``MODEL:FILE`` with a local file of weights.
+            downloaded by open_clip, because the tag asks for them); ``MODEL:FILE`` with a local file of weights; or ``FILE``,
+            whose architecture is told by its shapes.
 
     Raises:
         BlendedError: for an unknown model or tag, a file that is absent or does not fit, or a failed download.
@@ -149,6 +150,10 @@ def load_clip(context: DeviceContext, spec: str = "embedded") -> ClipModel:
 def _open_clip(context: DeviceContext, spec: str) -> ClipModel:
     import open_clip
 
+    from .clip_files import architecture_of, is_torchscript, scripted_weights
+
+    if Path(spec).expanduser().is_file():
+        spec = f"{architecture_of(Path(spec).expanduser())}:{Path(spec).expanduser()}"
     name, _, weights = spec.partition(":")
     name = name.replace("/", "-")
     if name not in open_clip.list_models():
@@ -163,19 +168,22 @@ def _open_clip(context: DeviceContext, spec: str) -> ClipModel:
         )
     if weights not in tags and not Path(weights).is_file():
         raise BlendedError(f"{weights!r} is neither a file nor a tag of {name} in open_clip; its tags are {', '.join(tags) or 'none'}.")
+    scripted = weights not in tags and is_torchscript(Path(weights))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Some weights were trained with another activation than the model's configuration names; only their own entry tells.
             known = open_clip.get_pretrained_cfg(name, weights) if weights in tags else {}
             quick = {"force_quick_gelu": True} if known.get("quick_gelu") else {}
-            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=weights, **quick)
+            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=None if scripted else weights, **quick)
+            if scripted:
+                model.load_state_dict(scripted_weights(Path(weights)))
     except Exception as error:  # open_clip passes on whatever its downloader or torch raised
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BlendedError(
             f"open_clip could not load {spec}: {first}. Without a network, give the weights as a file: --clip {name}:FILE."
         ) from error
-    if weights not in tags and f"{name}-quickgelu" in open_clip.list_models():
+    if weights not in tags and not scripted and f"{name}-quickgelu" in open_clip.list_models():
         warnings.warn(
             f"a file does not say which activation it was trained with; for weights of OpenAI, MetaCLIP or DFN write {name}-quickgelu:FILE.",
             BlendedWarning,

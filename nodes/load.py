@@ -11,6 +11,7 @@ from ..blended_core.checkpoints.calibrate import PROBED
 from ..blended_core.checkpoints.describe import summary
 from ..blended_core.checkpoints.load import inspect_checkpoint, load_ddpm
 from ..blended_core.clip import load_clip
+from ..blended_core.clip_files import architecture_of
 from ..blended_core.errors import BlendedError
 from . import glue
 
@@ -137,7 +138,7 @@ class LoadCLIP(io.ComfyNode):
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="For a file: open_clip's name of its architecture, such as ViT-B-16-quickgelu. Empty: read from the beginning of the file's name.",
+                    tooltip="For a file: open_clip's name of its architecture, such as ViT-B-16-quickgelu. Empty: told by the file's shapes.",
                 ),
                 io.String.Input(
                     "other_tag",
@@ -161,20 +162,7 @@ class LoadCLIP(io.ComfyNode):
         with glue.engine():
             spec = other_tag.strip() or weights.removesuffix(FETCHED)
             if not other_tag.strip() and weights != EMBEDDED and not weights.endswith(FETCHED):
-                spec = f"{architecture.strip() or architecture_of(weights)}:{glue.path_of(glue.CLIP_FOLDER, weights)}"
+                path = glue.path_of(glue.CLIP_FOLDER, weights)
+                spec = f"{architecture.strip() or architecture_of(path)}:{path}"
             clip = load_clip(glue.resting(glue.device_context("fp32")), spec)
             return io.NodeOutput(glue.LoadedCLIP(clip, glue.manage(clip.model)))
-
-
-def architecture_of(file: str) -> str:
-    """The longest name of open_clip's models that a file's name begins with."""
-    import open_clip
-
-    name = Path(file).name.lower().replace("_", "-").replace("/", "-")
-    fitting = [model for model in open_clip.list_models() if name.startswith(model.lower())]
-    if not fitting:
-        raise BlendedError(
-            f"the name of {file!r} does not begin with a model of open_clip; set architecture to what it is, such as ViT-B-16-quickgelu "
-            "for OpenAI's ViT-B/16."
-        )
-    return max(fitting, key=len)

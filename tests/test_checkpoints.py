@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -579,3 +582,13 @@ def test_wrong_metadata(tmp_path: Path) -> None:
     ):
         save_file(weights(), path, metadata=metadata)
         refused(path, says)
+
+
+@pytest.mark.slow
+def test_two_thousand_damaged_files_are_loaded_or_refused() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz"], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    loaded, refused = map(int, re.findall(r"(\d+) (?:loaded|refused)", run.stdout))
+    assert loaded + refused == 2000 and loaded > 50 and refused > 500, run.stdout

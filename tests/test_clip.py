@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from blended_core import BlendedError, BlendedWarning, ClipModel, DeviceContext, load_clip
+from blended_core.clip_files import architecture_of, is_torchscript, known_signatures, signature
 from blended_core.demo.world import OBJECTS, Placed, Scene, render
 from blended_core.rank import clip_distance
 
@@ -151,3 +152,82 @@ def test_the_embedded_clip_knows_its_world(embedded: ClipModel) -> None:
         distances = [float(clip_distance(picture, mask, embedded, p)) for p in prompts]
         right += list(OBJECTS)[distances.index(min(distances))] == name
     assert right >= len(OBJECTS) - 1
+
+
+REAL = {
+    "ViT-B-32": "ViT-B-32", "ViT-B-16": "ViT-B-16", "ViT-L-14": "ViT-L-14", "ViT-L-14-336": "ViT-L-14-336", "ViT-H-14": "ViT-H-14",
+    "RN50": "RN50", "RN101": "RN101", "RN50x4": "RN50x4",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_architectures_are_told_by_their_shapes(name: str) -> None:
+    with torch.device("meta"):
+        network = open_clip.CLIP(**{k: v for k, v in open_clip.get_model_config(name).items() if k in TINY})
+    shapes = {f"state_dict.module.{k}": tuple(v.shape) for k, v in network.state_dict().items()}
+    found = signature(shapes)
+    names = [known for known, has in known_signatures().items() if has == found]
+    assert name in names and {n.removesuffix("-quickgelu") for n in names} <= {name, f"{name}-worldwide"}, names
+
+
+def test_a_file_alone_is_recognised(tiny_file: Path, tmp_path: Path) -> None:
+    assert architecture_of(tiny_file) == "tiny-for-tests"
+    by_name, alone = load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}"), load_clip(CONTEXT, str(tiny_file))
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(by_name.encode_image(picture), alone.encode_image(picture))
+    wrapped = tmp_path / "epoch_3.pt"
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in by_name.model.state_dict().items()}}, wrapped)
+    assert torch.equal(load_clip(CONTEXT, str(wrapped)).encode_image(picture), alone.encode_image(picture))
+
+
+def test_an_archive_of_torchscript_is_read_without_running_it(tiny_file: Path, tmp_path: Path) -> None:
+    clip = load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}")
+
+    class Archive(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual, self.transformer = clip.model.visual, clip.model.transformer
+            self.token_embedding, self.ln_final = clip.model.token_embedding, clip.model.ln_final
+            for name in ("positional_embedding", "text_projection", "logit_scale"):
+                setattr(self, name, getattr(clip.model, name))
+            self.register_buffer("input_resolution", torch.tensor(16))
+
+        def forward(self, picture: torch.Tensor) -> torch.Tensor:
+            return self.visual(picture)  # type: ignore[no-any-return]
+
+    path = tmp_path / "tiny.pt"
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(Archive().half().float(), picture, check_trace=False).save(str(path))
+    assert is_torchscript(path) and not is_torchscript(tiny_file)
+    again = load_clip(CONTEXT, str(path))
+    assert torch.allclose(again.encode_image(picture), clip.encode_image(picture), atol=2e-2)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(BlendedError, match=r"tiny\.pt"):
+        load_clip(CONTEXT, str(path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (("vision_model.embeddings.patch_embedding.weight",), "layout of the transformers library"),
+        (("visual.trunk.stem.0.weight", "logit_scale"), "of a kind that files are not recognised of"),
+        (("text_model.embeddings.token_embedding.weight",), "text half of a CLIP"),
+        (("model.output_blocks.0.0.weight",), "diffusion model, not a CLIP"),
+        (("weight",), "is no CLIP: nothing in it is named visual.conv1.weight"),
+        (("visual.conv1.weight",), "parts of it are missing"),
+    ],
+)
+def test_other_files_are_told_what_they_are(tmp_path: Path, keys: tuple[str, ...], sentence: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    with pytest.raises(BlendedError, match=rf"other\.safetensors: .*{sentence}"):
+        load_clip(CONTEXT, str(path))
+
+
+def test_a_network_that_open_clip_lacks_is_described(tiny_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file(open_clip.CLIP(**{**TINY, "embed_dim": 24}).state_dict(), path)
+    with pytest.raises(BlendedError, match=r"1 layers, patch 8, width 32, 16 px and an embedding of 24, and open_clip knows no such"):
+        architecture_of(path)
