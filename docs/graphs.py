@@ -79,7 +79,7 @@ def note(text: str, width: int = 380, height: int = 320) -> Column:
 
 def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
     """The embedded networks and a prompt."""
-    nodes = {"ddpm": Node("BlendedLoadDDPM", height=120)}
+    nodes = {"ddpm": Node("BlendedLoadDDPM", height=210)}  # room for what it shows after a run
     if text is not None:
         nodes["clip"] = Node("BlendedLoadCLIP", height=120)
         nodes["prompt"] = prompt(text)
@@ -92,7 +92,7 @@ def prompt(text: str) -> Node:
     return Node("BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": text}, height=140)
 
 
-def scene(background: str, seed: int = 0, thing: str = "none", width: int = 64, height: int = 64) -> Node:
+def scene(background: str, seed: int = 0, thing: str = "none", width: int = 256, height: int = 256) -> Node:
     """A picture of the embedded world."""
     values = {"background": background, "object": thing, "width": width, "height": height, "seed": seed, "control_after_generate": "fixed"}
     return Node("BlendedDemoScene", values=values)
@@ -115,7 +115,7 @@ def sampler(
     wires = {"ddpm": "ddpm.ddpm", "image": image, "mask": mask}
     if prompt is not None:
         wires |= {"prompt": f"{prompt}.prompt", "options": f"{options}.options"}
-    return Node("BlendedSampler", wires, {"steps": STEPS, "seed": 0, "control_after_generate": "fixed", **values})
+    return Node("BlendedSampler", wires, {"steps": STEPS, "seed": 0, "control_after_generate": "fixed", **values}, height=690)
 
 
 def scores(of: str = "sampler.scores") -> Node:
@@ -127,7 +127,7 @@ QUICK = Graph(
     "Quick edit",
     (
         note(
-            "# Quick edit\n\nPress **Run**. An apple is painted into the white part of the mask; every other pixel stays as it was.\n\n"
+            "# Quick edit\n\nPress **Run**. A mushroom is painted into the white part of the mask; every other pixel stays as it was.\n\n"
             "- The result shows four candidates, **best first**.\n"
             "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 things and 6 backgrounds.\n"
             "- Set *control after generate* of the sampler to `randomize` for new candidates at every run.\n"
@@ -135,8 +135,8 @@ QUICK = Graph(
             "Nothing is downloaded: the models are in the pack.",
             height=360,
         ),
-        models("an apple"),
-        Column("Picture", {"scene": scene("lake"), "before": preview("scene.image", "Before")}),
+        models("a mushroom"),
+        Column("Picture", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
         Column("Edit", {"sampler": sampler(candidates=4)}),
         Column("Result", {"after": save("sampler.images", "quick_edit", 400), "scores": scores()}),
     ),
@@ -177,7 +177,7 @@ STEP_BY_STEP = Graph(
                 "step": Node(
                     "BlendedCLIPGuidanceStep",
                     {"ddpm": "ddpm.ddpm", "latent": "begin.latent", "prompt": "prompt.prompt", "options": "options.options"},
-                    height=200,
+                    height=480,
                 ),
                 "match": Node(
                     "BlendedNoiseBackground", {"image": "scene.image", "mode.latent": "step.latent"}, {"mode": "match"}, height=90
@@ -212,13 +212,13 @@ RANKED = Graph(
         Column(
             "Models",
             {
-                **models("a rose").nodes,
+                **models("a cat").nodes,
                 "other": Node(
-                    "BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": "a rose in the snow"}, title="Encode Prompt (scene)", height=140
+                    "BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": "a cat on a meadow"}, title="Encode Prompt (scene)", height=140
                 ),
             },
         ),
-        Column("Picture", {"scene": scene("snow", seed=3), "before": preview("scene.image", "Before")}),
+        Column("Picture", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
         Column("Edit", {"sampler": sampler(candidates=12)}),
         Column(
             "Result",
@@ -253,7 +253,7 @@ BACKGROUND = Graph(
             "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `the night sky`, `snow`, `a lake`, `a sunset`.",
             height=300,
         ),
-        models("a snowy winter field"),
+        models("a green meadow"),
         Column(
             "Picture",
             {
@@ -274,14 +274,15 @@ REMOVAL = Graph(
     "Remove an object",
     (
         note(
-            "# Remove an object\n\nWithout a prompt there is no guidance: the diffusion model fills the mask from its surroundings.\n\n"
+            "# Remove an object\n\n**Without a prompt** there is no guidance: the diffusion model fills the mask from its surroundings and from "
+            "what it has learned. The embedded model has hardly seen a scene without a thing in its middle, so it puts another one there; a "
+            "checkpoint trained on places does better.\n\n**Naming the ground** helps any model: here `an empty meadow`.\n\n"
             "- Let the mask cover the whole object and a little more (*Grow Mask*).\n"
-            "- *context* says how much of the surroundings the model sees.\n"
-            "- Make several candidates: without CLIP nothing ranks them, so they come in the order of their draws.\n\n"
-            "On photos, take a checkpoint trained on places rather than on objects.",
-            height=300,
+            "- *strength* 1 forgets the object entirely.\n"
+            "- Make several candidates. Without a prompt nothing ranks them, so they come in the order of their draws.",
+            height=360,
         ),
-        models(None),
+        models("an empty meadow"),
         Column(
             "Picture",
             {
@@ -289,11 +290,21 @@ REMOVAL = Graph(
                 "before": preview("scene.image", "Before", 280),
             },
         ),
-        Column("Edit", {"sampler": sampler(prompt=None, strength=1.0, context=1.8, candidates=4)}),
-        Column("Result", {"after": save("sampler.images", "removal", 400)}),
+        Column(
+            "Naming the ground",
+            {"sampler": sampler(strength=1.0, context=1.8, candidates=4), "after": save("sampler.images", "removal", 360)},
+        ),
+        Column(
+            "Without a prompt",
+            {
+                "alone": sampler(prompt=None, strength=1.0, context=1.8, candidates=4),
+                "other": preview("alone.images", "Without a prompt", 360),
+            },
+        ),
     ),
     before="before",
     after=("after",),
+    colours={**GROUPS, "Naming the ground": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
 )
 
 SCRIBBLE = Graph(
@@ -311,21 +322,21 @@ SCRIBBLE = Graph(
             "Scribble",
             {
                 "scene": scene("meadow", seed=6),
-                "brown": Node("EmptyImage", values={"width": 10, "height": 20, "color": 0xE8D9C0}, title="Stem"),
+                "brown": Node("EmptyImage", values={"width": 40, "height": 80, "color": 0xE8D9C0}, title="Stem"),
                 "stem": Node(
                     "ImageCompositeMasked",
                     {"destination": "scene.image", "source": "brown.IMAGE"},
-                    {"x": 27, "y": 32},
+                    {"x": 108, "y": 128},
                     title="Paint the stem",
                 ),
-                "red": Node("EmptyImage", values={"width": 32, "height": 18, "color": 0xD03030}, title="Cap"),
+                "red": Node("EmptyImage", values={"width": 128, "height": 72, "color": 0xD03030}, title="Cap"),
             },
         ),
         Column(
             "Picture",
             {
                 "cap": Node(
-                    "ImageCompositeMasked", {"destination": "stem.IMAGE", "source": "red.IMAGE"}, {"x": 16, "y": 16}, title="Paint the cap"
+                    "ImageCompositeMasked", {"destination": "stem.IMAGE", "source": "red.IMAGE"}, {"x": 64, "y": 62}, title="Paint the cap"
                 ),
                 "before": preview("cap.IMAGE", "Scribble", 300),
                 "mask": Node("MaskPreview", {"mask": "scene.mask"}, title="Mask", height=260),
@@ -394,11 +405,11 @@ CORE = Graph(
         Column(
             "Picture",
             {
-                "scene": scene("meadow", seed=8, width=96, height=64),
+                "scene": scene("meadow", seed=8, width=192, height=128),
                 "scale": Node(
                     "ImageScale",
                     {"image": "scene.image"},
-                    {"upscale_method": "lanczos", "width": 192, "height": 128, "crop": "disabled"},
+                    {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"},
                 ),
                 "before": preview("scale.IMAGE", "Before", 260),
             },
@@ -406,13 +417,13 @@ CORE = Graph(
         Column(
             "Mask by core",
             {
-                "black": Node("SolidMask", values={"value": 0, "width": 192, "height": 128}, title="Solid Mask (black)"),
-                "white": Node("SolidMask", values={"value": 1, "width": 72, "height": 80}, title="Solid Mask (white)"),
-                "feather": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 10, "top": 10, "right": 10, "bottom": 10}),
+                "black": Node("SolidMask", values={"value": 0, "width": 384, "height": 256}, title="Solid Mask (black)"),
+                "white": Node("SolidMask", values={"value": 1, "width": 160, "height": 168}, title="Solid Mask (white)"),
+                "feather": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 20, "top": 20, "right": 20, "bottom": 20}),
                 "paint": Node(
-                    "MaskComposite", {"destination": "black.MASK", "source": "feather.MASK"}, {"x": 60, "y": 24, "operation": "add"}
+                    "MaskComposite", {"destination": "black.MASK", "source": "feather.MASK"}, {"x": 112, "y": 44, "operation": "add"}
                 ),
-                "grow": Node("GrowMask", {"mask": "paint.MASK"}, {"expand": 4}),
+                "grow": Node("GrowMask", {"mask": "paint.MASK"}, {"expand": 6}),
                 "mask": Node("MaskPreview", {"mask": "grow.MASK"}, title="Mask", height=220),
             },
         ),
@@ -427,7 +438,7 @@ CORE = Graph(
             {
                 "best": Node("ImageFromBatch", {"image": "sampler.images"}, {"batch_index": 0, "length": 1}, title="The best"),
                 "after": save("best.IMAGE", "core", 280),
-                "night": scene("night", seed=2, width=192, height=128),
+                "night": scene("night", seed=2, width=384, height=256),
                 "composite": Node(
                     "ImageCompositeMasked",
                     {"destination": "night.image", "source": "best.IMAGE", "mask": "grow.MASK"},
@@ -459,7 +470,7 @@ OWN = Graph(
             height=620,
         ),
         models("a balloon"),
-        Column("Picture", {"scene": scene("desert", seed=5, width=96, height=64), "before": preview("scene.image", "Before", 300)}),
+        Column("Picture", {"scene": scene("desert", seed=5, width=384, height=256), "before": preview("scene.image", "Before", 300)}),
         Column("Edit", {"sampler": sampler(candidates=4)}),
         Column("Result", {"after": save("sampler.images", "own", 400), "scores": scores()}),
     ),
@@ -542,25 +553,27 @@ BLUEPRINTS = (
     ),
     Blueprint(
         inner(
-            models(None),
+            models(""),
             Column(
                 "Picture",
-                {"scene": scene("meadow", thing="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 2})},
+                {"scene": scene("meadow", thing="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
             ),
-            Column("Edit", {"sampler": sampler(mask="grow.MASK", prompt=None, strength=1.0)}),
+            Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0)}),
             name="Remove Object (Blended Diffusion)",
         ),
-        inside=("ddpm", "grow", "sampler"),
+        inside=("ddpm", "clip", "prompt", "options", "grow", "sampler"),
         inputs=(
             ("sampler", "image", "image"),
             ("grow", "mask", "mask"),
+            ("prompt", "text", "what_is_behind"),
             ("grow", "expand", "grow_mask"),
             ("ddpm", "checkpoint", "checkpoint"),
+            ("clip", "weights", "clip"),
             ("sampler", "steps", "steps"),
             ("sampler", "seed", "seed"),
             ("sampler", "candidates", "candidates"),
         ),
         outputs=(("sampler", "images", "images"),),
-        description="Fills the masked part from its surroundings, without a prompt; every other pixel stays.",
+        description="Fills the masked part from its surroundings; naming what is behind it helps, and may be left empty. Every other pixel stays.",
     ),
 )

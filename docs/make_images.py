@@ -11,8 +11,8 @@ from blended_core.demo.world import GUIDANCE_SCALE, demo_scene
 from blended_core.sheet import contact_sheet
 
 HERE = Path(__file__).parent / "images"
-HERO = ("an apple", "a sunflower", "a pumpkin", "a tree", "a rose", "a balloon")
-BACKGROUND, SEED, CANDIDATES = "lake", 0, 4
+HERO = ("an apple", "a mushroom", "a pumpkin", "a cat", "a tree", "a balloon")
+BACKGROUND, SEED, CANDIDATES = "meadow", 0, 4
 
 
 def hero(models: Models) -> None:

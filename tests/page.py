@@ -44,7 +44,7 @@ SHOWN = """() => {
 LISTEN = """() => {
   const api = window.comfyAPI.api.api, run = window.__run = {end: null, previews: 0, error: null};
   window.__unlisten?.();
-  const on = {b_preview: () => run.previews++, execution_success: () => run.end ??= 'success',
+  const on = {b_preview_with_metadata: () => run.previews++, execution_success: () => run.end ??= 'success',
     execution_interrupted: () => run.end = 'interrupted',
     execution_error: e => { run.end = 'error'; run.error = e.detail.exception_message; }};
   for (const [name, f] of Object.entries(on)) api.addEventListener(name, f);
@@ -195,7 +195,8 @@ class Page:
     def press_run(self) -> None:
         """The blue button."""
         self.page.evaluate(LISTEN)
-        self.page.locator("[data-testid=queue-button] button, button[data-testid=queue-button], .queue-button-group button").first.click()
+        group = self.page.locator("[data-testid=queue-button]").first
+        (group if group.evaluate("e => e.tagName") == "BUTTON" else group.locator("button").first).click()
 
     def ended(self, timeout: float = 300) -> dict[str, Any]:
         """Waits for the end of a run: {end, previews, error}."""

@@ -309,7 +309,7 @@ def test_the_list_shows_what_may_be_a_checkpoint_and_a_saved_workflow_is_told_th
     outcome = comfyui.run(prompt)
     assert outcome.error is None
     told = [m for m in outcome.previews if b"found by trying" in m]
-    assert told and b"no published family" in told[0], "Load DDPM shows nothing on itself"
+    assert told and b"of no published family" in told[0], "Load DDPM shows nothing on itself"
     prompt["ddpm"]["inputs"]["checkpoint"] = "gone.safetensors"
     with pytest.raises(AssertionError, match=r"no .gone\.safetensors. in .*put the file there"):
         comfyui.run(prompt)

@@ -56,7 +56,7 @@ def complaints(workflow: dict[str, Any]) -> list[str]:
             for name in [i["name"] for i in node["inputs"]]:
                 if name not in known:
                     out.append(f"{kind} has no input {name}")
-            for name, value in node["widgets_values_named"].items():
+            for name, value in node.get("widgets_values_named", {}).items():
                 spec = known.get(name)
                 if spec is None and name != "control_after_generate":
                     out.append(f"{kind} has no setting {name}")

@@ -84,7 +84,7 @@ def summary(found: Detection) -> str:
     heads = f"{unet.num_heads} heads" if unet.num_head_channels is None else f"heads of {unet.num_head_channels}"
     classes = f", {unet.num_classes} classes" if unet.num_classes else ""
     lines = [
-        found.family or "no published family",
+        found.family or "an ADM of no published family",
         f"{unet.image_size} px, {unet.model_channels} channels × {', '.join(f'{m:g}' for m in unet.channel_mult)}{classes}",
         f"{process.schedule} schedule of {process.steps}, predicts {process.objective}, {heads}",
     ]
