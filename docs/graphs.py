@@ -250,10 +250,10 @@ BACKGROUND = Graph(
             "# Replace the background\n\nThe mask covers the object, and core's *Invert Mask* turns it round: now everything **but** the "
             "object is painted anew, and the object stays to the bit.\n\n"
             "- *strength* 1 forgets the old background. About 0.7 keeps its layout.\n"
-            "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `the night sky`, `snow`, `a lake`, `a sunset`.",
+            "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `night`, `snow`, `a sunset`.\n- *scale* is lower than for objects: CLIP has seen few pictures with a hole in the middle, and is easily content with wrong colours.",
             height=300,
         ),
-        models("a green meadow"),
+        models("a lake", scale=1500.0),
         Column(
             "Picture",
             {
@@ -356,38 +356,43 @@ ALGORITHMS = Graph(
         note(
             "# Two algorithms of one paper\n\n**Algorithm 1** (*local*) asks for the background by a loss, weighted by λ (*background_scale*). "
             "The model paints the whole square, and the background drifts.\n\n**Algorithm 2** (*blended*) puts the real background back at every "
-            "noise level. Nothing drifts, and the edit grows into it.\n\nAbove and below: the square as the model painted it (x̂0), before it "
+            "noise level. Nothing drifts, and the edit grows into it.\n\nBelow: the square as the model painted it (x̂0), before it "
             "is pasted. Look outside the mask. λ 100 drifts more, λ 10000 edits less.",
             height=340,
         ),
+        models("an apple"),
         Column(
-            "Models",
+            "Picture",
             {
-                **models("an apple").nodes,
+                "scene": scene("sunset", seed=1),
                 "with_lambda": Node(
                     "BlendedGuidanceOptions", values={"scale": GUIDANCE_SCALE, "background_scale": 1000}, title="Guidance Options (λ 1000)"
                 ),
             },
         ),
-        Column("Picture", {"scene": scene("sunset", seed=1), "before": preview("scene.image", "Before", 300)}),
         Column(
-            "Algorithm 1: local CLIP-guided diffusion",
+            "Algorithm 1: local",
             {
                 "first": sampler(options="with_lambda", algorithm="local", candidates=2),
-                "one": preview("first.x̂0", "Algorithm 1: x̂0", 300),
+                "larger": Node("ImageScaleBy", {"image": "first.x̂0"}, {"upscale_method": "nearest-exact", "scale_by": 4}),
+                "one": preview("larger.IMAGE", "Algorithm 1: x̂0", 240),
             },
         ),
         Column(
-            "Algorithm 2: blended diffusion",
-            {"second": sampler(candidates=2), "two": preview("second.x̂0", "Algorithm 2: x̂0", 300)},
+            "Algorithm 2: blended",
+            {
+                "second": sampler(candidates=2),
+                "larger_too": Node("ImageScaleBy", {"image": "second.x̂0"}, {"upscale_method": "nearest-exact", "scale_by": 4}),
+                "two": preview("larger_too.IMAGE", "Algorithm 2: x̂0", 240),
+            },
         ),
     ),
     after=("one", "two"),
     each=2,
     colours={
         **GROUPS,
-        "Algorithm 1: local CLIP-guided diffusion": GROUPS["Result"],
-        "Algorithm 2: blended diffusion": GROUPS["Edit"],
+        "Algorithm 1: local": GROUPS["Result"],
+        "Algorithm 2: blended": GROUPS["Edit"],
     },
 )
 
@@ -438,6 +443,11 @@ CORE = Graph(
             {
                 "best": Node("ImageFromBatch", {"image": "sampler.images"}, {"batch_index": 0, "length": 1}, title="The best"),
                 "after": save("best.IMAGE", "core", 280),
+            },
+        ),
+        Column(
+            "On another picture",
+            {
                 "night": scene("night", seed=2, width=384, height=256),
                 "composite": Node(
                     "ImageCompositeMasked",
@@ -449,7 +459,7 @@ CORE = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Mask by core": GROUPS["Picture"]},
+    colours={**GROUPS, "Mask by core": GROUPS["Picture"], "On another picture": GROUPS["Result"]},
 )
 
 OWN = Graph(
@@ -530,7 +540,7 @@ BLUEPRINTS = (
     ),
     Blueprint(
         inner(
-            models("a snowy winter field"),
+            models("a lake", scale=1500.0),
             Column("Picture", {"scene": scene("desert", thing="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
             Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0)}),
             name="Replace Background (Blended Diffusion)",
