@@ -75,7 +75,7 @@ def class_of(choice: str) -> str | int:
     return int(word) if word.isdecimal() else word
 
 
-def feather(advanced: bool = False) -> io.Int.Input:
+def feather(advanced: bool | None = None) -> io.Int.Input:
     """A soft edge inside the mask."""
     return io.Int.Input(
         "feather",

@@ -16,7 +16,7 @@ from .server import ROOT, Server, needs_comfyui
 pytestmark = [needs_comfyui, needs_browser, pytest.mark.slow]
 TEMPLATES = sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted(p.stem for p in (ROOT / "subgraphs").glob("*.json"))
-PACK = "blended diffusion-1.0"  # the folder's name in this test's ComfyUI
+PACK = "blended-diffusion-1.0"  # the folder's name in this test's ComfyUI
 FEW = 6
 
 
