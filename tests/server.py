@@ -153,10 +153,10 @@ class Server:
 
 @contextlib.contextmanager
 def started(folder: Path, *options: str) -> Iterator[Server]:
-    """ComfyUI on a free port, with the pack under a folder name with a version in it, as some downloads have."""
+    """ComfyUI on a free port, with the pack linked into it."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    link = folder / "custom_nodes" / "blended-diffusion-1.0"
+    link = folder / "custom_nodes" / "blended-diffusion"
     if not link.exists():
         link.symlink_to(ROOT, target_is_directory=True)
     with socket.socket() as probe:
