@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoints.calibrate import Trial
     from .checkpoints.load import load_ddpm
     from .clip import ClipModel, Prompt, load_clip
     from .context import DeviceContext
@@ -50,6 +51,7 @@ __all__ = [
     "Prompt",
     "Schedule",
     "Step",
+    "Trial",
     "blended_diffusion",
     "edit_picture",
     "load_clip",
@@ -64,6 +66,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "checkpoints.calibrate": ("Trial",),
     "checkpoints.load": ("load_ddpm",),
     "clip": ("ClipModel", "Prompt", "load_clip"),
     "context": ("DeviceContext",),

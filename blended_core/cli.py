@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -25,11 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .checkpoints.calibrate import Trial
     from .diffusion import DiffusionModel
     from .edit import Candidate, EditOptions, EditResult, Models, Step
     from .pictures import Picture, UInt8
 
 from .errors import BlendedError, BlendedWarning
+from .files import sha256, write_bytes
 
 REPORT = "report.json"
 SHEET = "contact_sheet.png"
@@ -303,11 +306,10 @@ def inspect_command(args: argparse.Namespace) -> int:
     from .checkpoints.describe import as_dict, as_table
 
     model, path = _examined(args)
-    assert model.found is not None  # load_ddpm sets it
     if args.json:
-        print(json.dumps(as_dict(model.found, path), indent=1, ensure_ascii=False))
+        print(json.dumps(as_dict(model.detection, path), indent=1, ensure_ascii=False))
     else:
-        print(as_table(model.found, path))
+        print(as_table(model.detection, path))
     return 0
 
 
@@ -339,9 +341,26 @@ def _examined(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
 
         picture = read_picture(args.picture).tensor() * 2 - 1
     path = EMBEDDED if args.file == "embedded" else Path(args.file).expanduser()
-    with context.autograd():
-        model = load_ddpm(context, args.file, _overrides(args.set), probe=args.probe, picture=picture)
+    with context.autograd(), _trial(picture) as trial:
+        model = load_ddpm(context, args.file, _overrides(args.set), trial=trial if args.probe else None)
     return model, path
+
+
+@contextlib.contextmanager
+def _trial(picture: Tensor | None = None) -> Iterator[Trial]:
+    """How the calibration probe runs here: with a bar, silent where nobody watches."""
+    from tqdm import tqdm
+
+    from .checkpoints.calibrate import Trial
+
+    # Most checkpoints need no probe, and a bar that nothing moves says something wrong: it comes with the first forward.
+    with tqdm(desc="trying settings", unit="forward", disable=None, dynamic_ncols=True, leave=False, delay=1e-3) as bar:
+
+        def on_forward(done: int, expected: int) -> None:
+            bar.total = expected
+            bar.update(done - bar.n)
+
+        yield Trial(picture, on_forward=on_forward)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -467,14 +486,14 @@ def _request_from(path: Path) -> dict[str, Any]:
             if not beside.is_file():
                 raise BlendedError(f"the report's {key} {name} is not there any more; put it back, or beside {path.name}.")
             file = beside
-        if _sha256(file) != hashes[key]:
+        if sha256(file) != hashes[key]:
             raise BlendedError(f"the report's {key} {file} has changed since that run; the result would be another.")
         request[key] = str(file.resolve())
     for name, digest in networks.items():
         network = _network_files(request).get(name)
         if network is None or not network.is_file():
             raise BlendedError(f"the {name} network of that run, {network or request.get(name)}, is not there any more; put it back.")
-        if (now := _sha256(network)) != digest:
+        if (now := sha256(network)) != digest:
             raise BlendedError(
                 f"the {name} network {network} is not that run's (SHA-256 {now[:12]}… instead of {str(digest)[:12]}…), so the result would "
                 "be another; put the same file back, or make a new run without --from."
@@ -503,14 +522,6 @@ def _network_files(request: Mapping[str, Any]) -> dict[str, Path]:
     return files
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +542,7 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
     picture = read_picture(files["image"])
     mask = read_mask(files["mask"], picture.size, picture.notes) if "mask" in files else mask_from_alpha(picture)
     # Now, not with the report: by then somebody may have painted on.
-    inputs = {key: _sha256(files[key]) if key in files else None for key in ("image", "mask")}
+    inputs = {key: sha256(files[key]) if key in files else None for key in ("image", "mask")}
     for note in picture.notes:
         print(f"note: {note}", file=sys.stderr)
     if request["threads"]:
@@ -624,7 +635,7 @@ def _networks(request: Mapping[str, Any], models: Models) -> dict[str, Any]:
         "ddpm": {"file": request["ddpm"], **_described(models)},
         "clip": models.clip.name if models.clip else None,
         "lpips": getattr(models.perceptual, "name", None),
-        "sha256": {name: _sha256(file) for name, file in files.items()},
+        "sha256": {name: sha256(file) for name, file in files.items()},
     }
 
 
@@ -647,7 +658,8 @@ def _load(request: dict[str, Any], options: EditOptions) -> Models:
 
     context = DeviceContext.choose(request["device"], request["dtype"])
     with context.autograd():
-        ddpm = load_ddpm(context, request["ddpm"], request["overrides"])
+        with _trial() as trial:
+            ddpm = load_ddpm(context, request["ddpm"], request["overrides"], trial=trial)
         if request["checkpointing"]:
             ddpm.network.gradient_checkpointing = True  # type: ignore[assignment]
         wanted = any(t.strip() for t in request["prompts"])
@@ -752,7 +764,6 @@ class Writer:
 
     def finish(self, result: EditResult, interrupted: bool) -> list[BlendedError]:
         """Names the results by rank, and writes report, contact sheet and animations; returns what the last two failed of."""
-        from .pictures import write_bytes
 
         for candidate in result.candidates:
             old = self.files[candidate.index]
@@ -802,7 +813,6 @@ class Writer:
         contact_sheet(self.out / SHEET, self.picture.rgb, result.mask, tiles, title, subtitle)
 
     def _report(self, result: EditResult, interrupted: bool) -> None:
-        from .pictures import write_bytes
 
         report = {
             "version": _version(),

@@ -194,6 +194,13 @@ class DiffusionModel:
         self.label_dim = label_dim
         self.found: Detection | None = None  # how a checkpoint's settings were decided; set by load_ddpm
 
+    @property
+    def detection(self) -> Detection:
+        """How a checkpoint's settings were decided; an error for a model that comes from no checkpoint."""
+        if self.found is None:
+            raise BlendedError("this model was not loaded from a checkpoint, so nothing is known of how its settings were decided.")
+        return self.found
+
     @classmethod
     def from_unet(cls, unet: Any, config: DiffusionConfig) -> DiffusionModel:
         """Wraps a :class:`~blended_core.checkpoints.adm.UNet`; a variance that does not fit its outputs is an error."""

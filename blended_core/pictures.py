@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import BlendedError
+from .files import write_bytes
 
 UInt8 = NDArray[np.uint8]
 OPAQUE = 255
@@ -169,14 +169,3 @@ def write_png(path: Path, rgb: UInt8, alpha: UInt8 | None = None, text: dict[str
     extra: dict[str, Any] = {"icc_profile": icc} if icc else {}
     Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info, **extra)
     write_bytes(path, buffer.getvalue())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

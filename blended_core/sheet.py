@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .pictures import UInt8, to_uint8, write_bytes
+from .files import write_bytes
+from .pictures import UInt8, to_uint8
 
 TILE = 256
 GAP = 20

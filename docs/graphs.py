@@ -72,14 +72,19 @@ class Blueprint:
     description: str
 
 
+def words(text: str, width: int = 380, height: int = 320) -> Node:
+    """A note for who opens the template."""
+    return Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, colour=NOTE)
+
+
 def note(text: str, width: int = 380, height: int = 320) -> Column:
     """A column with nothing but words."""
-    return Column("", {"note": Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, colour=NOTE)})
+    return Column("", {"note": words(text, width, height)})
 
 
 def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
     """The embedded networks and a prompt."""
-    nodes = {"ddpm": Node("BlendedLoadDDPM", height=210)}  # room for what it shows after a run
+    nodes = {"ddpm": Node("BlendedLoadDDPM", height=236)}  # room for what it shows after a run
     if text is not None:
         nodes["clip"] = Node("BlendedLoadCLIP", height=120)
         nodes["prompt"] = prompt(text)
@@ -399,13 +404,6 @@ ALGORITHMS = Graph(
 CORE = Graph(
     "With core nodes",
     (
-        note(
-            "# Among ComfyUI's own nodes\n\nA wide picture, scaled up by core; a mask made, feathered, placed and grown by core.\n\n"
-            "The sampler reads its greys because *mask_edges* is `soft`: dark grey may change late, light grey early. It edits a square "
-            "around the mask at the model's size and pastes it back into the wide picture.\n\nAt the end core's *Image Composite Masked* puts "
-            "the edit on yet another picture: a soft edge on a new ground. *Final Paste* would keep that picture outside the mask to the bit.",
-            height=360,
-        ),
         models("a sunflower"),
         Column(
             "Picture",
@@ -417,6 +415,14 @@ CORE = Graph(
                     {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"},
                 ),
                 "before": preview("scale.IMAGE", "Before", 260),
+                "note": words(
+                    "# Among ComfyUI's own nodes\n\nA wide picture, scaled up by core; a mask made, feathered, placed and grown by core.\n\n"
+                    "The sampler reads its greys because *mask_edges* is `soft`: dark grey may change late, light grey early. It edits a square "
+                    "around the mask at the model's size and pastes it back into the wide picture.\n\nAt the end core's *Image Composite Masked* puts "
+                    "the edit on yet another picture: a soft edge on a new ground. *Final Paste* would keep that picture outside the mask to the bit.",
+                    width=WIDTH,
+                    height=310,
+                ),
             },
         ),
         Column(
@@ -429,7 +435,7 @@ CORE = Graph(
                     "MaskComposite", {"destination": "black.MASK", "source": "feather.MASK"}, {"x": 112, "y": 44, "operation": "add"}
                 ),
                 "grow": Node("GrowMask", {"mask": "paint.MASK"}, {"expand": 6}),
-                "mask": Node("MaskPreview", {"mask": "grow.MASK"}, title="Mask", height=220),
+                "mask": Node("MaskPreview", {"mask": "grow.MASK"}, title="Mask", height=250),
             },
         ),
         Column(
@@ -514,6 +520,16 @@ def inner(*columns: Column, name: str) -> Graph:
     return Graph(name, columns)
 
 
+SETTINGS = (
+    ("ddpm", "checkpoint", "checkpoint"),
+    ("clip", "weights", "clip"),
+    ("options", "scale", "guidance_scale"),
+    ("sampler", "steps", "steps"),
+    ("sampler", "strength", "strength"),
+    ("sampler", "seed", "seed"),
+    ("sampler", "candidates", "candidates"),
+)
+
 BLUEPRINTS = (
     Blueprint(
         inner(
@@ -527,13 +543,7 @@ BLUEPRINTS = (
             ("sampler", "image", "image"),
             ("sampler", "mask", "mask"),
             ("prompt", "text", "prompt"),
-            ("ddpm", "checkpoint", "checkpoint"),
-            ("clip", "weights", "clip"),
-            ("options", "scale", "guidance_scale"),
-            ("sampler", "steps", "steps"),
-            ("sampler", "strength", "strength"),
-            ("sampler", "seed", "seed"),
-            ("sampler", "candidates", "candidates"),
+            *SETTINGS,
         ),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
         description="Paints what the prompt says into the white part of the mask; every other pixel stays. Candidates come best first.",
@@ -550,13 +560,7 @@ BLUEPRINTS = (
             ("sampler", "image", "image"),
             ("invert", "mask", "object_mask"),
             ("prompt", "text", "prompt"),
-            ("ddpm", "checkpoint", "checkpoint"),
-            ("clip", "weights", "clip"),
-            ("options", "scale", "guidance_scale"),
-            ("sampler", "steps", "steps"),
-            ("sampler", "strength", "strength"),
-            ("sampler", "seed", "seed"),
-            ("sampler", "candidates", "candidates"),
+            *SETTINGS,
         ),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
         description="Keeps what the mask covers to the bit and paints everything around it from the prompt.",

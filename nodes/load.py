@@ -7,9 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..blended_core.checkpoints.calibrate import PROBED
+from ..blended_core.checkpoints.calibrate import Trial
 from ..blended_core.checkpoints.describe import summary
-from ..blended_core.checkpoints.load import inspect_checkpoint, load_ddpm
+from ..blended_core.checkpoints.load import load_ddpm
 from ..blended_core.clip import load_clip
 from ..blended_core.clip_files import architecture_of
 from ..blended_core.errors import BlendedError
@@ -90,12 +90,11 @@ class LoadDDPM(io.ComfyNode):
         with glue.engine():
             path: Path | str = EMBEDDED if checkpoint == EMBEDDED else glue.path_of(glue.DDPM_FOLDER, checkpoint)
             context, stated = glue.device_context(precision), settings(overrides)
-            open_settings = inspect_checkpoint(path, stated).open_settings
-            where = glue.trying(context, Path(path)) if set(open_settings) & set(PROBED) else glue.resting(context)
-            model = load_ddpm(where, path, stated)
-            assert model.found is not None  # load_ddpm sets it
-            glue.tell(cls.hidden.unique_id, summary(model.found))
-            glue.resting(context).place(model.network)
+            trial = Trial(
+                place=lambda: glue.trying(context, Path(path)), on_forward=lambda done, expected: glue.Progress(expected).update(done)
+            )
+            model = load_ddpm(glue.resting(context), path, stated, trial=trial)
+            glue.tell(cls.hidden.unique_id, summary(model.detection))
             return io.NodeOutput(glue.LoadedDDPM(model, glue.manage(model.network), context))
 
 

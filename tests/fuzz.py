@@ -89,7 +89,7 @@ def main() -> int:
             begun = time.perf_counter()
             try:
                 may_be_checkpoint(path)
-                load_ddpm(DeviceContext(), path, SETTINGS, probe=False)
+                load_ddpm(DeviceContext(), path, SETTINGS, trial=None)
                 told["loaded"] += 1
             except BlendedError as error:
                 assert str(error).rstrip().endswith("."), error

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from blended_core.checkpoints import calibrate
 from blended_core.checkpoints.adm import UNet, UNetConfig
+from blended_core.checkpoints.calibrate import Trial
 from blended_core.checkpoints.describe import as_table, summary
 from blended_core.checkpoints.detect import KNOWN_FILES, detect, settings_of_file
 from blended_core.checkpoints.load import EMBEDDED, inspect_checkpoint, load_ddpm, may_be_checkpoint
@@ -25,6 +26,7 @@ from blended_core.cli import main
 from blended_core.context import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
+from blended_core.files import sha256
 
 from . import kinds
 from .tiny import tiny_unet
@@ -74,11 +76,36 @@ def test_what_is_stated_is_not_tried(bare: Path) -> None:
 def test_a_picture_of_the_person_is_taken_and_a_kept_decision_is_not(bare: Path) -> None:
     picture = torch.rand(1, 3, 50, 90, generator=torch.Generator().manual_seed(0)) * 2 - 1
     first = load_ddpm(CPU, bare).found
-    second = load_ddpm(CPU, bare, picture=picture).found
+    second = load_ddpm(CPU, bare, trial=Trial(picture)).found
     assert first is not None and second is not None and first.probe is not None and second.probe is not None
     assert second.probe.forwards > 0 and second.probe.error != first.probe.error
     with pytest.raises(BlendedError, match=r"picture of the probe is \(1, 4, 8, 8\)"):
-        load_ddpm(CPU, bare, picture=torch.zeros(1, 4, 8, 8))
+        load_ddpm(CPU, bare, trial=Trial(torch.zeros(1, 4, 8, 8)))
+
+
+@pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
+def test_a_trial_runs_where_it_is_told_to_and_can_be_stopped(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    tried: list[tuple[int, int]] = []
+    placed: list[DeviceContext] = []
+
+    def place() -> DeviceContext:
+        placed.append(DeviceContext(channels_last=True))
+        return placed[0]
+
+    def on_forward(done: int, expected: int) -> None:
+        tried.append((done, expected))
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_ddpm(CPU, bare, trial=Trial(place=place, on_forward=on_forward))
+    assert [done for done, _ in tried] == [1, 2, 3] and all(expected >= 10 for _, expected in tried)
+    assert not calibrate.kept_decisions().exists()
+    model = load_ddpm(CPU, bare, trial=Trial(place=place))
+    assert len(placed) == 2 and model.detection.probe is not None and model.detection.probe.forwards > 3
+    load_ddpm(CPU, bare, trial=Trial(place=place))
+    assert len(placed) == 2, "a remembered decision moves nothing"
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
@@ -90,7 +117,7 @@ def test_a_damaged_cache_costs_only_time(bare: Path, tmp_path: Path, monkeypatch
     found = load_ddpm(CPU, bare).found
     assert found is not None and found.probe is not None and found.probe.forwards > 0
     kept = json.loads(calibrate.kept_decisions().read_text())
-    assert any(key.startswith(calibrate.sha256(bare)) for key in kept)
+    assert any(key.startswith(sha256(bare)) for key in kept)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["probes.json"]
 
 

@@ -424,7 +424,7 @@ def test_sidecar_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "model.v2.pt"
     torch.save(weights(), path)
     with pytest.warns(BlendedWarning, match="model.v2.pt.*num_heads 4.*schedule linear.*objective eps"):
-        assert load_ddpm(CPU, path, probe=False).config.objective == "eps"
+        assert load_ddpm(CPU, path, trial=None).config.objective == "eps"
     sidecar = tmp_path / "model.v2.json"
     sidecar.write_text(json.dumps({**TINY_SETTINGS, "noise_schedule": "linear", "num_channels": 32}))
     model = load_ddpm(CPU, path, {"objective": "x0"})

@@ -315,6 +315,31 @@ def test_the_list_shows_what_may_be_a_checkpoint_and_a_saved_workflow_is_told_th
         comfyui.run(prompt)
 
 
+def test_trying_out_a_checkpoint_shows_its_progress_and_can_be_cancelled(comfyui: Server) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = comfyui.folder / "models" / "ddpm"
+    folder.mkdir(exist_ok=True)
+    save_file(load_file(ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors"), folder / "bare.safetensors")
+    prompt = sampler(scene(), candidates=1, steps=2)
+    prompt["ddpm"]["inputs"]["checkpoint"] = "bare.safetensors"
+    seen = []
+
+    def cancel(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data["node"] == "ddpm":
+            seen.append(data["value"])
+            if data["value"] == 1:
+                comfyui.post("/interrupt", {})
+
+    outcome = comfyui.run(prompt, cancel)
+    assert outcome.interrupted and max(seen) <= 3
+    seen.clear()
+    outcome = comfyui.run(prompt, lambda kind, data: seen.append(data["value"]) if kind == "progress" and data["node"] == "ddpm" else None)
+    assert outcome.error is None
+    assert seen == sorted(seen) and len(seen) > 5
+    assert any(b"found by trying" in m for m in outcome.previews)
+
+
 def test_cancel_stops_within_a_step_and_the_next_run_succeeds(comfyui: Server) -> None:
     sent = []
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from blended_core import pictures
 from blended_core.errors import BlendedError
-from blended_core.pictures import mask_from_alpha, read_mask, read_picture, to_uint8, write_bytes, write_png
+from blended_core.files import write_bytes
+from blended_core.pictures import mask_from_alpha, read_mask, read_picture, to_uint8, write_png
 
 Array = NDArray[Any]
 RNG = np.random.default_rng(0)

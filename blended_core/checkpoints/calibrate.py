@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,9 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..context import DeviceContext
 from ..diffusion import OBJECTIVES, DiffusionConfig, predict_eps, predict_x0
 from ..draws import Draws
 from ..errors import BlendedError
+from ..files import write_bytes
+from ..region import resize
 from ..schedule import Schedule
 from .adm import UNet, UNetConfig
 
@@ -77,6 +79,24 @@ def group_of(setting: str) -> str:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """How a network is tried out.
+
+    ``picture``: [1, 3, H, W] in −1..1 of the kind that the network draws, of any size; None: a drawn scene. ``place``: asked when
+    the probe begins for the context to run it in, where that is not the one of loading. ``on_forward``: called with (done,
+    expected) after every forward of the network; an exception of it ends the probe.
+    """
+
+    picture: Tensor | None = None
+    place: Callable[[], DeviceContext] | None = None
+    on_forward: Callable[[int, int], None] | None = None
+
+
+USUAL = Trial()
+"""On the drawn scene, where the network is."""
+
+
+@dataclass(frozen=True)
 class _Candidate:
     wiring: UNetConfig
     process: DiffusionConfig
@@ -86,8 +106,7 @@ def probe(
     unet: UNet,
     process: DiffusionConfig,
     open_settings: Iterable[str],
-    picture: Tensor | None = None,
-    on_forward: Callable[[int, int], None] | None = None,
+    trial: Trial = USUAL,
 ) -> Probe:
     """Decides the open settings of a network; leaves it wired as decided.
 
@@ -95,20 +114,18 @@ def probe(
         unet: the network with its weights, in any precision, on any device.
         process: what is known or guessed of the process; settings that are not open are kept.
         open_settings: names out of PROBED; others are ignored.
-        picture: [1, 3, H, W] in −1..1 of the kind that the network draws, sides multiples of its downsampling; None: a drawn scene.
-        on_forward: called with (done, expected) after every forward of the network.
+        trial: with which picture and on which device; the network is brought there and stays.
 
     Raises:
         BlendedError: if the network's answers are not finite under any setting, or the picture does not fit.
     """
     begun = time.perf_counter()
     undecided = [name for name in PROBED if name in set(open_settings)]
+    x0 = drawn_picture(unet.config) if trial.picture is None else _square(trial.picture, unet.config.image_size)
+    if trial.place is not None:
+        trial.place().place(unet)
     device = next(unet.parameters()).device
-    x0 = (drawn_picture(unet.config) if picture is None else picture).to(device, torch.float32)
-    if x0.ndim != 4 or x0.shape[:2] != (1, 3) or any(side % unet.config.downsampling for side in x0.shape[2:]):
-        raise BlendedError(
-            f"the picture of the probe is {tuple(x0.shape)}; it must be [1, 3, H, W] with sides that are multiples of {unet.config.downsampling}."
-        )
+    x0 = x0.to(device)
     noise = Draws(0).noise("calibration", 0, range(len(LEVELS)), tuple(x0.shape[1:])).to(device)
     wirings, processes = _wirings(unet.config, undecided), _processes(process, undecided)
     expected = len(processes) + len(wirings) - 1
@@ -124,8 +141,8 @@ def probe(
         readings = OBJECTIVES if "objective" in undecided else (tried.objective,)
         for objective, error in _errors(unet, tried, readings, x0, noise).items():
             errors[_Candidate(wiring, replace(tried, objective=objective))] = error
-        if on_forward is not None:
-            on_forward(len(seen), max(expected, len(seen)))
+        if trial.on_forward is not None:
+            trial.on_forward(len(seen), max(expected, len(seen)))
 
     def best() -> _Candidate:
         return min(errors, key=lambda c: errors[c])
@@ -149,6 +166,15 @@ def probe(
     return Probe(
         {name: values[name] for name in undecided}, margins, rivals, errors[won], len(seen), time.perf_counter() - begun
     )  # fmt: skip
+
+
+def _square(picture: Tensor, side: int) -> Tensor:
+    """The middle square of a picture [1, 3, H, W] at a size."""
+    if picture.ndim != 4 or picture.shape[:2] != (1, 3) or min(picture.shape[2:]) < 1:
+        raise BlendedError(f"the picture of the probe is {tuple(picture.shape)}; it must be [1, 3, H, W].")
+    short = min(picture.shape[2:])
+    top, left = ((length - short) // 2 for length in picture.shape[2:])
+    return resize(picture[:, :, top : top + short, left : left + short].float(), (side, side))
 
 
 def drawn_picture(config: UNetConfig) -> Tensor:
@@ -247,15 +273,6 @@ def _in_words(candidate: _Candidate, group: str) -> str:
 # --- decisions are kept ---------------------------------------------------------------------------------------------
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def kept_decisions() -> Path:
     """Where decisions are kept: ``probes.json`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
     root = (
@@ -290,10 +307,6 @@ def remember(key: str, decision: Probe) -> None:
         except (OSError, ValueError):
             kept = {}
         kept = kept if isinstance(kept, dict) else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside it and moved: another process never reads half a file.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as stream:
-            json.dump({**kept, key: asdict(decision)}, stream, indent=1)
-        os.replace(stream.name, path)
+        write_bytes(path, json.dumps({**kept, key: asdict(decision)}, indent=1).encode())
     except OSError:
         return

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from safetensors.torch import save_file
 
 from ..diffusion import DiffusionModel
 from ..errors import BlendedError
+from ..files import replacing
 from .adm import UNet
 
 
@@ -26,10 +25,11 @@ def convert(model: DiffusionModel, target: Path, half: bool = False) -> int:
         half: in float16.
 
     Raises:
-        BlendedError: if a weight is too large for half precision, or the file cannot be written.
+        BlendedError: if the model is no ADM network, a weight is too large for half precision, or the file cannot be written.
     """
     unet = model.network
-    assert isinstance(unet, UNet)
+    if not isinstance(unet, UNet):
+        raise BlendedError(f"only an ADM network can be converted, not a {type(unet).__name__}.")
     dtype = torch.float16 if half else torch.float32
     tensors = {}
     for name, value in unet.state_dict().items():
@@ -39,21 +39,9 @@ def convert(model: DiffusionModel, target: Path, half: bool = False) -> int:
                 f"{name} has values up to {float(value.abs().max()):.3g}, too large for half precision; convert without --half."
             )
     metadata = {"format": "pt", "unet": json.dumps(unet.config.to_dict()), "diffusion": json.dumps(model.config.to_dict())}
-    handle, name = tempfile.mkstemp(dir=target.absolute().parent, suffix=".tmp")
-    os.close(handle)
     try:
-        save_file(tensors, name, metadata)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        with replacing(target) as part:
+            save_file(tensors, part, metadata)
     except OSError as error:
         raise BlendedError(f"{target} cannot be written: {error.strerror or error}.") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
     return target.stat().st_size
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

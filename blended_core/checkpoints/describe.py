@@ -81,12 +81,13 @@ def as_table(found: Detection, path: Path) -> str:
 def summary(found: Detection) -> str:
     """Some lines for a narrow place, such as a node."""
     unet, process = found.unet, found.diffusion
-    heads = f"{unet.num_heads} heads" if unet.num_head_channels is None else f"heads of {unet.num_head_channels}"
+    count = "1 head" if unet.num_heads == 1 else f"{unet.num_heads} heads"
+    heads = count if unet.num_head_channels is None else f"heads of {unet.num_head_channels}"
     classes = f", {unet.num_classes} classes" if unet.num_classes else ""
     lines = [
         found.family or "an ADM of no published family",
         f"{unet.image_size} px, {unet.model_channels} channels × {', '.join(f'{m:g}' for m in unet.channel_mult)}{classes}",
-        f"{process.schedule} schedule of {process.steps}, predicts {process.objective}, {heads}",
+        f"{process.schedule} {process.steps}, predicts {process.objective}, {heads}",
     ]
     if found.probe is not None:
         lines.append("found by trying: " + ", ".join(f"{group} ({margin:.2f}×)" for group, margin in found.probe.margins.items()))

@@ -25,10 +25,9 @@ from torch.overrides import TorchFunctionMode
 from ..context import DeviceContext
 from ..diffusion import DiffusionModel
 from ..errors import BlendedError, BlendedWarning
-from ..region import resize
+from ..files import sha256
 from .adm import UNet, UNetConfig
-from .calibrate import PROBED, question, recall, remember, sha256
-from .calibrate import probe as run_probe
+from .calibrate import PROBED, USUAL, Trial, probe, question, recall, remember
 from .detect import ANCHOR, WANTED, Detection, detect, settings_of_file, strip_prefix
 
 EMBEDDED = Path(__file__).parent.parent / "demo" / "data" / "ddpm.safetensors"
@@ -56,8 +55,7 @@ def load_ddpm(
     path: Path | str = "embedded",
     overrides: Mapping[str, Any] | None = None,
     *,
-    probe: bool = True,
-    picture: Tensor | None = None,
+    trial: Trial | None = USUAL,
 ) -> DiffusionModel:
     """A diffusion model from a checkpoint, on the context's device, in its precision, frozen.
 
@@ -71,8 +69,7 @@ def load_ddpm(
         overrides: settings that are known better than the file tells, by the names of :class:`UNetConfig` and
             :class:`DiffusionConfig` or guided-diffusion's flags. They win over the metadata of a safetensors file, and that
             over a sidecar (``model.json`` beside ``model.pt``).
-        probe: False leaves open settings at a guess.
-        picture: [1, 3, H, W] in −1..1 for the probe, of the kind that the model draws and any size; a kept decision is not used then.
+        trial: how the probe is run; a kept decision is not used if it comes with a picture. None leaves open settings at a guess.
 
     Returns:
         The model; ``model.found`` says how each setting was decided.
@@ -89,41 +86,32 @@ def load_ddpm(
         found = _detect(file, overrides)
         unet = _blueprint(found.unet).set_compute_dtype(context.dtype)
         _compare(unet, strip_prefix(file.shapes, found.prefix))
-        digest = sha256(file.path) if found.guessed and probe else ""
+        digest = sha256(file.path) if found.guessed and trial is not None else ""
         found = found.decided(settings_of_file(found, digest), "file")
         state = {}
         for name, parameter in unet.state_dict().items():
             state[name] = _weights(file.take(found.prefix + name), name, parameter.dtype).to(context.device)
         unet.load_state_dict(state, assign=True)
         context.place(unet)
-        if digest and set(found.open_settings) & set(PROBED):
-            found = _probed(unet, found, digest, picture, file.path)
+        if trial is not None and set(found.open_settings) & set(PROBED):
+            found = _probed(unet, found, digest, trial, file.path)
+            context.place(unet)
         model = DiffusionModel.from_unet(unet.rewire(found.unet), found.diffusion)
         model.found = found
     _warn(found, file.path)
     return model
 
 
-def _probed(unet: UNet, found: Detection, digest: str, picture: Tensor | None, path: Path) -> Detection:
+def _probed(unet: UNet, found: Detection, digest: str, trial: Trial, path: Path) -> Detection:
     """Open settings by the probe, or by what it decided before."""
     wanted = [name for name in found.open_settings if name in PROBED]
     key = question(digest, found.unet, found.diffusion, wanted)
-    decision = recall(key) if picture is None else None
+    decision = recall(key) if trial.picture is None else None
     if decision is None or set(decision.settings) != set(wanted):
         warnings.warn(f"{path.name} does not tell its {', '.join(wanted)}; finding out by trying, once.", BlendedWarning, stacklevel=4)
-        fitting = None if picture is None else _square(picture, found.unet.image_size)
-        decision = run_probe(unet, found.diffusion, wanted, fitting)
+        decision = probe(unet, found.diffusion, wanted, trial)
         remember(key, decision)
     return replace(found.decided(decision.settings, "probe"), probe=decision)
-
-
-def _square(picture: Tensor, side: int) -> Tensor:
-    """The middle square of a picture [1, 3, H, W] at a size."""
-    if picture.ndim != 4 or picture.shape[1] != 3 or min(picture.shape[2:]) < 1:
-        raise BlendedError(f"the picture of the probe is {tuple(picture.shape)}; it must be [1, 3, H, W].")
-    short = min(picture.shape[2:])
-    top, left = ((length - short) // 2 for length in picture.shape[2:])
-    return resize(picture[:1, :, top : top + short, left : left + short].float(), (side, side))
 
 
 def _warn(found: Detection, path: Path) -> None:
