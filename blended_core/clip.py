@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .clip_files import Source, unreachable
 from .context import DeviceContext
 from .errors import BlendedError, BlendedWarning
 
@@ -131,7 +132,7 @@ class ClipModel:
         return self.encode_normalised(((pictures + 1) / 2 - self.mean.to(pictures)) / self.std.to(pictures))
 
 
-def load_clip(context: DeviceContext, spec: str = "embedded") -> ClipModel:
+def load_clip(context: DeviceContext, spec: str = "embedded", *, folder: Path | None = None) -> ClipModel:
     """A CLIP by name.
 
     Args:
@@ -139,18 +140,20 @@ def load_clip(context: DeviceContext, spec: str = "embedded") -> ClipModel:
         spec: 'embedded'; ``MODEL:TAG`` of open_clip (``ViT-B-16:openai``; weights that are not on this computer are
             downloaded by open_clip, because the tag asks for them); ``MODEL:FILE`` with a local file of weights; or ``FILE``,
             whose architecture is told by its shapes.
+        folder: where files of weights lie that a person chooses from, for the error about weights that cannot be fetched.
 
     Raises:
         BlendedError: for an unknown model or tag, a file that is absent or does not fit, or a failed download.
     """
     with context.autograd():
-        return _embedded(context) if spec == "embedded" else _open_clip(context, spec)
+        return _embedded(context) if spec == "embedded" else _open_clip(context, spec, folder)
 
 
-def _open_clip(context: DeviceContext, spec: str) -> ClipModel:
+def _open_clip(context: DeviceContext, spec: str, folder: Path | None) -> ClipModel:
     import open_clip
 
-    from .clip_files import architecture_of, is_torchscript, scripted_weights
+    from .clip_files import architecture_of, quick_name, scripted_weights, source_of
+    from .torchscript import is_torchscript
 
     if Path(spec).expanduser().is_file():
         spec = f"{architecture_of(Path(spec).expanduser())}:{Path(spec).expanduser()}"
@@ -169,20 +172,21 @@ def _open_clip(context: DeviceContext, spec: str) -> ClipModel:
     if weights not in tags and not Path(weights).is_file():
         raise BlendedError(f"{weights!r} is neither a file nor a tag of {name} in open_clip; its tags are {', '.join(tags) or 'none'}.")
     scripted = weights not in tags and is_torchscript(Path(weights))
+    # Some weights were trained with another activation than the model's configuration names; only their own entry tells.
+    quick = weights in tags and bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
+    if weights in tags:
+        _can_be_had(spec, source_of(name, weights), quick_name(name) if quick else name, folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Some weights were trained with another activation than the model's configuration names; only their own entry tells.
-            known = open_clip.get_pretrained_cfg(name, weights) if weights in tags else {}
-            quick = {"force_quick_gelu": True} if known.get("quick_gelu") else {}
-            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=None if scripted else weights, **quick)
+            activation = {"force_quick_gelu": True} if quick else {}
+            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=None if scripted else weights, **activation)
             if scripted:
                 model.load_state_dict(scripted_weights(Path(weights)))
     except Exception as error:  # open_clip passes on whatever its downloader or torch raised
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BlendedError(
-            f"open_clip could not load {spec}: {first}. Without a network, give the weights as a file: --clip {name}:FILE."
-        ) from error
+        what = "fetch it again, or choose another tag" if weights in tags else "it is damaged, or of another architecture"
+        raise BlendedError(f"open_clip could not load {spec} ({first.rstrip('.')}); {what}.") from error
     if weights not in tags and not scripted and f"{name}-quickgelu" in open_clip.list_models():
         warnings.warn(
             f"a file does not say which activation it was trained with; for weights of OpenAI, MetaCLIP or DFN write {name}-quickgelu:FILE.",
@@ -195,6 +199,21 @@ def _open_clip(context: DeviceContext, spec: str) -> ClipModel:
     mean = getattr(visual, "image_mean", None) or OPENAI_MEAN
     std = getattr(visual, "image_std", None) or OPENAI_STD
     return ClipModel(context.place(model), tokenizer, spec, mean, std, size, int(getattr(tokenizer, "context_length", 77) or 77))
+
+
+def _can_be_had(spec: str, source: Source, architecture: str, folder: Path | None) -> None:
+    """An error for weights that are neither here nor within reach; it says which file is wanted, and where it should lie."""
+    reason = "" if source.kept else unreachable(source.address)
+    if not reason:
+        return
+    if folder is None:
+        chosen = f"give it as --clip {architecture}:FILE."
+    else:
+        chosen = f"put it into {folder}, and choose it in Load CLIP with the architecture {architecture}."
+    raise BlendedError(
+        f"the weights of {spec} are not on this computer, and {source.address} cannot be reached ({reason}). open_clip would keep them in "
+        f"{source.folder}: copy that from a computer that has them. Or fetch {source.file} from there on another one, and {chosen}"
+    )
 
 
 def _embedded(context: DeviceContext) -> ClipModel:

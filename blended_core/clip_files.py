@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
-import warnings
-import zipfile
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checkpoints.load import open_checkpoint
 from .errors import BlendedError
+from .torchscript import is_torchscript, read_torchscript
 
 Shapes = Mapping[str, Sequence[int]]
 ANCHOR = "visual.conv1.weight"
 QUICK = "-quickgelu"
+BESIDE = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives carry beside the weights
+PATIENCE = 10.0  # seconds for an answer from where weights are fetched
 WANTED = "Use weights in the layout of OpenAI's CLIP or of open_clip, or choose a tag."
 
 
@@ -31,7 +35,9 @@ def architecture_of(path: Path) -> str:
         BlendedError: if the file cannot be read, is no CLIP, or of a size that open_clip does not know.
     """
     scripted = is_torchscript(path)
-    shapes = {k: tuple(v.shape) for k, v in scripted_weights(path).items()} if scripted else open_checkpoint(path).shapes
+    shapes: Shapes = (
+        open_checkpoint(path).shapes if not scripted else {k: v.shape for k, v in read_torchscript(path, numbers=False).items()}
+    )
     try:
         found = signature(shapes)
     except BlendedError as error:
@@ -44,30 +50,66 @@ def architecture_of(path: Path) -> str:
     return min(names, key=lambda name: ((QUICK in name) != scripted, len(name), name))
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive of TorchScript: a program with its weights."""
+@dataclass(frozen=True)
+class Source:
+    """Where open_clip gets the weights of a tag: ``address`` of a file or a repository, ``file`` in it, ``folder`` where they are kept."""
+
+    address: str
+    file: str
+    folder: Path
+    kept: bool
+
+
+def source_of(name: str, tag: str) -> Source:
+    """Where open_clip gets the weights of a tag, and whether they are on this computer already."""
+    import open_clip
+    from huggingface_hub import constants, try_to_load_from_cache  # open_clip depends on it
+
+    known = open_clip.get_pretrained_cfg(name, tag)
+    repository, _, file = str(known.get("hf_hub", "")).rpartition("/")
+    if not repository:
+        address = str(known.get("url", ""))
+        folder, file = Path("~/.cache/clip").expanduser(), address.rpartition("/")[2]
+        return Source(address, file, folder, (folder / file).is_file())
+    files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    cache = Path(constants.HF_HUB_CACHE)
+    kept = any(isinstance(try_to_load_from_cache(repository, f, cache_dir=cache), str) for f in files)
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    return Source(f"{constants.ENDPOINT}/{repository}", " or ".join(files), folder, kept)
+
+
+def unreachable(address: str) -> str:
+    """Why an address cannot be reached, in a few words, or '' if something answers there.
+
+    Asked beforehand, since the downloader asks a dead network a dozen times over a minute.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any("/code/" in name for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE):
+            return ""
+    except urllib.error.HTTPError:  # an answer, if not a friendly one
+        return ""
+    except urllib.error.URLError as error:
+        return str(getattr(error.reason, "strerror", None) or error.reason)
+    except (OSError, ValueError) as error:
+        return str(error) or type(error).__name__
+
+
+def quick_name(name: str) -> str:
+    """The architecture with OpenAI's activation, if open_clip has one under another name."""
+    import open_clip
+
+    return name + QUICK if name + QUICK in open_clip.list_models() else name
 
 
 def scripted_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in such an archive, in float32; its program is not run.
+    """The weights in an archive of TorchScript, in float32.
 
     Raises:
         BlendedError: if it cannot be read.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that PyTorch would rather have another format today
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever its reader raises about a damaged archive
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BlendedError(f"{path} is no whole archive of TorchScript ({first[:200]}); fetch it again.") from None
-    # Three numbers that OpenAI's archives carry beside the weights.
-    return {k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    return {k: v.float() for k, v in read_torchscript(path).items() if k not in BESIDE}
 
 
 def signature(shapes: Shapes) -> dict[str, Any]:

@@ -237,12 +237,18 @@ def _looked_at(path: str, _stamp: str) -> bool:
     return may_be_checkpoint(Path(path))
 
 
+def folder_of(folder: str) -> Path:
+    """Where files of a kind lie, the first place if there are several."""
+    return Path(folder_paths.folder_names_and_paths[folder][0][0])
+
+
 def path_of(folder: str, name: str) -> Path:
     """Where a listed file is; an error names the folder where it should lie."""
     found = folder_paths.get_full_path(folder, name)
     if found is None:
-        where = folder_paths.folder_names_and_paths[folder][0][0]
-        raise BlendedError(f"there is no {name!r} in {where} any more; put the file there and press R to refresh, or choose another.")
+        raise BlendedError(
+            f"there is no {name!r} in {folder_of(folder)} any more; put the file there and press R to refresh, or choose another."
+        )
     return Path(found)
 
 

@@ -163,5 +163,5 @@ class LoadCLIP(io.ComfyNode):
             if not other_tag.strip() and weights != EMBEDDED and not weights.endswith(FETCHED):
                 path = glue.path_of(glue.CLIP_FOLDER, weights)
                 spec = f"{architecture.strip() or architecture_of(path)}:{path}"
-            clip = load_clip(glue.resting(glue.device_context("fp32")), spec)
+            clip = load_clip(glue.resting(glue.device_context("fp32")), spec, folder=glue.folder_of(glue.CLIP_FOLDER))
             return io.NodeOutput(glue.LoadedCLIP(clip, glue.manage(clip.model)))

@@ -24,14 +24,15 @@ from torch.overrides import TorchFunctionMode
 from blended_core.checkpoints.adm import UNet, UNetConfig
 from blended_core.checkpoints.detect import detect, find_prefix, read_settings
 from blended_core.checkpoints.load import inspect_checkpoint, load_ddpm
+from blended_core.cli import main
 from blended_core.context import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
 
+from .families import FAMILIES, ODD, PREFIXES, hollow_file, same, table, whole_file
+
 DATA = Path(__file__).parent / "golden" / "unet_keys"
 CPU = DeviceContext()
-M256, M512 = (1, 1, 2, 2, 4, 4), (0.5, 1, 1, 2, 2, 4, 4)
-LINEAR, COSINE, LONG = DiffusionConfig(), DiffusionConfig("cosine"), DiffusionConfig("cosine", 4000)
 
 TINY = UNetConfig(
     image_size=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_downsampling=(2,), num_head_channels=32,
@@ -45,48 +46,6 @@ TINY_SETTINGS = {
     "steps": 1000,
     "objective": "v",
 }
-
-
-def adm(size: int, channels: int, mult: tuple[float, ...], blocks: int, pixels: tuple[int, ...], **rest: Any) -> UNetConfig:
-    """A row of the table of families; attention in pixels, as the published command lines have it."""
-    options = {"resblock_updown": True, "use_scale_shift_norm": True, **rest}
-    return UNetConfig(
-        image_size=size, model_channels=channels, channel_mult=mult, num_res_blocks=blocks,
-        attention_downsampling=tuple(size // p for p in pixels), **options,
-    )  # fmt: skip
-
-
-ALL, PLAIN = (32, 16, 8), {"resblock_updown": False}
-FAMILIES = {
-    "openai 256 uncond": (adm(256, 256, M256, 2, ALL, num_head_channels=64), LINEAR),
-    "openai 256 cond": (adm(256, 256, M256, 2, ALL, num_head_channels=64, num_classes=1000), LINEAR),
-    "openai 512 cond": (adm(512, 256, M512, 2, ALL, num_head_channels=64, num_classes=1000), LINEAR),
-    "512 uncond fine-tune": (adm(512, 256, M512, 2, ALL, num_head_channels=64), LINEAR),
-    "openai 128 cond": (adm(128, 256, (1, 1, 2, 3, 4), 2, ALL, num_heads=4, num_classes=1000), LINEAR),
-    "openai 64 cond": (
-        adm(64, 192, (1, 2, 3, 4), 3, ALL, num_head_channels=64, use_new_attention_order=True, num_classes=1000),
-        COSINE,
-    ),
-    "portrait 512": (adm(512, 128, M512, 2, ALL, num_heads=4), LINEAR),
-    "ukiyo-e 256": (adm(256, 128, M256, 2, ALL, num_heads=4), LINEAR),
-    "pixel art, iddpm lsun": (adm(256, 128, M256, 2, (16,), num_heads=1, resblock_updown=False, use_scale_shift_norm=False), LINEAR),
-    "p2 ffhq": (adm(256, 128, M256, 1, (16,), num_head_channels=64), LINEAR),
-    "iddpm imagenet 64": (adm(64, 128, (1, 2, 3, 4), 3, (16, 8), num_heads=4, **PLAIN), LONG),
-    "iddpm imagenet 64 cond": (adm(64, 192, (1, 2, 3, 4), 3, (16, 8), num_heads=4, num_classes=1000, **PLAIN), LONG),
-    "iddpm cifar": (adm(32, 128, (1, 2, 2, 2), 3, (16, 8), num_heads=4, **PLAIN), LONG),
-}
-ODD = {  # of no family: shapes alone must still be read right
-    "pooled": UNetConfig(32, 64, (1, 2, 4), 2, (4,), resblock_updown=False, conv_resample=False, num_heads=1),
-    "one level": UNetConfig(8, 32, (1,), 2, (1,), num_heads=1),
-    "half first": UNetConfig(32, 64, (0.5, 1, 2), 1, (1, 4), num_heads=4, resblock_updown=True, use_scale_shift_norm=True),
-    "fixed variance": UNetConfig(16, 32, (1, 2), 3, (), out_channels=3, num_heads=4, use_scale_shift_norm=True),
-    "five classes": UNetConfig(16, 32, (1, 3), 1, (2,), num_classes=5, num_heads=1),
-}
-
-
-def table(config: UNetConfig, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"), mock.patch.object(torch.nn.Embedding, "reset_parameters"):  # it is slow there
-        return {prefix + k: tuple(v.shape) for k, v in UNet(config).state_dict().items()}
 
 
 def weights(config: UNetConfig = TINY, seed: int = 0) -> dict[str, Tensor]:
@@ -141,7 +100,7 @@ def _no_guesses() -> Any:
 def test_family(name: str) -> None:
     config, diffusion = FAMILIES[name]
     shapes = table(config)
-    for prefix in ("", "module.", "model.diffusion_model.", "_orig_mod.ema."):
+    for prefix in PREFIXES:
         found = detect({prefix + k: v for k, v in shapes.items()})
         assert found.prefix == prefix
         assert found.unet == config
@@ -151,6 +110,26 @@ def test_family(name: str) -> None:
     assert found.sources["model_channels"] == found.sources["variance"] == "shapes"
     # One of the 512 px fine-tunes predicts v, so nothing but a guess says ε there.
     assert found.guessed == (("objective",) if name == "512 uncond fine-tune" else ())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_full_size_is_known_by_its_names_and_shapes(name: str, tmp_path: Path) -> None:
+    prefix = PREFIXES[list(FAMILIES).index(name) % len(PREFIXES)]
+    hollow_file(tmp_path / "x.safetensors", table(FAMILIES[name][0], prefix))
+    found = inspect_checkpoint(tmp_path / "x.safetensors")
+    assert found.prefix == prefix and same(found, FAMILIES[name]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_a_network_of_full_size_is_loaded_value_for_value(form: str, tmp_path: Path) -> None:
+    config, process = FAMILIES["p2 ffhq"]
+    path = tmp_path / f"x.{form}"
+    state = whole_file(path, config, prefix="ema.module.")
+    model = load_ddpm(CPU, path)
+    assert (model.detection.unet, model.config) == (config, process)
+    loaded = model.network.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], v.float()) for k, v in state.items())
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -539,6 +518,56 @@ def test_pickles_run_nothing(zipped: bool, tmp_path: Path) -> None:
     for content in (b"\x80\x02c%b\n%b\n)R.", b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x17%b\x94\x8c\x1b%b\x94\x93)R."):
         path.write_bytes(content % tuple(part.encode() for part in edm))
         refused(path, "EDM")
+
+
+def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Name → (file, what its sentence says), of everything that a person may take for a checkpoint."""
+    out = {"absent": (folder / "absent.pt", "there is no checkpoint")}
+    for name, (shapes, says) in FOREIGN.items():
+        hollow_file(folder / f"{name}.safetensors", shapes)
+        out[name] = folder / f"{name}.safetensors", says
+    whole = folder / "whole.pt"
+    torch.save(weights(), whole)
+    data = whole.read_bytes()
+    for name, content, says in (
+        ("nothing.pt", b"", "is empty"),
+        ("cut.pt", data[: len(data) // 2], "fetch it again"),
+        ("page.pt", b"<!DOCTYPE html><p>quota", "is a web page"),
+        ("pickle.pt", pickle.dumps(Hostile(folder / "touched")), "so it is refused"),
+    ):
+        (folder / name).write_bytes(content)
+        out[name] = folder / name, says
+    whole.unlink()
+    opt = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    for name, content, says in (
+        ("opt.pt", opt, "state of an optimizer"),
+        ("nan.pt", {**weights(), "out.2.bias": torch.full((6,), torch.nan)}, "not finite"),
+        ("shaped.pt", {**weights(), "out.2.bias": torch.zeros(7)}, "another shape|fetch"),
+    ):
+        torch.save(content, folder / name)
+        out[name] = folder / name, says
+    (folder / "pipeline" / "unet").mkdir(parents=True)
+    (folder / "pipeline" / "model_index.json").write_text("{}")
+    out["diffusers folder"] = folder / "pipeline", "folder of the diffusers library"
+    return out
+
+
+def test_every_wrong_file_ends_with_a_sentence_and_nothing_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there, out = tmp_path / "there", tmp_path / "out"
+    there.mkdir()
+    out.mkdir()
+    cases = wrong_files(there)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    settings = [f"--set={name}={value}" for name, value in TINY_SETTINGS.items()]
+    for name, (path, says) in cases.items():
+        for command in (["inspect", str(path)], ["convert", str(path), str(out / "x.safetensors")]):
+            assert main([*command, *settings]) == 2, name
+            captured = capsys.readouterr()
+            told = [line for line in captured.err.splitlines() if not line.startswith("note: ")]
+            assert captured.out == "" and len(told) == 1 and told[0].startswith("error: "), (name, told)
+            assert re.search(says, told[0]) and told[0].endswith("."), (name, told)
+            assert path.stem in told[0], (name, told)
+    assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
 def test_containers_without_a_network(tmp_path: Path) -> None:

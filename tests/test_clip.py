@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import pickle
+import threading
+import time
 import warnings
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from blended_core import BlendedError, BlendedWarning, ClipModel, DeviceContext, load_clip
-from blended_core.clip_files import architecture_of, is_torchscript, known_signatures, signature
+from blended_core import BlendedError, BlendedWarning, ClipModel, DeviceContext, clip_files, load_clip
+from blended_core.clip_files import architecture_of, known_signatures, signature
 from blended_core.demo.world import OBJECTS, Placed, Scene, render
 from blended_core.rank import clip_distance
+from blended_core.torchscript import is_torchscript, read_torchscript
 
 CONTEXT = DeviceContext.choose("cpu")
 TINY = {
@@ -78,6 +85,7 @@ def test_weights_keep_the_activation_they_were_trained_with(monkeypatch: pytest.
         raise RuntimeError("no download in tests")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", stop)
+    monkeypatch.setattr("blended_core.clip.unreachable", lambda address: "")
     for tag in ("openai", "dfn2b", "laion2b_s34b_b88k"):
         with pytest.raises(BlendedError, match="no download in tests"):
             load_clip(CONTEXT, f"ViT-B-16:{tag}")
@@ -201,11 +209,78 @@ def test_an_archive_of_torchscript_is_read_without_running_it(tiny_file: Path, t
         warnings.simplefilter("ignore")
         torch.jit.trace(Archive().half().float(), picture, check_trace=False).save(str(path))
     assert is_torchscript(path) and not is_torchscript(tiny_file)
+    theirs = {k: v for k, v in torch.jit.load(str(path)).state_dict().items()}
+    ours = read_torchscript(path)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], v) and ours[k].dtype == v.dtype for k, v in theirs.items())
+    assert {k: v.shape for k, v in read_torchscript(path, numbers=False).items()} == {k: v.shape for k, v in theirs.items()}
     again = load_clip(CONTEXT, str(path))
     assert torch.allclose(again.encode_image(picture), clip.encode_image(picture), atol=2e-2)
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(BlendedError, match=r"tiny\.pt"):
         load_clip(CONTEXT, str(path))
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("ran"),)
+
+
+class Plain:
+    pass
+
+
+def archive(path: Path, description: bytes, **numbers: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("x/data.pkl", description)
+        made.writestr("x/code/__torch__.py", "")
+        for name, data in numbers.items():
+            made.writestr(f"x/data/{name[1:]}", data)
+    return path
+
+
+def described(key: str = "0", count: int = 4, size: tuple[int, ...] = (2, 2), stride: tuple[int, ...] = (2, 1), offset: int = 0) -> bytes:
+    """A module with one tensor, as PyTorch's own pickler writes it."""
+    import io
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item: Any) -> Any:
+            return ("storage", torch.FloatStorage, key, "cpu", count) if isinstance(item, Plain) else None
+
+        def reducer_override(self, item: Any) -> Any:
+            if isinstance(item, torch.Tensor):
+                return torch._utils._rebuild_tensor_v2, (Plain(), offset, size, stride, False, {})
+            return NotImplemented
+
+    stream = io.BytesIO()
+    Pickler(stream, protocol=2).dump(torch.zeros(1))
+    # A module around it: GLOBAL, empty tuple, NEWOBJ, then its state {'weight': tensor}.
+    return b"\x80\x02c__torch__\nNet\n)\x81}X\x06\x00\x00\x00weight" + stream.getvalue()[2:-1] + b"sb."
+
+
+def test_descriptions_of_an_archive_build_tensors_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pt"
+    data = torch.arange(4.0).numpy().tobytes()
+    assert torch.equal(read_torchscript(archive(path, described(), _0=data))["weight"], torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    for description, sentence in (
+        (pickle.dumps(Hostile(), 2), r"asks for .*which a set of weights does not need, so it is refused"),
+        (described(size=(3, 2)), "reaches beyond its numbers"),
+        (described(size=(2, 2), stride=(2, -1)), "reaches beyond its numbers"),
+        (described(offset=-1), "reaches beyond its numbers"),
+        (described(count=5), "not as many as they should be"),
+        (described(key="../../0"), "is no storage"),
+        (described(key="7"), "no whole archive"),
+        (described()[:-9], "no whole archive"),
+        (b"", "no whole archive"),
+    ):
+        with pytest.raises(BlendedError, match=sentence):
+            read_torchscript(archive(path, description, _0=data))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("x/data.pkl", described(count=1 << 20))
+        packed.writestr("x/data/0", bytes(4 << 20))
+    with pytest.raises(BlendedError, match="not as many"):
+        read_torchscript(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 @pytest.mark.parametrize(
@@ -231,3 +306,65 @@ def test_a_network_that_open_clip_lacks_is_described(tiny_file: Path, tmp_path: 
     save_file(open_clip.CLIP(**{**TINY, "embed_dim": 24}).state_dict(), path)
     with pytest.raises(BlendedError, match=r"1 layers, patch 8, width 32, 16 px and an embedding of 24, and open_clip knows no such"):
         architecture_of(path)
+
+
+def test_weights_out_of_reach_are_named_with_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead proxy is a dead network; nothing is asked for a minute, and the sentence says what to put where."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    begun = time.monotonic()
+    with pytest.raises(BlendedError) as told:
+        load_clip(CONTEXT, "ViT-B-16:openai", folder=tmp_path / "open_clip")
+    assert time.monotonic() - begun < 10
+    repository = "timm/vit_base_patch16_clip_224.openai"
+    for part in (
+        "ViT-B-16:openai are not on this computer",
+        f"/{repository} cannot be reached",
+        str(tmp_path / "hub" / f"models--{repository.replace('/', '--')}"),
+        "open_clip_model.safetensors",
+        f"put it into {tmp_path / 'open_clip'}",
+        "architecture ViT-B-16-quickgelu.",
+    ):
+        assert part in str(told.value)
+    with pytest.raises(BlendedError, match=r"--clip ViT-B-32:FILE\.$"):
+        load_clip(CONTEXT, "ViT-B-32:laion2b_s34b_b79k")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BlendedError, match="HF_HUB_OFFLINE is set"):
+        load_clip(CONTEXT, "ViT-B-32:laion2b_s34b_b79k")
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_weights_that_are_kept_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert not clip_files.source_of("ViT-B-32", "laion2b_s34b_b79k").kept
+    home = tmp_path / "models--laion--CLIP-ViT-B-32-laion2B-s34B-b79K"
+    (home / "snapshots" / "abc").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    (home / "snapshots" / "abc" / "open_clip_pytorch_model.bin").write_bytes(b"weights")
+    found = clip_files.source_of("ViT-B-32", "laion2b_s34b_b79k")
+    assert found.kept and found.folder == home
+
+
+def test_whatever_answers_is_within_reach() -> None:
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403 if "closed" in self.path else 200)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert clip_files.unreachable(f"{address}/open") == "" and clip_files.unreachable(f"{address}/closed") == ""
+        server.shutdown()
+    assert "refused" in clip_files.unreachable(address).lower()
+    assert clip_files.unreachable("no address")

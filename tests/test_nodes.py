@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from blended_core.demo.world import demo_scene
+from blended_core.diffusion import DiffusionConfig
 
 from .server import COMFYUI, ROOT, Prompt, Server, environment, interpreter, needs_comfyui
 from .tiny import tiny_unet
@@ -320,7 +322,9 @@ def test_trying_out_a_checkpoint_shows_its_progress_and_can_be_cancelled(comfyui
 
     folder = comfyui.folder / "models" / "ddpm"
     folder.mkdir(exist_ok=True)
-    save_file(load_file(ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors"), folder / "bare.safetensors")
+    weights = load_file(ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors")
+    # Under a prefix, so that no other test has had the same file tried out before.
+    save_file({f"tried.{k}": v for k, v in weights.items()}, folder / "bare.safetensors")
     prompt = sampler(scene(), candidates=1, steps=2)
     prompt["ddpm"]["inputs"]["checkpoint"] = "bare.safetensors"
     seen = []
@@ -445,24 +449,61 @@ def test_algorithm_1_is_a_loop_without_blending(comfyui: Server) -> None:
 
 
 def test_a_class_conditional_model_takes_each_choice(comfyui: Server) -> None:
-    from safetensors.torch import save_file
+    """The embedded network with an embedding of five classes, loud enough to be seen."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
 
-    unet = tiny_unet(num_classes=5)
+    embedded = ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors"
+    with safe_open(str(embedded), framework="np") as file:
+        about = file.metadata()
+    unet = json.loads(about["unet"])
+    generator = torch.Generator().manual_seed(0)
+    state = {**load_file(embedded), "label_emb.weight": torch.randn(5, 4 * unet["model_channels"], generator=generator)}
     folder = comfyui.folder / "models" / "ddpm"
     folder.mkdir(exist_ok=True)
-    save_file(unet.state_dict(), str(folder / "classes.safetensors"), {"unet": json.dumps(unet.config.to_dict())})
-    pictures = []
-    for choice in ("zero", "random", "3", "4"):
+    save_file(state, folder / "classes.safetensors", {**about, "unet": json.dumps({**unet, "num_classes": 5})})
+
+    def edited(choice: str) -> Any:
         prompt = sampler(scene(), class_choice=choice, candidates=1)
         prompt["ddpm"]["inputs"]["checkpoint"] = "classes.safetensors"
         outcome = comfyui.run(prompt)
         assert outcome.error is None, outcome.error
-        pictures.append(comfyui.pictures(outcome, "save")[0])
-    prompt = loop({**scene(), "start": start(batch=1)}, class_choice="3")
-    prompt["ddpm"]["inputs"]["checkpoint"] = "classes.safetensors"
-    np.testing.assert_array_equal(comfyui.pictures(comfyui.run(prompt), "save")[0], pictures[2])
+        return comfyui.pictures(outcome, "save")[0]
+
+    pictures = {choice: edited(choice) for choice in ("zero", "random", "3", "4")}
+    assert len({picture.tobytes() for picture in pictures.values()}) == 4
+    without = comfyui.pictures(comfyui.run(sampler(scene(), candidates=1)), "save")[0]
+    np.testing.assert_array_equal(pictures["zero"], without)  # no class is the network as it was
+    for choice in ("3", "random"):
+        prompt = loop({**scene(), "start": start(batch=1)}, class_choice=choice)
+        prompt["ddpm"]["inputs"]["checkpoint"] = "classes.safetensors"
+        np.testing.assert_array_equal(comfyui.pictures(comfyui.run(prompt), "save")[0], pictures[choice])
     prompt["step"]["inputs"]["class_choice"] = "9"
     assert "9" in comfyui.run(prompt).sentence
+
+
+@pytest.mark.parametrize("size", [128, 512])
+def test_models_of_other_sizes_work_in_every_node(comfyui: Server, size: int) -> None:
+    from safetensors.torch import save_file
+
+    unet = tiny_unet(image_size=size, channel_mult=(1, 1, 1), attention_downsampling=())
+    folder = comfyui.folder / "models" / "ddpm"
+    folder.mkdir(exist_ok=True)
+    settings = {"unet": json.dumps(unet.config.to_dict()), "diffusion": json.dumps(DiffusionConfig(variance="learned_range").to_dict())}
+    save_file(unet.state_dict(), folder / f"of_{size}.safetensors", settings)
+    base = scene(width=200, height=150)
+    base["ddpm"]["inputs"]["checkpoint"] = f"of_{size}.safetensors"
+    at_once = sampler(base, steps=2, candidates=1)
+    at_once["ranked"] = node("RankByCLIP", images=["sampler", 0], prompt=["prompt", 0], mask=["scene", 1], keep=1)
+    at_once["square"] = core("SaveImage", images=["sampler", 1], filename_prefix="square")
+    first = comfyui.run(at_once)
+    assert first.error is None, first.error
+    assert comfyui.pictures(first, "square")[0].shape == (size, size, 3)
+    second = comfyui.run(loop({**base, "start": start(batch=1, steps=2)}))
+    assert second.error is None, second.error
+    picture = comfyui.pictures(first, "save")[0]
+    assert picture.shape == (150, 200, 3)
+    np.testing.assert_array_equal(comfyui.pictures(second, "save")[0], picture)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -37,6 +37,8 @@ LEVELS = (0.97, 0.75, 0.35, 0.08)
 """Share of the picture's variance (ᾱ) at which the network is asked: nearly clean to nearly noise."""
 SMALL = 1.1
 """A margin below this is worth a warning."""
+LARGEST = 256
+"""Pixels of the picture's side at most: a network for 512 px is asked at 256, for a quarter of the time and memory."""
 HEADS, HEAD_CHANNELS = (1, 2, 4, 8), (16, 32, 64, 128)
 # A length of 4000 with rescaled timesteps follows the curve of 1000 and is fed the same numbers: the two cannot be told apart,
 # and need not be.
@@ -121,7 +123,8 @@ def probe(
     """
     begun = time.perf_counter()
     undecided = [name for name in PROBED if name in set(open_settings)]
-    x0 = drawn_picture(unet.config) if trial.picture is None else _square(trial.picture, unet.config.image_size)
+    side = max(min(unet.config.image_size, LARGEST), unet.config.downsampling)
+    x0 = drawn_picture(side) if trial.picture is None else _square(trial.picture, side)
     if trial.place is not None:
         trial.place().place(unet)
     device = next(unet.parameters()).device
@@ -177,11 +180,11 @@ def _square(picture: Tensor, side: int) -> Tensor:
     return resize(picture[:, :, top : top + short, left : left + short].float(), (side, side))
 
 
-def drawn_picture(config: UNetConfig) -> Tensor:
-    """[1, 3, S, S] in −1..1 of the network's size: a scene of the embedded world, the same every time."""
+def drawn_picture(side: int) -> Tensor:
+    """[1, 3, side, side] in −1..1: a scene of the embedded world, the same every time."""
     from ..demo.world import demo_scene
 
-    scene, _ = demo_scene("meadow", 0, config.image_size, config.image_size, "castle")
+    scene, _ = demo_scene("meadow", 0, side, side, "castle")
     return torch.from_numpy(scene).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 

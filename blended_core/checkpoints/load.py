@@ -176,6 +176,8 @@ def open_checkpoint(path: Path | str) -> CheckpointFile:
                 f"the embedded weights {path.name} are not in this installation; install it again, or name a checkpoint file."
             )
     path = Path(path).expanduser()
+    if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
+        raise BlendedError(f"{path} is a folder of the diffusers library, whose networks are laid out otherwise. {WANTED}")
     if path.is_dir():
         raise BlendedError(f"{path} is a folder; name the checkpoint file in it.")
     if not path.exists():
