@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from blended_core.checkpoints import calibrate
 from blended_core.checkpoints.adm import UNet, UNetConfig
-from blended_core.checkpoints.calibrate import Trial
+from blended_core.checkpoints.calibrate import Probe, Trial
 from blended_core.checkpoints.describe import as_table, summary
 from blended_core.checkpoints.detect import KNOWN_FILES, detect, settings_of_file
 from blended_core.checkpoints.load import EMBEDDED, inspect_checkpoint, load_ddpm, may_be_checkpoint
@@ -40,6 +40,14 @@ def bare(tmp_path: Path) -> Path:
     """The embedded network without a word about what it is."""
     path = tmp_path / "bare.safetensors"
     save_file(load_file(EMBEDDED), path)
+    return path
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A random network, tried out in a moment."""
+    path = tmp_path / "small.safetensors"
+    save_file(tiny_unet(model_channels=64).state_dict(), path)
     return path
 
 
@@ -73,18 +81,18 @@ def test_what_is_stated_is_not_tried(bare: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_a_picture_of_the_person_is_taken_and_a_kept_decision_is_not(bare: Path) -> None:
+def test_a_picture_of_the_person_is_taken_and_a_kept_decision_is_not(small: Path) -> None:
     picture = torch.rand(1, 3, 50, 90, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    first = load_ddpm(CPU, bare).found
-    second = load_ddpm(CPU, bare, trial=Trial(picture)).found
+    first = load_ddpm(CPU, small).found
+    second = load_ddpm(CPU, small, trial=Trial(picture)).found
     assert first is not None and second is not None and first.probe is not None and second.probe is not None
     assert second.probe.forwards > 0 and second.probe.error != first.probe.error
     with pytest.raises(BlendedError, match=r"picture of the probe is \(1, 4, 8, 8\)"):
-        load_ddpm(CPU, bare, trial=Trial(torch.zeros(1, 4, 8, 8)))
+        load_ddpm(CPU, small, trial=Trial(torch.zeros(1, 4, 8, 8)))
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_a_trial_runs_where_it_is_told_to_and_can_be_stopped(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_runs_where_it_is_told_to_and_can_be_stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     tried: list[tuple[int, int]] = []
     placed: list[DeviceContext] = []
@@ -99,40 +107,59 @@ def test_a_trial_runs_where_it_is_told_to_and_can_be_stopped(bare: Path, tmp_pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_ddpm(CPU, bare, trial=Trial(place=place, on_forward=on_forward))
+        load_ddpm(CPU, small, trial=Trial(place=place, on_forward=on_forward))
     assert [done for done, _ in tried] == [1, 2, 3] and all(expected >= 10 for _, expected in tried)
     assert not calibrate.kept_decisions().exists()
-    model = load_ddpm(CPU, bare, trial=Trial(place=place))
+    model = load_ddpm(CPU, small, trial=Trial(place=place))
     assert len(placed) == 2 and model.detection.probe is not None and model.detection.probe.forwards > 3
-    load_ddpm(CPU, bare, trial=Trial(place=place))
+    load_ddpm(CPU, small, trial=Trial(place=place))
     assert len(placed) == 2, "a remembered decision moves nothing"
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}'])
-def test_a_damaged_cache_costs_only_time(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+def test_a_damaged_cache_costs_only_time(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     calibrate.kept_decisions().write_text(content)
-    found = load_ddpm(CPU, bare).found
+    found = load_ddpm(CPU, small).found
     assert found is not None and found.probe is not None and found.probe.forwards > 0
     kept = json.loads(calibrate.kept_decisions().read_text())
-    assert any(key.startswith(sha256(bare)) for key in kept)
+    assert any(key.startswith(sha256(small)) for key in kept)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["probes.json"]
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_a_cache_that_cannot_be_written_is_no_error(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "file" / "cache"))
-    assert load_ddpm(CPU, bare).found is not None
+    assert load_ddpm(CPU, small).found is not None
 
 
-def test_random_weights_leave_it_unsure(tmp_path: Path) -> None:
-    path = tmp_path / "random.safetensors"
-    save_file(tiny_unet(model_channels=64).state_dict(), path)
-    with pytest.warns(BlendedWarning, match=r"random\.safetensors: trying the settings hardly decided .*inspect --picture"):
-        load_ddpm(CPU, path)
+def test_random_weights_are_said_to_know_nothing(small: Path) -> None:
+    with pytest.warns(
+        BlendedWarning, match=r"small\.safetensors: under none of the settings does the network know noise .*inspect --picture"
+    ):
+        found = load_ddpm(CPU, small).detection
+    assert found.probe is not None and found.probe.clueless and found.probe.unsure
+    assert found.probe.error > found.probe.blind
+    assert ": hardly" in as_table(found, small)
+
+
+def decided(margin: float, agreement: float, error: float = 0.05) -> Probe:
+    return Probe({"num_heads": 2}, {"heads": margin}, {"heads": agreement}, {"heads": "4 heads, old qkv order"}, error, 0.25, 9, 1.0)
+
+
+def test_what_is_unsure() -> None:
+    assert decided(1.05, 0.7).unsure == {"heads": "4 heads, old qkv order"}
+    assert decided(1.05, 0.9).unsure == decided(1.2, 0.6).unsure == {}
+    assert decided(1.05, 0.7, 0.2).clueless and not decided(1.05, 0.7, 0.15).clueless
+
+
+def test_a_small_margin_is_worth_a_warning(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blended_core.checkpoints.load.probe", lambda *_: decided(1.05, 0.7))
+    with pytest.warns(BlendedWarning, match=r"hardly decided heads \(1\.05 times better than 4 heads, old qkv order\)"):
+        load_ddpm(CPU, small, trial=Trial(torch.zeros(1, 3, 8, 8)))
 
 
 def test_every_wiring_is_tried_once() -> None:

@@ -4,13 +4,16 @@ A picture is noised at a few levels, and the network is asked for the noise unde
 its own settings it knows the noise best. Heads and the order of qkv change how the weights are wired, schedule and length what
 a timestep means, the objective only how an output is read, so that one forward serves all objectives.
 
-The error of a candidate is the geometric mean over the levels of the mean squared error of ε. The margin of a decision is the
-error of the best candidate that decides otherwise over the error of the winner: 1 is a tie, 3 beyond doubt.
+The error of a candidate is the geometric mean over the levels of the mean squared error of ε; of networks below 256 px over several pictures too. The margin of a decision is the
+error of the best candidate that decides otherwise over the error of the winner: 1 is a tie, 3 beyond doubt. Attention adds
+little to some networks, and then a small margin may still be sure: the picture is cut into places, each with noise of its own, and
+the share of places in which the winner is better tells chance from fact.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,10 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..context import DeviceContext
-from ..diffusion import OBJECTIVES, DiffusionConfig, predict_eps, predict_x0
+from ..diffusion import OBJECTIVES, DiffusionConfig, predict_eps, predict_x0, q_sample
 from ..draws import Draws
 from ..errors import BlendedError
 from ..files import write_bytes
@@ -35,8 +39,13 @@ from .adm import UNet, UNetConfig
 
 LEVELS = (0.97, 0.75, 0.35, 0.08)
 """Share of the picture's variance (ᾱ) at which the network is asked: nearly clean to nearly noise."""
-SMALL = 1.1
-"""A margin below this is worth a warning."""
+SMALL, AGREED = 1.1, 0.8
+"""A margin below the one is worth a warning, unless the winner is better in this share of the places."""
+CLUELESS = 0.7
+"""A network whose error is beyond this share of what answering nothing has knows nothing of the noise."""
+MOST = 8
+"""Pictures at most: small networks are asked about several at once, since one alone leaves much to chance."""
+PLACES = 4  # along each side
 LARGEST = 256
 """Pixels of the picture's side at most: a network for 512 px is asked at 256, for a quarter of the time and memory."""
 HEADS, HEAD_CHANNELS = (1, 2, 4, 8), (16, 32, 64, 128)
@@ -46,7 +55,7 @@ PROCESSES = (("linear", 1000, True), ("cosine", 1000, True), ("linear", 4000, Fa
 WIRING = ("num_heads", "num_head_channels", "use_new_attention_order")
 PROCESS = ("schedule", "steps", "rescale_timesteps")
 PROBED = (*WIRING, *PROCESS, "objective")
-FORMAT = 1  # of the kept decisions; raised when the probe decides otherwise than before
+FORMAT = 2  # of the kept decisions; raised when the probe decides otherwise than before
 
 
 @dataclass(frozen=True)
@@ -54,21 +63,29 @@ class Probe:
     """What was decided.
 
     ``settings``: name → value of every setting that was open. ``margins``: 'heads', 'schedule' and 'objective' as far as they
-    were open → the margin. ``rivals``: the same groups → what came second, in words. ``error``: of the winner. ``seconds``
-    and ``forwards``: what it took; 0 forwards if it was remembered.
+    were open → the margin. ``agreement``: the same groups → the share of places in which the winner is better than what came
+    second, and ``rivals`` → that in words. ``error``: of the winner, ``blind``: of a network that answers nothing. ``seconds`` and
+    ``forwards``: what it took; 0 forwards if it was remembered.
     """
 
     settings: dict[str, Any]
     margins: dict[str, float]
+    agreement: dict[str, float]
     rivals: dict[str, str]
     error: float
+    blind: float
     forwards: int
     seconds: float
 
     @property
     def unsure(self) -> dict[str, str]:
-        """Groups whose margin is small → what came second."""
-        return {group: self.rivals[group] for group, margin in self.margins.items() if margin < SMALL}
+        """Groups whose decision may be chance → what came second."""
+        return {group: self.rivals[group] for group, margin in self.margins.items() if margin < SMALL and self.agreement[group] < AGREED}
+
+    @property
+    def clueless(self) -> bool:
+        """Whether the network knows the noise under no setting."""
+        return self.error > CLUELESS * self.blind
 
     def margin_of(self, setting: str) -> float | None:
         """The margin of the group that a setting belongs to."""
@@ -124,15 +141,14 @@ def probe(
     begun = time.perf_counter()
     undecided = [name for name in PROBED if name in set(open_settings)]
     side = max(min(unet.config.image_size, LARGEST), unet.config.downsampling)
-    x0 = drawn_picture(side) if trial.picture is None else _square(trial.picture, side)
+    count = min(max(LARGEST // side, 1) ** 2, MOST)
+    pictures = drawn_pictures(side, count) if trial.picture is None else _square(trial.picture, side).expand(count, -1, -1, -1)
     if trial.place is not None:
         trial.place().place(unet)
-    device = next(unet.parameters()).device
-    x0 = x0.to(device)
-    noise = Draws(0).noise("calibration", 0, range(len(LEVELS)), tuple(x0.shape[1:])).to(device)
+    question = _Question.of(pictures, next(unet.parameters()).device)
     wirings, processes = _wirings(unet.config, undecided), _processes(process, undecided)
     expected = len(processes) + len(wirings) - 1
-    errors: dict[_Candidate, float] = {}
+    errors: dict[_Candidate, _Errors] = {}
     seen: set[tuple[UNetConfig, tuple[Any, ...]]] = set()
 
     def ask(wiring: UNetConfig, tried: DiffusionConfig) -> None:
@@ -142,13 +158,13 @@ def probe(
         seen.add(key)
         unet.rewire(wiring)
         readings = OBJECTIVES if "objective" in undecided else (tried.objective,)
-        for objective, error in _errors(unet, tried, readings, x0, noise).items():
-            errors[_Candidate(wiring, replace(tried, objective=objective))] = error
+        for objective, found in question.asked(unet, tried, readings).items():
+            errors[_Candidate(wiring, replace(tried, objective=objective))] = found
         if trial.on_forward is not None:
             trial.on_forward(len(seen), max(expected, len(seen)))
 
     def best() -> _Candidate:
-        return min(errors, key=lambda c: errors[c])
+        return min(errors, key=lambda c: errors[c].mean)
 
     # One group after the other: a wrong wiring blurs every process alike. Again, until nothing changes.
     for tried in processes:
@@ -161,14 +177,21 @@ def probe(
         for tried in processes:
             ask(best().wiring, tried)
     won = best()
-    if not math.isfinite(errors[won]):
+    if not math.isfinite(errors[won].mean):
         raise BlendedError("the network answers with numbers that are not finite under every setting; the file is damaged: fetch it again.")
     unet.rewire(won.wiring)
     values = {**won.wiring.to_dict(), **won.process.to_dict()}
-    margins, rivals = _margins(errors, won, undecided)
+    seconds = {group: second for group in dict.fromkeys(map(group_of, undecided)) if (second := _second(errors, won, group)) is not None}
     return Probe(
-        {name: values[name] for name in undecided}, margins, rivals, errors[won], len(seen), time.perf_counter() - begun
-    )  # fmt: skip
+        settings={name: values[name] for name in undecided},
+        margins={group: min(errors[second].mean / errors[won].mean, 1e6) for group, second in seconds.items()},
+        agreement={group: errors[won].better(errors[second]) for group, second in seconds.items()},
+        rivals={group: _in_words(second, group) for group, second in seconds.items()},
+        error=errors[won].mean,
+        blind=question.blind(),
+        forwards=len(seen),
+        seconds=time.perf_counter() - begun,
+    )
 
 
 def _square(picture: Tensor, side: int) -> Tensor:
@@ -180,34 +203,72 @@ def _square(picture: Tensor, side: int) -> Tensor:
     return resize(picture[:, :, top : top + short, left : left + short].float(), (side, side))
 
 
-def drawn_picture(side: int) -> Tensor:
-    """[1, 3, side, side] in −1..1: a scene of the embedded world, the same every time."""
-    from ..demo.world import demo_scene
+def drawn_pictures(side: int, count: int) -> Tensor:
+    """[count, 3, side, side] in −1..1: scenes of the embedded world, the same every time."""
+    from ..demo.world import BACKGROUNDS, OBJECTS, demo_scene
 
-    scene, _ = demo_scene("meadow", 0, side, side, "castle")
-    return torch.from_numpy(scene).permute(2, 0, 1)[None].float() / 127.5 - 1
+    # Every background and object comes before one comes again, light scenes and dark ones in turn.
+    things = [name for _, name in zip(range(count), itertools.cycle(list(OBJECTS)[5::3] + list(OBJECTS)), strict=False)]
+    scenes = [demo_scene(list(BACKGROUNDS)[i % len(BACKGROUNDS)], i, side, side, things[i])[0] for i in range(count)]
+    return torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _errors(unet: UNet, process: DiffusionConfig, objectives: Sequence[str], x0: Tensor, noise: Tensor) -> dict[str, float]:
-    """The error under every reading of one forward, in a batch of all levels."""
-    schedule: Schedule = process.respaced(process.steps)
-    indices = [int(np.abs(schedule.alphas_cumprod - level).argmin()) for level in LEVELS]
-    index = torch.tensor(indices)
-    signal = torch.as_tensor(schedule.sqrt_alphas_cumprod[indices], dtype=torch.float32, device=x0.device)[:, None, None, None]
-    x_t = signal * x0 + (1 - signal**2).sqrt() * noise
-    timesteps = torch.tensor([float(schedule.model_timestep(i)) for i in indices], device=x0.device)
-    labels = None
-    if unet.config.num_classes is not None:
-        labels = torch.zeros(len(indices), 4 * unet.config.model_channels, device=x0.device)
-    with torch.no_grad():
-        output = unet(x_t, timesteps, labels)[:, :3].float()
-    found = {}
-    for objective in objectives:
-        eps = predict_eps(x_t, predict_x0(x_t, output, index, schedule, objective), index, schedule)
-        each = (eps - noise).square().mean(dim=(1, 2, 3)).double().clamp(min=1e-12)
-        value = float(each.log().mean().exp())
-        found[objective] = value if math.isfinite(value) else math.inf
-    return found
+@dataclass(frozen=True)
+class _Errors:
+    """The mean squared error of ε at each place of each picture at each level [L·N, PLACES²]."""
+
+    places: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The geometric mean over levels and pictures; infinite if it is no number."""
+        value = float(self.places.mean(dim=1).clamp(min=1e-12).log().mean().exp())
+        return value if math.isfinite(value) else math.inf
+
+    def better(self, other: _Errors) -> float:
+        """The share of places with a smaller error than the other's."""
+        return float((self.places < other.places).double().mean())
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Noised pictures: ``x0`` and ``noise`` [L·N, 3, H, W], all pictures at the first level, then at the next."""
+
+    x0: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, pictures: Tensor, device: torch.device) -> _Question:
+        """Pictures [N, 3, H, W] at every level, with noise of their own."""
+        noise = Draws(0).noise("calibration", 0, range(len(LEVELS) * len(pictures)), tuple(pictures.shape[1:]))
+        return cls(pictures.repeat(len(LEVELS), 1, 1, 1).to(device), noise.to(device))
+
+    def asked(self, unet: UNet, process: DiffusionConfig, objectives: Sequence[str]) -> dict[str, _Errors]:
+        """The errors under every reading of one forward."""
+        schedule: Schedule = process.respaced(process.steps)
+        levels = [int(np.abs(schedule.alphas_cumprod - level).argmin()) for level in LEVELS]
+        index = torch.tensor(levels).repeat_interleave(len(self.x0) // len(LEVELS))
+        x_t = q_sample(self.x0, index, self.noise, schedule)
+        timesteps = torch.tensor([float(schedule.model_timestep(int(i))) for i in index], device=x_t.device)
+        labels = None
+        if unet.config.num_classes is not None:
+            labels = torch.zeros(len(index), 4 * unet.config.model_channels, device=x_t.device)
+        with torch.no_grad():
+            output = unet(x_t, timesteps, labels)[:, :3].float()
+        return {
+            objective: self._errors(predict_eps(x_t, predict_x0(x_t, output, index, schedule, objective), index, schedule))
+            for objective in objectives
+        }
+
+    def blind(self) -> float:
+        """The error of who answers nothing: takes the picture for grey where that is better than taking the noise for none."""
+        level = torch.tensor(LEVELS, device=self.x0.device).repeat_interleave(len(self.x0) // len(LEVELS))[:, None, None, None]
+        grey = self._errors(self.noise + (level / (1 - level)).sqrt() * self.x0).places.mean(dim=1)
+        return _Errors(torch.minimum(grey, self._errors(torch.zeros_like(self.noise)).places.mean(dim=1))[:, None]).mean
+
+    def _errors(self, eps: Tensor) -> _Errors:
+        squared = (eps - self.noise).square().mean(dim=1)
+        return _Errors(F.adaptive_avg_pool2d(squared, PLACES).flatten(1).double().cpu())
 
 
 def _widths(config: UNetConfig) -> list[int]:
@@ -246,21 +307,15 @@ def _processes(process: DiffusionConfig, undecided: Sequence[str]) -> list[Diffu
     return found
 
 
-def _margins(errors: Mapping[_Candidate, float], won: _Candidate, undecided: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
-    """For each open group the best candidate that differs in it."""
+def _second(errors: Mapping[_Candidate, _Errors], won: _Candidate, group: str) -> _Candidate | None:
+    """The best candidate that decides a group otherwise than the winner; None if nothing else fits."""
 
-    def of(candidate: _Candidate, group: str) -> tuple[Any, ...]:
+    def of(candidate: _Candidate) -> tuple[Any, ...]:
         values = {**candidate.wiring.to_dict(), **candidate.process.to_dict()}
         return tuple(values[name] for name in PROBED if group_of(name) == group)
 
-    margins, rivals = {}, {}
-    for group in dict.fromkeys(group_of(name) for name in undecided):
-        others = [c for c in errors if of(c, group) != of(won, group)]
-        if others:
-            second = min(others, key=lambda c: errors[c])
-            margins[group] = min(errors[second] / errors[won], 1e6)
-            rivals[group] = _in_words(second, group)
-    return margins, rivals
+    others = [c for c in errors if of(c) != of(won)]
+    return min(others, key=lambda c: errors[c].mean, default=None)
 
 
 def _in_words(candidate: _Candidate, group: str) -> str:

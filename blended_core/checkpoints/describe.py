@@ -35,8 +35,9 @@ def how_sure(found: Detection, setting: str) -> str:
         margin = found.probe.margin_of(setting)
         if margin is None:
             return "the only one that fits"
-        words = f"{margin:.2f} times better than {found.probe.rivals[group_of(setting)]}"
-        return f"{words}: hardly" if group_of(setting) in found.probe.unsure else words
+        group = group_of(setting)
+        words = f"{margin:.2f} times better than {found.probe.rivals[group]}, in {found.probe.agreement[group]:.0%} of the places"
+        return f"{words}: hardly" if group in found.probe.unsure or found.probe.clueless else words
     if source in SURE:
         return SURE[source]
     return "not sure" if setting in found.guessed else "changes nothing here"
@@ -55,7 +56,15 @@ def as_dict(found: Detection, path: Path) -> dict[str, Any]:
         "guessed": list(found.guessed),
         "probe": None
         if probe is None
-        else {"margins": probe.margins, "rivals": probe.rivals, "error": probe.error, "forwards": probe.forwards, "seconds": probe.seconds},
+        else {
+            "margins": probe.margins,
+            "agreement": probe.agreement,
+            "rivals": probe.rivals,
+            "error": probe.error,
+            "blind": probe.blind,
+            "forwards": probe.forwards,
+            "seconds": probe.seconds,
+        },
     }
 
 
@@ -72,7 +81,7 @@ def as_table(found: Detection, path: Path) -> str:
     foot = []
     if found.probe is not None:
         did = f"{found.probe.forwards} passes of the network, {found.probe.seconds:.1f} s" if found.probe.forwards else "remembered"
-        foot.append(f"tried out: {did}; the error of its noise is {found.probe.error:.4f}")
+        foot.append(f"tried out: {did}; the error of its noise is {found.probe.error:.4f}, of answering nothing {found.probe.blind:.3f}")
     if found.guessed:
         foot.append(f"guessed: {', '.join(found.guessed)}; state what you know with --set KEY=VALUE")
     return "\n".join([*head, "", *lines, *([""] if foot else []), *foot])

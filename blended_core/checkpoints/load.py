@@ -116,7 +116,15 @@ def _probed(unet: UNet, found: Detection, digest: str, trial: Trial, path: Path)
 
 def _warn(found: Detection, path: Path) -> None:
     """Of what stays unsure."""
-    if found.probe is not None and found.probe.unsure:
+    if found.probe is not None and found.probe.clueless:
+        warnings.warn(
+            f"{path.name}: under none of the settings does the network know noise (error {found.probe.error:.3f}, answering nothing has {found.probe.blind:.3f}), so "
+            "what was found by trying says little; the file may hold an untrained network, or one for pictures of quite another kind: "
+            "let the probe try one of those (blended-diffusion inspect --picture).",
+            BlendedWarning,
+            stacklevel=3,
+        )
+    elif found.probe is not None and found.probe.unsure:
         close = "; ".join(
             f"{group} ({found.probe.margins[group]:.2f} times better than {rival})" for group, rival in found.probe.unsure.items()
         )
