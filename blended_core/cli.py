@@ -137,6 +137,17 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--half", action="store_true", help="in half precision: half the size, rounded to 11 bits")
     convert.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
     _checkpoint(convert)
+
+    evaluate = commands.add_parser("evaluate", help="measure how good edits of the embedded world are, by several rows of options")
+    evaluate.add_argument("--only", nargs="+", metavar="NAME", help="rows to measure (default: all)")
+    evaluate.add_argument("--pairs", type=int, default=50, metavar="N", help="pairs of a scene and an object (%(default)s)")
+    evaluate.add_argument("--candidates", type=int, default=8, metavar="N", help="results of each pair (%(default)s)")
+    evaluate.add_argument("--held-back", action="store_true", help="the other list of pairs, which no option was chosen by")
+    evaluate.add_argument("--out", type=Path, default=Path("blended-diffusion-evaluation"), help="folder, goes on there (%(default)s)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    evaluate.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="precision of the UNet")
+    evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    evaluate.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return parser
 
 
@@ -329,6 +340,58 @@ def convert_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate_command(args: argparse.Namespace) -> int:
+    """``evaluate``: rows of options on pairs of scene and object, judged."""
+    import torch
+    from tqdm import tqdm
+
+    from .checkpoints.load import EMBEDDED, load_ddpm
+    from .clip import EMBEDDED as EMBEDDED_CLIP
+    from .clip import load_clip
+    from .context import DeviceContext
+    from .demo import judge
+    from .demo.evaluation import ROWS, as_table, evaluate, pairs
+    from .demo.evaluation_pictures import comparison, plot, row_sheet
+    from .edit import Models
+    from .perceptual import load_perceptual
+
+    if unknown := sorted(set(args.only or ()) - set(ROWS)):
+        raise BlendedError(f"there is no row {', '.join(unknown)}; known are {', '.join(ROWS)}.")
+    if args.pairs < 1 or args.candidates < 1:
+        raise BlendedError(f"--pairs is {args.pairs} and --candidates {args.candidates}; both must be at least 1.")
+    if args.out.exists() and not args.out.is_dir():
+        raise BlendedError(f"{args.out} is a file; name a folder.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = {name: options for name, options in ROWS.items() if name in (args.only or ROWS)}
+    context = DeviceContext.choose(args.device, args.dtype)
+    perceptual = load_perceptual(context, "embedded")
+    models = Models(load_ddpm(context), load_clip(context), perceptual, context)
+    files = {"ddpm": EMBEDDED, "clip": EMBEDDED_CLIP, "judge": judge.FILE}
+    networks = {name: sha256(file) for name, file in files.items()} | {"precision": _short_dtype(models)}
+    cases = pairs(args.pairs, args.held_back)
+    out = args.out / "held-back" if args.held_back else args.out
+    with tqdm(total=len(cases) * len(rows), unit="pair", disable=None, dynamic_ncols=True, leave=False) as bar:
+
+        def on_pair(name: str, pair: Any, taken_over: bool) -> None:
+            bar.set_description(f"{name}: {pair.prompt}", refresh=False)
+            if taken_over:  # takes no time, which the time left should not be reckoned with
+                bar.initial += 1
+            bar.update()
+
+        table = evaluate(out, models, perceptual, judge.Judge(), rows, cases, args.candidates, networks, on_pair=on_pair)
+    about = {"pairs": len(cases), "candidates": args.candidates, "held_back": args.held_back, "networks": networks, "version": _version()}
+    write_bytes(out / "evaluation.json", _json({**about, "rows": table}, indent=2) + b"\n")
+    write_bytes(out / "evaluation.md", f"{as_table(table)}\n".encode())
+    plot(out / "evaluation.png", table)
+    for name in rows:
+        row_sheet(out / f"{name}.png", out, name, cases[:12])
+    comparison(out / "comparison.png", out, list(rows), cases[:5])
+    print(as_table(table))
+    print(f"\n{out / 'evaluation.json'}, a plot, and a sheet of each row beside it")
+    return 0
+
+
 def _examined(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
     """The checkpoint that a command names, in float32, and its file."""
     from .checkpoints.load import EMBEDDED, load_ddpm
@@ -368,6 +431,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "edit": edit_command,
     "inspect": inspect_command,
     "convert": convert_command,
+    "evaluate": evaluate_command,
 }
 
 

@@ -18,7 +18,10 @@ def replacing(path: Path) -> Iterator[Path]:
     # The process in its name: two that write the same file do not write into each other's.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as new files have it here; some writers put a private one in its place
         yield part
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -263,6 +263,8 @@ def test_convert_writes_what_edits_as_the_original(bare: Path, tmp_path: Path, h
     sidecar.write_text(json.dumps({"unet": json.loads(texts["unet"]), "diffusion": json.loads(texts["diffusion"])}))
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(bare), str(out), *(["--half"] if half else [])]) == 0
+    (tmp_path / "plain").touch()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as they may any new file"
     sidecar.unlink()
     bare.unlink()
     before, after = load_ddpm(CPU), load_ddpm(CPU, out)
