@@ -238,11 +238,11 @@ def test_inspect_as_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["settings"]["objective"] == {"value": "eps", "decided_by": "default", "sure": "not sure"}
 
 
-def test_inspect_takes_a_picture(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_takes_a_picture(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
-    assert main(["inspect", str(bare), "--picture", str(tmp_path / "mine.png")]) == 0
+    assert main(["inspect", str(small), "--picture", str(tmp_path / "mine.png")]) == 0
     assert "passes of the network" in capsys.readouterr().out
-    assert main(["inspect", str(bare), "--picture", str(tmp_path / "absent.png")]) == 2
+    assert main(["inspect", str(small), "--picture", str(tmp_path / "absent.png")]) == 2
 
 
 def test_tables_of_every_kind_of_source(bare: Path) -> None:

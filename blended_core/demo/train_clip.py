@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .captions import Caption, describe
+from .spoil import spoiled
 from .world import BACKGROUNDS, OBJECTS, SIDE, Placed, Scene, random_scene, render
 
 CONFIG: dict[str, Any] = {
@@ -73,15 +74,22 @@ def coverage(mask: np.ndarray, placed: Placed) -> float:
 
 
 class Examples:
-    """An endless stream of (picture, what it shows), from a pool of scenes that is renewed slowly."""
+    """An endless stream of (picture, what it shows), from a pool of scenes that is renewed slowly.
 
-    def __init__(self, rng: np.random.Generator, size: int) -> None:
-        self.rng = rng
+    ``spoil``: share of single objects that are spoiled; such a picture shows nothing but its background.
+    """
+
+    def __init__(self, rng: np.random.Generator, size: int, spoil: float = 0.0) -> None:
+        self.rng, self.spoil = rng, spoil
         self.pool = [self._scene() for _ in range(size)]
 
-    def _scene(self) -> tuple[Scene, np.ndarray]:
+    def _scene(self) -> tuple[Scene, np.ndarray, bool]:
+        """A scene, its picture, and whether its objects are whole."""
         scene = random_scene(self.rng, size=(26 / SIDE, 54 / SIDE))
-        return scene, render(scene)
+        if len(scene.objects) == 1 and self.rng.uniform() < self.spoil:
+            picture = (spoiled(self.rng, scene) * 255).round().clip(0, 255).astype(np.uint8)
+            return scene, picture, False
+        return scene, render(scene), True
 
     def draw(self, batch: int, renew: int) -> tuple[Tensor, Tensor, list[tuple[frozenset[str], str]]]:
         """(pictures [B,3,64,64] in −1..1, masks [B,1,64,64], truths)."""
@@ -92,7 +100,7 @@ class Examples:
         masks: list[np.ndarray] = []
         truths: list[tuple[frozenset[str], str]] = []
         while len(pictures) < batch:
-            scene, picture = self.pool[int(rng.integers(len(self.pool)))]
+            scene, picture, whole = self.pool[int(rng.integers(len(self.pool)))]
             mask = np.ones((SIDE, SIDE), np.float32)
             if rng.uniform() < 0.75:
                 if scene.objects and rng.uniform() < 0.75:
@@ -105,7 +113,7 @@ class Examples:
             shown = [coverage(mask, placed) for placed in scene.objects]
             if mask.mean() < 0.03 or any(0.1 < share < 0.55 for share in shown):
                 continue  # too little to see, or neither shown nor hidden
-            things = frozenset(p.name for p, share in zip(scene.objects, shown, strict=True) if share >= 0.55)
+            things = frozenset(p.name for p, share in zip(scene.objects, shown, strict=True) if share >= 0.55 and whole)
             pictures.append(picture)
             masks.append(mask)
             truths.append((things, scene.background))
@@ -167,6 +175,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--init", type=Path)
+    parser.add_argument("--spoil", type=float, default=0.3, help="share of objects that are spoiled until they are none (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
@@ -232,7 +241,7 @@ def main() -> None:
             image = shadow.encode_image(torch.stack(pictures).to(device), normalize=True)
         return float(((image @ text.T).argmax(1).cpu() == torch.tensor(truth)).float().mean())
 
-    examples = Examples(np.random.default_rng((args.seed, step)), 6000)
+    examples = Examples(np.random.default_rng((args.seed, step)), 6000, args.spoil)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     average, last = None, time.monotonic()
     while (progress := elapsed / (60 * args.minutes)) < 1:

@@ -1,0 +1,238 @@
+"""The judge, and what an evaluation makes of its word."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blended_core.cli import main
+from blended_core.demo import evaluation, evaluation_pictures, spoil, train_judge
+from blended_core.demo.evaluation import ROWS, as_table, pairs, rank_auc, summary
+from blended_core.demo.judge import ANSWERS, FILE, NONE, Judge, Verdict
+from blended_core.demo.train_clip import soft_mask
+from blended_core.demo.world import BACKGROUNDS, OBJECTS, Placed, Scene, draw_background, random_scene
+from blended_core.edit import Models
+from blended_core.errors import BlendedError
+
+from .tiny import tiny_models
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge()
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "empty"])
+def test_the_judge_knows_fresh_scenes(judge: Judge, kind: str) -> None:
+    assert train_judge.accuracy(judge, kind, 300) >= 0.99
+
+
+@pytest.mark.parametrize("kind", ["scrambled", "fragment", "mixture", "blob"])
+def test_the_judge_rejects_what_only_resembles(judge: Judge, kind: str) -> None:
+    rng = np.random.default_rng(99)
+    rows, masks = [], []
+    for _ in range(100):
+        scene = random_scene(rng, objects=1, size=(34 / 64, 46 / 64), centred=1.0)
+        placed, whole, empty = scene.objects[0], spoil.as_picture(scene), draw_background(scene)
+        picture = {
+            "scrambled": lambda w=whole, p=placed: spoil.scrambled(rng, w, p),
+            "fragment": lambda w=whole, e=empty, p=placed: spoil.fragment(rng, w, e, p),
+            "mixture": lambda w=whole, s=scene, p=placed: spoil.mixture(rng, w, s, p),
+            "blob": lambda e=empty, p=placed: spoil.blob(rng, e, p),
+        }[kind]()
+        half = placed.size * 0.6
+        rows.append(picture)
+        masks.append(soft_mask(rng, (placed.x - half, placed.y - half, placed.x + half, placed.y + half)))
+    x = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() * 2 - 1
+    answers = judge(x, torch.from_numpy(np.stack(masks))[:, None])
+    assert sum(v.answer == NONE for v in answers) >= 90, Counter(v.answer for v in answers)
+
+
+def test_the_mask_says_which_object_is_meant(judge: Judge) -> None:
+    left, right = Placed("rocket", 0.25, 0.5, 0.42), Placed("tree", 0.75, 0.5, 0.42)
+    picture = torch.from_numpy(spoil.as_picture(Scene("meadow", (left, right)))).permute(2, 0, 1)[None] * 2 - 1
+    masks = torch.zeros(2, 1, 64, 64)
+    masks[0, :, 16:48, 1:31] = 1
+    masks[1, :, 16:48, 33:63] = 1
+    first, second = judge(picture.expand(2, -1, -1, -1), masks)
+    assert first.accepts("rocket") and second.accepts("tree") and not first.accepts("tree")
+    large = torch.nn.functional.interpolate(picture, scale_factor=2, mode="bilinear")
+    assert judge(large, torch.nn.functional.interpolate(masks[:1], scale_factor=2))[0].accepts("rocket")
+
+
+def test_a_verdict_below_one_half_is_none_of_a_yes() -> None:
+    assert not Verdict("cat", {"cat": 0.49, NONE: 0.4}).accepts("cat")
+    assert Verdict("cat", {"cat": 0.51, NONE: 0.4}).accepts("cat")
+
+
+def test_the_judge_wants_pictures_and_masks(judge: Judge) -> None:
+    with pytest.raises(BlendedError, match=r"not \(1, 4, 64, 64\) and \(1, 1, 64, 64\)"):
+        judge(torch.zeros(1, 4, 64, 64), torch.zeros(1, 1, 64, 64))
+    assert (*OBJECTS, NONE) == ANSWERS and FILE.stat().st_size < 2_000_000
+
+
+def test_the_judge_guides_nothing() -> None:
+    users = {
+        p.relative_to(ROOT).as_posix()
+        for folder in ("blended_core", "nodes")
+        for p in (ROOT / folder).rglob("*.py")
+        if re.search(r"^\s*(from|import)\b.*\bjudge\b", p.read_text("utf-8"), re.MULTILINE)
+    }
+    assert users == {"blended_core/demo/train_judge.py", "blended_core/demo/evaluation.py", "blended_core/cli.py"}
+
+
+def test_pairs_are_fixed_and_the_lists_share_nothing() -> None:
+    chosen, held_back = pairs(50), pairs(50, held_back=True)
+    assert chosen == pairs(50) and chosen[:7] == pairs(7)
+    assert not {(p.background, p.seed) for p in chosen} & {(p.background, p.seed) for p in held_back}
+    for some in (chosen, held_back):
+        counts = Counter(p.name for p in some)
+        assert set(counts) == set(OBJECTS) and max(counts.values()) - min(counts.values()) <= 1
+        assert {p.background for p in some} == set(BACKGROUNDS)
+    assert {p.prompt for p in chosen if p.name in ("apple", "cat")} == {"an apple", "a cat"}
+
+
+def record(*candidates: tuple[float | None, bool], **more: Any) -> dict[str, Any]:
+    rows = [
+        {"clip_distance": d, "gain": None if d is None else 1 - d, "background_error": 0.0, "seam_energy": 0.1, "answer": "cat" if a else NONE,
+         "accepted": a}
+        for d, a in candidates
+    ]  # fmt: skip
+    return {"candidates": rows, "diversity": 0.5, "seconds": 2.0, **more}
+
+
+def test_what_a_row_comes_to() -> None:
+    records = [
+        record((0.1, True), (0.2, True), (0.3, False), (0.4, False)),
+        record((0.1, False), (0.2, True), (0.3, False), (0.4, False), diversity=0.3, seconds=4.0),
+    ]
+    row = summary("x", records)
+    assert row["batch_precision"] == 3 / 8 and row["best_precision"] == 1 / 2 and row["nothing"] == 5 / 8
+    assert row["top_fifth"] == 1 / 2 and row["bottom_fifth"] == 0
+    assert row["rank_auc"] == pytest.approx((4 + 2) / 7)  # of 4 couples in the first pair all, of 3 in the second two
+    assert row["diversity"] == pytest.approx(0.4) and row["seconds"] == 3 and row["clip_gain"] == pytest.approx(0.75)
+    assert row["pairs"] == 2 and row["candidates"] == 8 and row["background_error_max"] == 0
+    assert rank_auc([record((0.1, True), (0.1, False))]) == 0.5
+    assert rank_auc([record((None, True), (0.1, False))]) is None
+    assert summary("y", [record((None, True), diversity=None)])["clip_gain"] is None
+    table = as_table([row, summary("y", [record((None, False), diversity=None)])])
+    assert "37.5%" in table and "50% / 0%" in table and "| –" in table
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_rows_are_what_their_names_say() -> None:
+    assert ROWS["naive-paste"].algorithm == "local" and ROWS["naive-paste"].pastes and not ROWS["naive-paste"].guidance.needs_perceptual
+    for weight in (100, 1000, 10000):
+        row = ROWS[f"local-{weight}"]
+        assert row.guidance.background_scale == weight and not row.pastes
+    assert ROWS["no-augmentation"].guidance.views == 1 and ROWS["x0-gradient"].guidance.gradient == "x0"
+    assert {ROWS[f"ddim-{n}"].steps for n in (10, 25, 50)} == {"ddim10", "ddim25", "ddim50"}
+    assert ROWS["paper"].preset == "paper" and ROWS["official"].preset == "official"
+
+
+class Said(Verdict):
+    """A verdict that accepts whatever was asked for, or nothing."""
+
+    def accepts(self, name: str) -> bool:
+        return self.answer != NONE
+
+
+class EverySecond:
+    """A judge that accepts every second candidate, from the first."""
+
+    def __call__(self, pictures: Any, masks: Any) -> list[Verdict]:
+        assert pictures.shape[1:] == (3, 64, 64) and masks.shape == (1, 1, 64, 64)
+        return [Said(NONE if i % 2 else "cat", dict.fromkeys(OBJECTS, 0.5)) for i in range(len(pictures))]
+
+
+def distance(a: Any, b: Any) -> Any:
+    return (a - b).abs().mean((1, 2, 3))
+
+
+@pytest.fixture
+def models() -> Models:
+    return tiny_models()
+
+
+@pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, models: Models) -> None:
+    rows = {"best": replace(ROWS["best"], steps="4"), "ddim": replace(ROWS["ddim-10"], steps="ddim4")}
+    cases = pairs(3)
+    seen: list[tuple[str, int, bool]] = []
+
+    def run(stop_at: int | None = None, networks: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        seen.clear()
+
+        def on_pair(name: str, pair: Any, taken_over: bool) -> None:
+            seen.append((name, pair.number, taken_over))
+            if len(seen) == stop_at:
+                raise KeyboardInterrupt
+
+        judge: Any = EverySecond()
+        return evaluation.evaluate(tmp_path, models, distance, judge, rows, cases, 3, networks, on_pair=on_pair)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_at=3)
+    first = run()
+    assert seen == [("best", 0, True), ("ddim", 0, True), ("best", 1, True), ("ddim", 1, False), ("best", 2, False), ("ddim", 2, False)]
+    assert run() == first and all(taken for _, _, taken in seen)
+    (tmp_path / "pairs" / "best" / "001.json").write_text("{")
+    (tmp_path / "pairs" / "ddim" / "002.png").unlink()
+    again = run()
+    assert [s[:2] for s in seen if not s[2]] == [("best", 1), ("ddim", 2)]
+    for a, b in zip(first, again, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    run(networks={"ddpm": "another"})
+    assert not any(taken for _, _, taken in seen)
+    assert first[0]["candidates"] == 9 and first[0]["background_error"] == 0.0 and first[0]["diversity"] > 0
+
+
+def test_the_command_writes_table_plot_and_sheets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ROWS, "best", replace(ROWS["best"], steps="3"))
+    out = tmp_path / "out"
+    arguments = ["evaluate", "--only", "best", "--pairs", "2", "--candidates", "2", "--out", str(out), "--device", "cpu"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    told = json.loads((out / "evaluation.json").read_text("utf-8"))
+    assert [row["name"] for row in told["rows"]] == ["best"] and told["rows"][0]["background_error"] == 0
+    assert {"batch_precision", "best_precision", "background_error", "diversity", "seam_energy", "clip_gain", "seconds"} <= set(
+        told["rows"][0]
+    )
+    assert told["pairs"] == 2 and len(told["networks"]["ddpm"]) == 64
+    assert as_table(told["rows"]) in said and (out / "evaluation.md").read_text("utf-8").strip() in said
+    for name in ("evaluation.png", "best.png", "comparison.png"):
+        with Image.open(out / name) as image:
+            assert min(image.size) > 200
+    assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == ["000.json", "000.png", "001.json", "001.png"]
+    for wrong, says in (
+        (["--only", "better"], "there is no row better; known are best, paper"),
+        (["--pairs", "0"], "--pairs is 0"),
+        (["--out", str(out / "evaluation.json")], "is a file; name a folder"),
+    ):
+        assert main(["evaluate", "--device", "cpu", *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_sheets_frame_what_was_accepted(tmp_path: Path, models: Models) -> None:
+    judge: Any = EverySecond()
+    cases = pairs(1)
+    evaluation.evaluate(tmp_path, models, distance, judge, {"r": replace(ROWS["best"], steps="2")}, cases, 2)
+    evaluation_pictures.row_sheet(tmp_path / "r.png", tmp_path, "r", cases)
+    with Image.open(tmp_path / "r.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    y = 74 + evaluation_pictures.TILE // 2
+    frames = [tuple(pixels[y, evaluation_pictures.LABEL + i * (evaluation_pictures.TILE + evaluation_pictures.GAP) - 2]) for i in range(3)]
+    assert frames == [evaluation_pictures.PAPER, evaluation_pictures.YES, evaluation_pictures.NO]
