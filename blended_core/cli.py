@@ -379,7 +379,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
                 bar.initial += 1
             bar.update()
 
-        table = evaluate(out, models, perceptual, judge.Judge(), rows, cases, args.candidates, networks, on_pair=on_pair)
+        try:
+            table = evaluate(out, models, perceptual, judge.Judge(), rows, cases, args.candidates, networks, on_pair=on_pair)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; what is finished is kept in {out}, and the same command goes on from there.") from None
     about = {"pairs": len(cases), "candidates": args.candidates, "held_back": args.held_back, "networks": networks, "version": _version()}
     write_bytes(out / "evaluation.json", _json({**about, "rows": table}, indent=2) + b"\n")
     write_bytes(out / "evaluation.md", f"{as_table(table)}\n".encode())

@@ -226,6 +226,15 @@ def test_the_command_writes_table_plot_and_sheets(
         assert says in capsys.readouterr().err
 
 
+def test_a_stopped_run_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", stopped)
+    assert main(["evaluate", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
+    assert f"kept in {tmp_path / 'out'}, and the same command goes on" in capsys.readouterr().err
+
+
 def test_sheets_frame_what_was_accepted(tmp_path: Path, models: Models) -> None:
     judge: Any = EverySecond()
     cases = pairs(1)
@@ -236,3 +245,17 @@ def test_sheets_frame_what_was_accepted(tmp_path: Path, models: Models) -> None:
     y = 74 + evaluation_pictures.TILE // 2
     frames = [tuple(pixels[y, evaluation_pictures.LABEL + i * (evaluation_pictures.TILE + evaluation_pictures.GAP) - 2]) for i in range(3)]
     assert frames == [evaluation_pictures.PAPER, evaluation_pictures.YES, evaluation_pictures.NO]
+
+
+def test_the_published_table_bears_out_what_is_said_of_it() -> None:
+    told = json.loads((ROOT / "docs" / "quality.json").read_text("utf-8"))
+    rows = {row["name"]: row for row in told["rows"]}
+    assert list(rows) == list(ROWS)
+    local = ["local-100", "local-1000", "local-10000"]
+    errors = [rows[name]["background_error"] for name in local]
+    assert errors == sorted(errors, reverse=True) and errors[-1] > 0
+    for name, row in rows.items():
+        assert name in local or row["background_error_max"] == 0
+        assert row["seam_energy"] < 0.2 * rows["naive-paste"]["seam_energy"] or name == "naive-paste"
+        assert row["top_fifth"] > row["bottom_fifth"] and row["rank_auc"] > 0.5
+    assert as_table(told["rows"]) in (ROOT / "docs" / "quality.md").read_text("utf-8")

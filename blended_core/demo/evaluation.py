@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..clip import ClipModel
 from ..edit import EditOptions, EditResult, Models, Step, edit_picture, preset
 from ..errors import BlendedError
 from ..files import write_bytes
@@ -110,7 +111,8 @@ def evaluate(
     Returns:
         The rows of ``evaluation.json``, as :func:`summary` has them.
     """
-    if models.clip is None:
+    clip = models.clip
+    if clip is None:
         raise BlendedError("an evaluation needs a CLIP; give one.")
     for case in cases:
         for name, options in rows.items():
@@ -119,7 +121,7 @@ def evaluate(
             asked = {"format": FORMAT, "pair": vars(case), "options": options.to_dict(), "networks": dict(networks or {})}
             taken_over = recorded(file, asked) is not None
             if not taken_over:
-                record, strip = _edited(models, perceptual, judge, case, options, on_step)
+                record, strip = _edited(models, clip, perceptual, judge, case, options, on_step)
                 write_png(file.with_suffix(".png"), strip)
                 write_bytes(file, json.dumps({"asked": asked, **record}, indent=1).encode())
             if on_pair is not None:
@@ -143,15 +145,20 @@ def recorded(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _edited(
-    models: Models, perceptual: PerceptualDistance, judge: Judge, case: Pair, options: EditOptions, on_step: Callable[[Step], None] | None
+    models: Models,
+    clip: ClipModel,
+    perceptual: PerceptualDistance,
+    judge: Judge,
+    case: Pair,
+    options: EditOptions,
+    on_step: Callable[[Step], None] | None,
 ) -> tuple[dict[str, Any], UInt8]:
     """(what was measured, the candidates side by side, best first)."""
-    assert models.clip is not None  # evaluate() asked for one
     scene, mask = demo_scene(case.background, case.seed)
     picture = torch.from_numpy(scene).permute(2, 0, 1)[None].float() / 255
     area = torch.from_numpy(mask[..., 0]).float()[None, None] / 255
     begun = time.perf_counter()
-    result = edit_picture(picture, area, models.clip.prompt(case.prompt), models, options, on_step=on_step)
+    result = edit_picture(picture, area, clip.prompt(case.prompt), models, options, on_step=on_step)
     seconds = time.perf_counter() - begun
     finished = torch.cat([result.picture(c) for c in result.candidates])
     squares, inside = _squares(finished, result)

@@ -96,7 +96,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         text(x, bottom + 4, f"{share:.0%}", FAINT, 12, "ma")
     for i, row in enumerate(rows):
         y = float(top + i * (high + 10) + 4)
-        text(left - 10, y + high / 2, row["name"], anchor="rm")
+        text(left - 10, y + high / 2, f"{row['name']}  {i + 1}", anchor="rm")
         for j, (key, colour) in enumerate((("batch_precision", BATCH), ("best_precision", BEST))):
             value = row[key] or 0.0
             box(left, y + j * high / 2, left + max(1.0, value * span), y + (j + 1) * high / 2 - 1, colour)
@@ -108,10 +108,12 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         y = below - share * (below - above)
         draw.line((left * scale, y * scale, (left + span) * scale, y * scale), fill=GRID, width=scale)
         text(left - 10, y, f"{share:.0%}", FAINT, 12, "rm")
-    for i, row in enumerate(sorted(rows, key=lambda r: float(r["seconds"]))):
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        text(left + share * span, below + 6, f"{share * most:.1f} s", FAINT, 12, "ma")
+    for i, row in enumerate(rows):
         x = left + row["seconds"] / most * span
         for key, colour in (("batch_precision", BATCH), ("best_precision", BEST)):
             y = below - (row[key] or 0.0) * (below - above)
             draw.ellipse(((x - 4) * scale, (y - 4) * scale, (x + 4) * scale, (y + 4) * scale), fill=colour)
-        text(x, below + 6 + 14 * (i % 3), row["name"], FAINT, 10, "ma")  # neighbours on lines of their own
+            text(x + 6, y - 12, str(i + 1), colour, 10)
     _write(path, image.resize((width, height), Image.Resampling.LANCZOS))

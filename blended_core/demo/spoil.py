@@ -1,6 +1,6 @@
 """Objects of the embedded world spoiled until they are none: what guidance paints when it finds a shorter way to please CLIP.
 
-The judge learns that these are nothing, and so does the embedded CLIP.
+The judge learns that these are nothing; so does a CLIP trained with ``--spoil``, which the embedded one was not.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--init", type=Path)
-    parser.add_argument("--spoil", type=float, default=0.3, help="share of objects that are spoiled until they are none (%(default)s)")
+    parser.add_argument("--spoil", type=float, default=0.0, help="share of objects that are spoiled until they are none (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
