@@ -350,9 +350,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from .clip import load_clip
     from .context import DeviceContext
     from .demo import judge
-    from .demo.evaluation import ROWS, as_table, evaluate, pairs
+    from .demo.evaluation import ROWS, as_table, evaluate, finished, pairs
     from .demo.evaluation_pictures import comparison, plot, row_sheet
     from .edit import Models
+    from .perceptual import EMBEDDED as EMBEDDED_LPIPS
     from .perceptual import load_perceptual
 
     if unknown := sorted(set(args.only or ()) - set(ROWS)):
@@ -361,35 +362,37 @@ def evaluate_command(args: argparse.Namespace) -> int:
         raise BlendedError(f"--pairs is {args.pairs} and --candidates {args.candidates}; both must be at least 1.")
     if args.out.exists() and not args.out.is_dir():
         raise BlendedError(f"{args.out} is a file; name a folder.")
+    _check_threads(args.threads)
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = {name: options for name, options in ROWS.items() if name in (args.only or ROWS)}
     context = DeviceContext.choose(args.device, args.dtype)
     perceptual = load_perceptual(context, "embedded")
     models = Models(load_ddpm(context), load_clip(context), perceptual, context)
-    files = {"ddpm": EMBEDDED, "clip": EMBEDDED_CLIP, "judge": judge.FILE}
-    networks = {name: sha256(file) for name, file in files.items()} | {"precision": _short_dtype(models)}
+    files = {"ddpm": EMBEDDED, "clip": EMBEDDED_CLIP, "lpips": EMBEDDED_LPIPS, "judge": judge.FILE}
+    networks = {name: sha256(file) for name, file in files.items()} | {"precision": _short_dtype(models), "device": context.device.type}
     cases = pairs(args.pairs, args.held_back)
     out = args.out / "held-back" if args.held_back else args.out
     with tqdm(total=len(cases) * len(rows), unit="pair", disable=None, dynamic_ncols=True, leave=False) as bar:
 
         def on_pair(name: str, pair: Any, taken_over: bool) -> None:
             bar.set_description(f"{name}: {pair.prompt}", refresh=False)
-            if taken_over:  # takes no time, which the time left should not be reckoned with
+            if taken_over and not bar.disable:  # takes no time, which the time left should not be reckoned with
                 bar.initial += 1
             bar.update()
 
         try:
-            table = evaluate(out, models, perceptual, judge.Judge(), rows, cases, args.candidates, networks, on_pair=on_pair)
+            evaluate(out, models, perceptual, judge.Judge(), rows, cases, args.candidates, networks, on_pair=on_pair)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; what is finished is kept in {out}, and the same command goes on from there.") from None
+    table = finished(out, ROWS, cases, args.candidates, networks)  # with what earlier calls have measured of the same
     about = {"pairs": len(cases), "candidates": args.candidates, "held_back": args.held_back, "networks": networks, "version": _version()}
     write_bytes(out / "evaluation.json", _json({**about, "rows": table}, indent=2) + b"\n")
     write_bytes(out / "evaluation.md", f"{as_table(table)}\n".encode())
     plot(out / "evaluation.png", table)
-    for name in rows:
+    for name in (names := [row["name"] for row in table]):
         row_sheet(out / f"{name}.png", out, name, cases[:12])
-    comparison(out / "comparison.png", out, list(rows), cases[:5])
+    comparison(out / "comparison.png", out, names, cases[:5])
     print(as_table(table))
     print(f"\n{out / 'evaluation.json'}, a plot, and a sheet of each row beside it")
     return 0
@@ -447,9 +450,13 @@ def _whole_clip(spec: str) -> str:
     return f"{model}:{file.resolve()}" if colon and file.is_file() else spec
 
 
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise BlendedError(f"--threads is {threads}; give at least 1.")
+
+
 def _machine(args: argparse.Namespace) -> dict[str, Any]:
-    if args.threads is not None and args.threads < 1:
-        raise BlendedError(f"--threads is {args.threads}; give at least 1.")
+    _check_threads(args.threads)
     return {key: getattr(args, key) for key in MACHINE}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -90,7 +92,11 @@ def unreachable(address: str) -> str:
             return ""
     except urllib.error.HTTPError:  # an answer, if not a friendly one
         return ""
+    except http.client.HTTPException:  # no answer that it understands, but one
+        return ""
     except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLError):  # the downloader may trust others than Python does
+            return ""
         return str(getattr(error.reason, "strerror", None) or error.reason)
     except (OSError, ValueError) as error:
         return str(error) or type(error).__name__

@@ -33,7 +33,7 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
         return False
 
 
@@ -54,12 +54,12 @@ def read_torchscript(path: Path, numbers: bool = True) -> dict[str, Tensor]:
                 raise BlendedError(f"{path} is no whole archive of TorchScript (it has {len(descriptions)} descriptions); fetch it again.")
             with archive.open(descriptions[0]) as stream:
                 root = _Description(stream, archive, descriptions[0].removesuffix("data.pkl"), numbers).load()
+            return dict(_tensors(root, "", set()))
     except BlendedError:
         raise
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BlendedError(f"{path} is no whole archive of TorchScript ({first[:200]}); fetch it again.") from None
-    return dict(_tensors(root, "", 0))
 
 
 class _Module:
@@ -70,6 +70,7 @@ class _Description(pickle.Unpickler):
     def __init__(self, stream: Any, archive: zipfile.ZipFile, root: str, numbers: bool) -> None:
         super().__init__(stream)
         self.archive, self.root, self.numbers = archive, root, numbers
+        self.storages: dict[str, Tensor] = {}  # several tensors may be parts of one
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
@@ -88,6 +89,12 @@ class _Description(pickle.Unpickler):
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isdecimal() or not isinstance(count, int) or count < 0:
             raise ValueError(f"{pid!r} is no storage")
+        known = self.storages.get(key)
+        if known is None or known.dtype != dtype or known.numel() != count:
+            known = self.storages[key] = self._storage(key, dtype, count)
+        return known
+
+    def _storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         if not self.numbers:
             return torch.empty(count, dtype=dtype, device="meta")
         entry = self.archive.getinfo(f"{self.root}data/{key}")
@@ -108,11 +115,13 @@ def _ignored(*_: Any) -> None:
     return None
 
 
-def _tensors(module: object, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    if depth > DEPTH or not isinstance(module, _Module):
+def _tensors(module: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Each module once, whatever refers to it."""
+    if not isinstance(module, _Module) or id(module) in seen or prefix.count(".") > DEPTH:
         return
+    seen.add(id(module))
     for name, value in vars(module).items():
         if isinstance(value, Tensor):
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
         else:
-            yield from _tensors(value, f"{prefix}{name}.", depth + 1)
+            yield from _tensors(value, f"{prefix}{name}.", seen)

@@ -275,6 +275,9 @@ def test_descriptions_of_an_archive_build_tensors_and_nothing_else(tmp_path: Pat
     ):
         with pytest.raises(BlendedError, match=sentence):
             read_torchscript(archive(path, description, _0=data))
+    # A module that holds itself twice: read once, not two to the power of the depth times.
+    itself = b"\x80\x02c__torch__\nNet\n)\x81q\x00}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00K\x05h\x00ub."
+    assert read_torchscript(archive(path, itself)) == {}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("x/data.pkl", described(count=1 << 20))
         packed.writestr("x/data/0", bytes(4 << 20))

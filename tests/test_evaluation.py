@@ -79,6 +79,9 @@ def test_a_verdict_below_one_half_is_none_of_a_yes() -> None:
 def test_the_judge_wants_pictures_and_masks(judge: Judge) -> None:
     with pytest.raises(BlendedError, match=r"not \(1, 4, 64, 64\) and \(1, 1, 64, 64\)"):
         judge(torch.zeros(1, 4, 64, 64), torch.zeros(1, 1, 64, 64))
+    for masks in (torch.zeros(2, 1, 64, 64), torch.zeros(1, 1, 32, 64)):
+        with pytest.raises(BlendedError, match="the judge takes"):
+            judge(torch.zeros(3, 3, 64, 64), masks)
     assert (*OBJECTS, NONE) == ANSWERS and FILE.stat().st_size < 2_000_000
 
 
@@ -187,7 +190,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, models: Models) -> None:
     first = run()
     assert seen == [("best", 0, True), ("ddim", 0, True), ("best", 1, True), ("ddim", 1, False), ("best", 2, False), ("ddim", 2, False)]
     assert run() == first and all(taken for _, _, taken in seen)
-    (tmp_path / "pairs" / "best" / "001.json").write_text("{")
+    (tmp_path / "pairs" / "best" / "001.json").write_text("[]")
     (tmp_path / "pairs" / "ddim" / "002.png").unlink()
     again = run()
     assert [s[:2] for s in seen if not s[2]] == [("best", 1), ("ddim", 2)]
@@ -216,10 +219,19 @@ def test_the_command_writes_table_plot_and_sheets(
     for name in ("evaluation.png", "best.png", "comparison.png"):
         with Image.open(out / name) as image:
             assert min(image.size) > 200
+    monkeypatch.setitem(ROWS, "paper", replace(ROWS["paper"], steps="2"))
+    assert main([*arguments[:2], "paper", *arguments[3:]]) == 0, "a second call in the same folder"
+    both = json.loads((out / "evaluation.json").read_text("utf-8"))["rows"]
+    assert [row["name"] for row in both] == ["best", "paper"] and both[0] == told["rows"][0]
+    stamp = (out / "pairs" / "best" / "000.json").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (out / "pairs" / "best" / "000.json").stat().st_mtime_ns == stamp
+    capsys.readouterr()
     assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == ["000.json", "000.png", "001.json", "001.png"]
     for wrong, says in (
         (["--only", "better"], "there is no row better; known are best, paper"),
         (["--pairs", "0"], "--pairs is 0"),
+        (["--threads", "-1"], "--threads is -1"),
         (["--out", str(out / "evaluation.json")], "is a file; name a folder"),
     ):
         assert main(["evaluate", "--device", "cpu", *wrong]) == 2

@@ -4,7 +4,7 @@ A picture is noised at a few levels, and the network is asked for the noise unde
 its own settings it knows the noise best. Heads and the order of qkv change how the weights are wired, schedule and length what
 a timestep means, the objective only how an output is read, so that one forward serves all objectives.
 
-The error of a candidate is the geometric mean over the levels of the mean squared error of ε; of networks below 256 px over several pictures too. The margin of a decision is the
+The error of a candidate is the geometric mean over the levels of the mean squared error of ε; of networks of 128 px and below over several pictures too. The margin of a decision is the
 error of the best candidate that decides otherwise over the error of the winner: 1 is a tie, 3 beyond doubt. Attention adds
 little to some networks, and then a small margin may still be sure: the picture is cut into places, each with noise of its own, and
 the share of places in which the winner is better tells chance from fact.
@@ -101,7 +101,8 @@ def group_of(setting: str) -> str:
 class Trial:
     """How a network is tried out.
 
-    ``picture``: [1, 3, H, W] in −1..1 of the kind that the network draws, of any size; None: a drawn scene. ``place``: asked when
+    ``picture``: [1, 3, H, W] in −1..1 of the kind that the network draws, of any size, asked about with several draws of noise where
+    drawn scenes would be several; None: drawn scenes. ``place``: asked when
     the probe begins for the context to run it in, where that is not the one of loading. ``on_forward``: called with (done,
     expected) after every forward of the network; an exception of it ends the probe.
     """
@@ -136,7 +137,7 @@ def probe(
         trial: with which picture and on which device; the network is brought there and stays.
 
     Raises:
-        BlendedError: if the network's answers are not finite under any setting, or the picture does not fit.
+        BlendedError: if the network's answers are not finite under any setting, or the picture is no [1, 3, H, W].
     """
     begun = time.perf_counter()
     undecided = [name for name in PROBED if name in set(open_settings)]
@@ -145,7 +146,7 @@ def probe(
     pictures = drawn_pictures(side, count) if trial.picture is None else _square(trial.picture, side).expand(count, -1, -1, -1)
     if trial.place is not None:
         trial.place().place(unet)
-    question = _Question.of(pictures, next(unet.parameters()).device)
+    noised = _Question.of(pictures, next(unet.parameters()).device)
     wirings, processes = _wirings(unet.config, undecided), _processes(process, undecided)
     expected = len(processes) + len(wirings) - 1
     errors: dict[_Candidate, _Errors] = {}
@@ -158,7 +159,7 @@ def probe(
         seen.add(key)
         unet.rewire(wiring)
         readings = OBJECTIVES if "objective" in undecided else (tried.objective,)
-        for objective, found in question.asked(unet, tried, readings).items():
+        for objective, found in noised.asked(unet, tried, readings).items():
             errors[_Candidate(wiring, replace(tried, objective=objective))] = found
         if trial.on_forward is not None:
             trial.on_forward(len(seen), max(expected, len(seen)))
@@ -188,7 +189,7 @@ def probe(
         agreement={group: errors[won].better(errors[second]) for group, second in seconds.items()},
         rivals={group: _in_words(second, group) for group, second in seconds.items()},
         error=errors[won].mean,
-        blind=question.blind(),
+        blind=noised.blind(),
         forwards=len(seen),
         seconds=time.perf_counter() - begun,
     )

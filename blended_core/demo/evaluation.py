@@ -116,9 +116,8 @@ def evaluate(
         raise BlendedError("an evaluation needs a CLIP; give one.")
     for case in cases:
         for name, options in rows.items():
-            options = replace(options, candidates=candidates, batch=min(candidates, options.batch))
-            file = record_of(out, name, case)
-            asked = {"format": FORMAT, "pair": vars(case), "options": options.to_dict(), "networks": dict(networks or {})}
+            options = _with_candidates(options, candidates)
+            file, asked = record_of(out, name, case), _asked(case, options, networks)
             taken_over = recorded(file, asked) is not None
             if not taken_over:
                 record, strip = _edited(models, clip, perceptual, judge, case, options, on_step)
@@ -126,7 +125,30 @@ def evaluate(
                 write_bytes(file, json.dumps({"asked": asked, **record}, indent=1).encode())
             if on_pair is not None:
                 on_pair(name, case, taken_over)
-    return [summary(name, [json.loads(record_of(out, name, case).read_text("utf-8")) for case in cases]) for name in rows]
+    return finished(out, rows, cases, candidates, networks)
+
+
+def finished(
+    out: Path, rows: Mapping[str, EditOptions], cases: Sequence[Pair], candidates: int, networks: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """The summaries of those rows that a run's folder holds whole, of these pairs, options and networks."""
+    table = []
+    for name, options in rows.items():
+        options = _with_candidates(options, candidates)
+        records = [recorded(record_of(out, name, case), _asked(case, options, networks)) for case in cases]
+        known = [r for r in records if r is not None]
+        if len(known) == len(cases):
+            table.append(summary(name, known))
+    return table
+
+
+def _with_candidates(options: EditOptions, candidates: int) -> EditOptions:
+    return replace(options, candidates=candidates, batch=min(candidates, options.batch))
+
+
+def _asked(case: Pair, options: EditOptions, networks: Mapping[str, str] | None) -> dict[str, Any]:
+    """What a measurement is of; another one is not taken over."""
+    return {"format": FORMAT, "pair": vars(case), "options": options.to_dict(), "networks": dict(networks or {})}
 
 
 def record_of(out: Path, row: str, case: Pair) -> Path:
@@ -140,7 +162,7 @@ def recorded(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    same = found.get("asked") == json.loads(json.dumps(asked)) and file.with_suffix(".png").is_file()
+    same = isinstance(found, dict) and found.get("asked") == json.loads(json.dumps(asked)) and file.with_suffix(".png").is_file()
     return found if same else None
 
 
@@ -166,7 +188,7 @@ def _edited(
     return {
         "seconds": seconds / len(finished),
         "source_distance": result.source_distance,
-        "diversity": diversity(squares, inside, perceptual),
+        "diversity": diversity(models.context.put(squares), models.context.put(inside), perceptual),
         "candidates": [
             {
                 "candidate": c.index,
@@ -201,7 +223,7 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table.
 
     ``batch_precision``: share of all candidates that the judge accepts. ``best_precision``: share of pairs whose first
-    candidate it accepts. ``top_fifth`` and ``bottom_fifth``: share accepted among the best and the worst ranked. ``rank_auc``:
+    candidate it accepts. ``top_fifth`` and ``bottom_fifth``: share accepted among the best and the worst ranked fifth of each pair, rounded up to whole candidates. ``rank_auc``:
     how often, of two candidates of one pair of which one is accepted, that one has the smaller CLIP distance (½ is chance).
     The others are means; ``background_error_max`` is the largest.
     """

@@ -84,9 +84,10 @@ class Judge:
         Raises:
             BlendedError: for other shapes.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3 or masks.ndim != 4 or masks.shape[1] != 1 or pictures.shape[2:] != masks.shape[2:]:
+        count, side = len(pictures), pictures.shape[-1]
+        if pictures.shape[1:] != (3, side, side) or masks.shape[1:] != (1, side, side) or len(masks) not in (1, count):
             raise BlendedError(
-                f"the judge takes pictures [B, 3, S, S] and masks [B, 1, S, S], not {tuple(pictures.shape)} and {tuple(masks.shape)}."
+                f"the judge takes pictures [B, 3, S, S] and masks [B or 1, 1, S, S], not {tuple(pictures.shape)} and {tuple(masks.shape)}."
             )
         seen = torch.cat([pictures.float().cpu(), masks.float().cpu().expand(len(pictures), -1, -1, -1)], 1)
         if seen.shape[-1] != SIDE:
