@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a half.
     """
-    # The process in its name: two that write the same file do not write into each other's.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Process and thread in its name: two that write the same file do not write into each other's.
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         part.touch()
         mode = part.stat().st_mode  # as new files have it here; some writers put a private one in its place

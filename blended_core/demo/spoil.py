@@ -44,8 +44,7 @@ def sigmoid(x: FloatImage) -> FloatImage:
 
 def box_of(placed: Placed) -> tuple[slice, slice]:
     """The rows and columns where an object is drawn."""
-    side = max(1, round(placed.size * SIDE))
-    left, top = round(placed.x * SIDE - side / 2), round(placed.y * SIDE - side / 2)
+    left, top, side = placed.square(SIDE, SIDE)
     return slice(max(top, 0), min(top + side, SIDE)), slice(max(left, 0), min(left + side, SIDE))
 
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import replacing
 from .captions import Caption, describe
 from .spoil import spoiled
 from .world import BACKGROUNDS, OBJECTS, SIDE, Placed, Scene, random_scene, render
@@ -206,11 +207,9 @@ def main() -> None:
         return compact(tokenizer(texts), ids).to(device)
 
     def save() -> None:
-        torch.save(
-            {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed},
-            state_path.with_suffix(".tmp"),
-        )
-        state_path.with_suffix(".tmp").replace(state_path)
+        whole = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
+        with replacing(state_path) as part:
+            torch.save(whole, part)
         meta = {
             "format": "pt",
             "config": json.dumps(CONFIG),

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints.adm import UNet, UNetConfig
+from ..files import replacing
 from ..schedule import Schedule
 from .world import OBJECTS, SIDE, Scene, random_scene, render
 
@@ -272,18 +273,16 @@ def main() -> None:
             optimizer.load_state_dict(state["optimizers"][name])
 
     def save() -> None:
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "readers": readers.state_dict(),
-                "ema": ema,
-                "step": step,
-                "elapsed": elapsed,
-                "optimizers": {k: o.state_dict() for k, o in optimizers.items()},
-            },
-            state_path.with_suffix(".tmp"),
-        )
-        state_path.with_suffix(".tmp").replace(state_path)
+        whole = {
+            "model": model.state_dict(),
+            "readers": readers.state_dict(),
+            "ema": ema,
+            "step": step,
+            "elapsed": elapsed,
+            "optimizers": {k: o.state_dict() for k, o in optimizers.items()},
+        }
+        with replacing(state_path) as part:
+            torch.save(whole, part)
         save_weights(ema, CONFIG, args.out / "ddpm.safetensors", step)
 
     fixed = np.random.default_rng(12345)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import replacing
 from .judge import ANSWERS, NONE, Judge, JudgeNetwork
 from .spoil import as_picture, spoiled
 from .train_clip import coverage, soft_mask
@@ -160,10 +161,11 @@ def main() -> None:
 
     def save() -> None:
         whole = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step, "elapsed": elapsed}
-        torch.save(whole, state_path.with_suffix(".tmp"))
-        state_path.with_suffix(".tmp").replace(state_path)
+        with replacing(state_path) as part:
+            torch.save(whole, part)
         halves = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in ema.items()}
-        save_file(halves, str(file), metadata={"format": "pt", "trained_steps": str(step)})
+        with replacing(file) as part:
+            save_file(halves, str(part), metadata={"format": "pt", "trained_steps": str(step)})
 
     cases = Cases(np.random.default_rng((args.seed, step)), 6000)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)

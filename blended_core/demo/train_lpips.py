@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import replacing
 from .train_clip import Examples, degrade
 from .world import BACKGROUNDS, OBJECTS
 
@@ -77,8 +78,8 @@ def main() -> None:
             "step": step,
             "elapsed": elapsed,
         }
-        torch.save(state, state_path.with_suffix(".tmp"))
-        state_path.with_suffix(".tmp").replace(state_path)
+        with replacing(state_path) as part:
+            torch.save(state, part)
         metric.eval()
         with torch.no_grad():
             for lin in metric.lins:

@@ -87,6 +87,11 @@ class Placed:
     size: float
     mirrored: bool = False
 
+    def square(self, width: int, height: int) -> tuple[int, int, int]:
+        """(left, top, side) in pixels where it is drawn in a picture of that size; it may reach beyond."""
+        side = max(1, round(self.size * min(width, height)))
+        return round(self.x * width - side / 2), round(self.y * height - side / 2), side
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -169,10 +174,8 @@ def draw_background(scene: Scene, width: int = SIDE, height: int = SIDE) -> Floa
 def render(scene: Scene, width: int = SIDE, height: int = SIDE) -> UInt8Image:
     """The scene as an 8-bit RGB picture [height, width, 3]."""
     picture = draw_background(scene, width, height)
-    short = min(width, height)
     for placed in scene.objects:
-        side = max(1, round(placed.size * short))
-        left, top = round(placed.x * width - side / 2), round(placed.y * height - side / 2)
+        left, top, side = placed.square(width, height)
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
         if x0 >= x1 or y0 >= y1:
             continue
