@@ -43,7 +43,7 @@ DEMO_PROMPT = "an apple"
 DEMO_BACKGROUND = "lake"
 TEXT_KEY = "blended-diffusion"
 OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")  # of candidates and animations, with their rank or not yet
-SMALLER = "try --batch 1, --view-chunk 2, --checkpointing or --gradient x0."
+SMALLER = "try --batch 1, --dtype bf16 or --device cpu."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
     guide.add_argument("--lpips-scale", type=float, metavar="λ", help="weight of LPIPS in the reference code's D_bg (--preset official)")
     guide.add_argument("--l2-scale", type=float, metavar="λ", help="weight of its squared error")
     guide.add_argument("--gradient", choices=("unet", "x0"), help="through the UNet, or with respect to x̂0 alone (fast)")
+    guide.add_argument(
+        "--x0-if-needed", action="store_const", const=True, help="where memory runs out, take --gradient x0, which is another picture"
+    )
     guide.add_argument("--clip-input", choices=("x0", "mixed"), help="what CLIP sees")
     guide.add_argument("--distance", choices=("spherical", "spherical_unclamped", "cosine"))
     guide.add_argument("--views", type=int, metavar="N", help="views of extending augmentations; 1 turns them off")
@@ -194,13 +197,13 @@ def _sentence(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "Ctrl-C."
-    if isinstance(error, MemoryError):
-        return f"out of memory; {SMALLER}"
+    from .thrift import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return f"the device ran out of memory; {SMALLER}"
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or 'file system'}."
     if isinstance(error, RuntimeError):
-        if any(words in str(error).lower() for words in ("out of memory", "can't allocate memory")):
-            return f"the device ran out of memory; {SMALLER}"
         return f"{type(error).__name__}: {error}. Run again with --debug for the place."
     return f"something unexpected, {type(error).__name__}: {error}. Run again with --debug for the place."
 

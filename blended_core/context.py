@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -64,6 +65,14 @@ class DeviceContext:
     def put(self, tensor: Tensor) -> Tensor:
         """A tensor on the device, as float32 if it is floating."""
         return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    def release(self) -> None:
+        """Gives memory that nothing uses any more back to the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
 
     @contextlib.contextmanager
     def autograd(self) -> Iterator[None]:

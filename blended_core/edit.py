@@ -27,6 +27,7 @@ from .losses import PerceptualDistance
 from .rank import Score, background_error, clip_distance, clip_distance_reference, ranking, seam_energy
 from .region import Region, WholePicture, bounds, region_around
 from .schedule import CLEAN, Schedule, check_respacing
+from .thrift import Thrift, sparing
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,17 @@ PRESETS: dict[str, EditOptions] = {
     "best": EditOptions(),
     "paper": EditOptions(
         preset="paper",
-        guidance=GuidanceOptions(gradient="x0", distance="cosine", range_scale=0.0, views=16),
+        guidance=GuidanceOptions(distance="cosine", range_scale=0.0, views=16),
     ),
     "official": EditOptions(
         preset="official",
         guidance=GuidanceOptions(
-            clip_input="mixed", distance="spherical_unclamped", background_loss="reference", symmetric_views=False, reference_size=0
+            gradient="unet",
+            clip_input="mixed",
+            distance="spherical_unclamped",
+            background_loss="reference",
+            symmetric_views=False,
+            reference_size=0,
         ),
         background_level="one_off",
         background_noise="shared",
@@ -185,12 +191,16 @@ def preset(name: str, **changes: Any) -> EditOptions:
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of an edit. ``clip`` may be None for removal, ``perceptual`` where D_bg is off."""
+    """The networks of an edit. ``clip`` may be None for removal, ``perceptual`` where D_bg is off.
+
+    ``thrift`` is what memory allowed so far; it learns.
+    """
 
     ddpm: DiffusionModel
     clip: ClipModel | None = None
     perceptual: PerceptualDistance | None = None
     context: DeviceContext = field(default_factory=DeviceContext)
+    thrift: Thrift = field(default_factory=Thrift)
 
     def __post_init__(self) -> None:
         first = next(self.ddpm.network.parameters(), None)
@@ -291,6 +301,8 @@ def guided_step(
 ) -> Step:
     """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a DDPM or DDIM step. Nothing is blended.
 
+    Where memory runs out, the same is done with less at once (:mod:`~blended_core.thrift`).
+
     Args:
         models, schedule, options, draws: the edit that this is a step of.
         x: [B, C, H, W] at ``index``; images: the candidates that its rows are.
@@ -302,8 +314,55 @@ def guided_step(
         The step, its ``done`` and ``total`` left at 0.
 
     Raises:
-        BlendedError: if a network is missing that the options need, or the class does not exist.
+        BlendedError: if a network is missing that the options need, the class does not exist, or memory does not do for one image.
     """
+    guided = bool(prompt is not None and len(prompt))
+
+    def work(rows: int, guidance: GuidanceOptions) -> list[Step]:
+        now = replace(options, guidance=guidance)
+        return [
+            _step_of_rows(models, x[i : i + rows], index, schedule, now, prompt, mask, draws, images[i : i + rows], source)
+            for i in range(0, len(x), rows)
+        ]
+
+    return joined(sparing(work, len(x), options.guidance, models.thrift, models.ddpm.network, models.context, guided))
+
+
+def joined(parts: Sequence[Step]) -> Step:
+    """One step of those of parts of a batch."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def whole(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    count = sum(len(part.images) for part in parts)
+    return replace(
+        first,
+        images=tuple(image for part in parts for image in part.images),
+        x=torch.cat([part.x for part in parts]),
+        x0=torch.cat([part.x0 for part in parts]),
+        clip_distance=whole("clip_distance"),
+        shift=(sum(len(part.images) * part.shift**2 for part in parts) / count) ** 0.5,
+        broken=sum(part.broken for part in parts),
+        gradient=whole("gradient"),
+    )
+
+
+def _step_of_rows(
+    models: Models,
+    x: Tensor,
+    index: int,
+    schedule: Schedule,
+    options: EditOptions,
+    prompt: Prompt | None,
+    mask: Tensor,
+    draws: Source,
+    images: Sequence[int],
+    source: Tensor | None,
+) -> Step:
     guidance, model = options.guidance, models.ddpm
     labels = class_labels(model, options.class_choice, index, draws, images, x.device)
     guided = bool(prompt is not None and len(prompt))

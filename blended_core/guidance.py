@@ -25,7 +25,8 @@ class GuidanceOptions:
         scale: weight of D_CLIP.
         range_scale: weight of the range loss.
         background_scale: weight λ of D_bg (Algorithm 1).
-        gradient: 'unet': with respect to x_t, through the UNet; 'x0': with respect to x̂0, without its backward pass.
+        gradient: 'x0': with respect to x̂0, as the paper has it; 'unet': with respect to x_t, through the UNet, as its code does
+            (a backward pass more, and less often what was asked for: docs/quality.md).
         clip_input: 'x0': CLIP sees x̂0; 'mixed': x̂0·f + x_t·(1−f) with f = √(1−ᾱ).
         distance: of CLIP embeddings, see :func:`~blended_core.losses.d_clip`.
         background_loss: 'paper', per image; or 'reference', with the next two weights instead of ``background_scale``.
@@ -37,12 +38,13 @@ class GuidanceOptions:
         reference_size: side of the pictures that the weights are meant for. The losses are means over a picture, so their
             gradient at a pixel falls with the number of pixels; it is brought to what it would be at this size, and one scale suits
             models of 64 and of 512 pixels. 0: weights as they are, which is the same at 256.
+        x0_if_needed: where memory runs out and nothing else helps, go on with the gradient at x̂0, which is another picture.
     """
 
     scale: float = 1000.0
     range_scale: float = 50.0
     background_scale: float = 0.0
-    gradient: str = "unet"
+    gradient: str = "x0"
     clip_input: str = "x0"
     distance: str = "spherical"
     background_loss: str = "paper"
@@ -53,6 +55,7 @@ class GuidanceOptions:
     view_chunk: int = 0
     clamp: float | None = None
     reference_size: int = 256
+    x0_if_needed: bool = False
 
     def __post_init__(self) -> None:
         _choice("gradient", self.gradient, ("unet", "x0"))

@@ -481,7 +481,7 @@ OWN = Graph(
             "4. **Mask**: right-click *Load Image*, *Open in MaskEditor*, paint what may change.\n"
             f"5. **Guidance**: *scale* 1000 suits photos ({GUIDANCE_SCALE:.0f} is for the embedded models). *steps* 100.\n\n"
             "| it should | turn |\n|---|---|\n| change more | strength up |\n| obey the text | scale, views up; more candidates |\n"
-            "| use less memory | batch 1, view_chunk 2, gradient x0 |\n| be quicker | sampler ddim with respacing ddim25 |",
+            "| use less memory | batch 1, view_chunk 2 |\n| be quicker | sampler ddim with respacing ddim25 |",
             width=460,
             height=620,
         ),

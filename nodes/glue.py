@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..blended_core.edit import Models
 from ..blended_core.errors import BlendedError, BlendedWarning
 from ..blended_core.guidance import GuidanceOptions
 from ..blended_core.perceptual import Perceptual, load_perceptual
+from ..blended_core.thrift import Thrift
 from .latent import four_dimensional, shape_of
 
 CATEGORY = "Blended Diffusion"
@@ -54,6 +55,7 @@ class LoadedDDPM:
     model: DiffusionModel
     patcher: ModelPatcher
     context: DeviceContext
+    thrift: Thrift = field(default_factory=Thrift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,7 @@ VALUES_A_PIXEL = 60
 
 def models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None) -> Models:
     """The engine's view of loaded networks; after :func:`on_device`."""
-    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, ddpm.context)
+    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, ddpm.context, ddpm.thrift)
 
 
 # --- progress, preview, interrupt ---------------------------------------------------------------------------------------

@@ -113,9 +113,11 @@ def test_a_whole_edit_runs_the_network_once_a_step(model: DiffusionModel) -> Non
     edit_picture((SOURCE + 1) / 2, MASK, None, replace(tiny.tiny_models(), ddpm=watched), options)
     assert network.forwards == 3 * 2
     assert network.backwards == 0, "a removal needs no gradient"
-    network.forwards = 0
-    steps = list(edit_steps(tiny.tiny_models(watched), SOURCE, MASK, PROMPT, options, Draws(0), [0, 1]))
-    assert network.forwards == network.backwards == len(steps) == 3
+    for gradient, backwards in (("unet", 3), ("x0", 0)):
+        network.forwards = network.backwards = 0
+        guided = replace(options, guidance=replace(options.guidance, gradient=gradient))
+        steps = list(edit_steps(tiny.tiny_models(watched), SOURCE, MASK, PROMPT, guided, Draws(0), [0, 1]))
+        assert network.forwards == len(steps) == 3 and network.backwards == backwards
 
 
 @pytest.mark.parametrize("gradient", ["unet", "x0"])
@@ -559,7 +561,7 @@ def test_gradient_checkpointing_changes_memory_alone() -> None:
             calls[name] += 1
 
         block.register_forward_pre_hook(count)
-    options = GuidanceOptions(views=2)
+    options = GuidanceOptions(gradient="unet", views=2)
     a, b = guided(plain, noisy(2), options), guided(thrifty, noisy(2), options)
     assert torch.allclose(a.gradient, b.gradient, atol=1e-6 * float(a.gradient.abs().max()))
     assert torch.equal(a.prediction.x0, b.prediction.x0)
@@ -570,7 +572,7 @@ def test_gradient_checkpointing_changes_memory_alone() -> None:
 def test_half_precision_is_near_float32(dtype: torch.dtype) -> None:
     full, half = tiny.tiny_model(), tiny.tiny_model()
     half.network.set_compute_dtype(dtype)  # type: ignore[operator]
-    options = GuidanceOptions(views=1)
+    options = GuidanceOptions(gradient="unet", views=1)
     a, b = guided(full, noisy(2), options), guided(half, noisy(2), options)
     assert b.prediction.x0.dtype == b.gradient.dtype == torch.float32
     error = (a.prediction.x0 - b.prediction.x0).abs().max() / a.prediction.x0.abs().max()
@@ -592,7 +594,7 @@ def test_presets_are_those_of_the_method() -> None:
     """METHOD §2, row by row: (official, paper, best)."""
     rows: dict[str, tuple[Any, Any, Any]] = {
         "background_level": ("one_off", "matched", "matched"),
-        "guidance.gradient": ("unet", "x0", "unet"),
+        "guidance.gradient": ("unet", "x0", "x0"),
         "guidance.distance": ("spherical_unclamped", "cosine", "spherical"),
         "guidance.range_scale": (50.0, 0.0, 50.0),
         "guidance.background_scale": (0.0, 0.0, 0.0),

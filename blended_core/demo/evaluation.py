@@ -33,6 +33,8 @@ STEPS = "40"
 CANDIDATES, PAIRS = 8, 50
 FIFTH = 0.2
 REFERENCE = 256
+LISTS = {False: (20220624, 1000), True: (20220626, 5001)}
+"""The seed of the order, and the first of the scenes', of the two lists. A held-back list that was looked at before the end is used up: give the next one another."""
 
 
 def _row(name: str, **changes: Any) -> EditOptions:
@@ -50,6 +52,7 @@ ROWS: dict[str, EditOptions] = {
     "no-augmentation": _row("best", views=1),
     "naive-paste": _row("best", algorithm="local", background_scale=0.0, enforce_background=True),
     "x0-gradient": _row("best", gradient="x0"),
+    "unet-gradient": _row("best", gradient="unet"),
     "ddim-10": _row("best", sampler="ddim", steps="ddim10"),
     "ddim-25": _row("best", sampler="ddim", steps="ddim25"),
     "ddim-50": _row("best", sampler="ddim", steps="ddim50"),
@@ -77,13 +80,14 @@ def pairs(count: int, held_back: bool = False) -> list[Pair]:
 
     Objects and backgrounds come equally often, in an order that looks like chance.
     """
-    rng = np.random.default_rng(20220624 + held_back)
+    order, first = LISTS[held_back]
+    rng = np.random.default_rng(order)
     out: list[Pair] = []
     while len(out) < count:
         names, grounds = rng.permutation(list(OBJECTS)), rng.permutation(len(OBJECTS))
         for name, ground in zip(names, grounds, strict=True):
             background = list(BACKGROUNDS)[int(ground) % len(BACKGROUNDS)]
-            out.append(Pair(len(out), background, 1000 + 2 * len(out) + held_back, str(name)))
+            out.append(Pair(len(out), background, first + 2 * len(out), str(name)))
     return out[:count]
 
 
@@ -225,7 +229,7 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ``batch_precision``: share of all candidates that the judge accepts. ``best_precision``: share of pairs whose first
     candidate it accepts. ``top_fifth`` and ``bottom_fifth``: share accepted among the best and the worst ranked fifth of each pair, rounded up to whole candidates. ``rank_auc``:
     how often, of two candidates of one pair of which one is accepted, that one has the smaller CLIP distance (½ is chance).
-    The others are means; ``background_error_max`` is the largest.
+    ``by_rank``: share accepted at each rank. The others are means; ``background_error_max`` is the largest.
     """
     every = [c for r in records for c in r["candidates"]]
     firsts = [r["candidates"][0] for r in records]
@@ -245,6 +249,7 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "top_fifth": _mean(top),
         "bottom_fifth": _mean(bottom),
         "rank_auc": rank_auc(records),
+        "by_rank": [_mean(c["accepted"] for c in rank) for rank in zip(*(r["candidates"] for r in records), strict=True)],
         "seconds": _mean(r["seconds"] for r in records),
     }
 

@@ -2,9 +2,10 @@
 
     python -m blended_core.demo.train_clip --out runs/clip --minutes 25
 
-It sees what guidance shows it: whole scenes and regions with grey outside, clean, noisy or blurred (as x̂0 is early on),
-and warped. Sentences are matched with every picture of the batch that they are true of, not with their own alone. The
-same command goes on where it stopped; ``--init FILE.safetensors`` begins from weights alone.
+It sees what guidance shows it: whole scenes and regions with grey outside, clean, noisy or blurred, and warped; with ``--estimates``
+also what the diffusion model makes of scenes in which noise has left only a hint of an object, which is all that x̂0 shows early on.
+Sentences are matched with every picture of the batch that they are true of, not with their own alone. The same command goes on
+where it stopped; ``--init FILE.safetensors`` begins from weights alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoints.load import load_ddpm
+from ..context import DeviceContext
+from ..diffusion import q_sample
 from ..files import replacing
 from .captions import Caption, describe
 from .spoil import spoiled
@@ -35,6 +40,9 @@ CONFIG: dict[str, Any] = {
 }
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 START, END = 49406, 49407
+ESTIMATED_LEVELS = {True: (100, 760), False: (50, 450)}
+"""Of 1000, by whether the object is whole: from above the noise that leaves everything to see, to where an edit of strength 0.75
+begins. What is spoiled is noised less: from more noise the diffusion model would make something whole of it."""
 
 
 def vocabulary() -> list[int]:
@@ -74,29 +82,73 @@ def coverage(mask: np.ndarray, placed: Placed) -> float:
     return float(mask[disc].mean()) if disc.any() else 0.0
 
 
+Shown = tuple[Scene, np.ndarray, bool]
+"""A scene, its picture [64, 64, 3] uint8, and whether its objects are whole."""
+
+
+Estimate = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(pictures [N, 64, 64, 3] uint8, noise levels [N] of 1000) → pictures."""
+
+
+def estimator(device: torch.device, rng: np.random.Generator) -> Estimate:
+    """What the embedded diffusion model takes noised pictures for: its x̂0 at each one's level."""
+    model = load_ddpm(DeviceContext(device), trial=None)
+    schedule = model.config.respaced("1000")
+
+    def estimate(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        index = torch.from_numpy(levels)
+        noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
+        with torch.no_grad():
+            x0 = model.predict(q_sample(x, index, noise, schedule).to(device), index, schedule).x0.cpu()
+        found: np.ndarray = (x0 * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return found
+
+    return estimate
+
+
 class Examples:
     """An endless stream of (picture, what it shows), from a pool of scenes that is renewed slowly.
 
-    ``spoil``: share of single objects that are spoiled; such a picture shows nothing but its background.
+    ``spoil``: share of single objects that are spoiled; such a picture shows nothing but its background. ``estimates``: share of
+    pictures that are replaced by what ``estimate`` makes of them.
     """
 
-    def __init__(self, rng: np.random.Generator, size: int, spoil: float = 0.0) -> None:
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        spoil: float = 0.0,
+        estimates: float = 0.0,
+        estimate: Estimate | None = None,
+    ) -> None:
         self.rng, self.spoil = rng, spoil
-        self.pool = [self._scene() for _ in range(size)]
+        self.estimates, self.estimate = estimates if estimate else 0.0, estimate
+        self.pool: list[Shown] = []
+        while len(self.pool) < size:
+            self.pool += self._scenes(min(64, size - len(self.pool)))
 
-    def _scene(self) -> tuple[Scene, np.ndarray, bool]:
-        """A scene, its picture, and whether its objects are whole."""
+    def _scene(self) -> Shown:
         scene = random_scene(self.rng, size=(26 / SIDE, 54 / SIDE))
         if len(scene.objects) == 1 and self.rng.uniform() < self.spoil:
             picture = (spoiled(self.rng, scene) * 255).round().clip(0, 255).astype(np.uint8)
             return scene, picture, False
         return scene, render(scene), True
 
+    def _scenes(self, count: int) -> list[Shown]:
+        scenes = [self._scene() for _ in range(count)]
+        noised = [i for i in range(count) if self.rng.uniform() < self.estimates]
+        if noised and self.estimate:
+            levels = np.array([self.rng.integers(*ESTIMATED_LEVELS[scenes[i][2]]) for i in noised])
+            for i, picture in zip(noised, self.estimate(np.stack([scenes[i][1] for i in noised]), levels), strict=True):
+                scenes[i] = (scenes[i][0], picture, scenes[i][2])
+        return scenes
+
     def draw(self, batch: int, renew: int) -> tuple[Tensor, Tensor, list[tuple[frozenset[str], str]]]:
         """(pictures [B,3,64,64] in −1..1, masks [B,1,64,64], truths)."""
         rng = self.rng
-        for _ in range(renew):
-            self.pool[int(rng.integers(len(self.pool)))] = self._scene()
+        for shown in self._scenes(renew):
+            self.pool[int(rng.integers(len(self.pool)))] = shown
         pictures: list[np.ndarray] = []
         masks: list[np.ndarray] = []
         truths: list[tuple[frozenset[str], str]] = []
@@ -111,10 +163,10 @@ class Examples:
                 else:
                     half, (cx, cy) = rng.uniform(0.15, 0.4, 2), rng.uniform(0.2, 0.8, 2)
                 mask = soft_mask(rng, (cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
-            shown = [coverage(mask, placed) for placed in scene.objects]
-            if mask.mean() < 0.03 or any(0.1 < share < 0.55 for share in shown):
+            shares = [coverage(mask, placed) for placed in scene.objects]
+            if mask.mean() < 0.03 or any(0.1 < share < 0.55 for share in shares):
                 continue  # too little to see, or neither shown nor hidden
-            things = frozenset(p.name for p, share in zip(scene.objects, shown, strict=True) if share >= 0.55 and whole)
+            things = frozenset(p.name for p, share in zip(scene.objects, shares, strict=True) if share >= 0.55 and whole)
             pictures.append(picture)
             masks.append(mask)
             truths.append((things, scene.background))
@@ -177,6 +229,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--init", type=Path)
     parser.add_argument("--spoil", type=float, default=0.0, help="share of objects that are spoiled until they are none (%(default)s)")
+    parser.add_argument("--estimates", type=float, default=0.0, help="share of pictures that are x̂0 of the diffusion model (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
@@ -240,7 +293,8 @@ def main() -> None:
             image = shadow.encode_image(torch.stack(pictures).to(device), normalize=True)
         return float(((image @ text.T).argmax(1).cpu() == torch.tensor(truth)).float().mean())
 
-    examples = Examples(np.random.default_rng((args.seed, step)), 6000, args.spoil)
+    estimate = estimator(device, np.random.default_rng((args.seed, step, 1))) if args.estimates else None
+    examples = Examples(np.random.default_rng((args.seed, step)), 6000, args.spoil, args.estimates, estimate)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     average, last = None, time.monotonic()
     while (progress := elapsed / (60 * args.minutes)) < 1:

@@ -1,0 +1,94 @@
+"""Measures time and memory of the engine and writes a table, a JSON and a plot.
+
+    python -m benchmarks --only step --out runs/benchmarks
+
+Every figure is a ratio of ways that took turns in one run; see benchmarks/measure.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports every start and stop otherwise
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blended_core.context import DeviceContext
+from blended_core.files import write_bytes
+
+from .edit import measure_edit
+from .loading import measure_import, measure_load
+from .report import plot, table
+from .step import measure_growth, measure_step
+
+PARTS = ("step", "edit", "load", "import")
+ROUNDS = {"small": 9, "medium": 5, "full": 3}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure (default: all)")
+    parser.add_argument("--networks", choices=list(ROUNDS), nargs="+", default=list(ROUNDS), help="of the step (default: all)")
+    parser.add_argument("--rounds", type=int, help=f"of every comparison (default: by network, {ROUNDS})")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--channels-last", action="store_true", help="the layout in memory that is usual on CUDA")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    context = DeviceContext.choose(args.device, args.dtype)
+    if args.channels_last:
+        context = DeviceContext(context.device, context.dtype, True)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"machine": machine(context)}
+
+    def keep() -> None:
+        write_bytes(args.out / "benchmarks.json", json.dumps(found, indent=1).encode() + b"\n")
+        write_bytes(args.out / "benchmarks.md", f"{table(found)}\n".encode())
+
+    if "step" in args.only:
+        found["steps"] = []
+        for name in args.networks:
+            found["steps"].append(measure_step(name, context, args.rounds or ROUNDS[name], say))
+            keep()
+        if "small" in args.networks:
+            found["growth"] = measure_growth(context, args.rounds or ROUNDS["small"], say)
+    if "edit" in args.only:
+        found["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], say)
+    if "load" in args.only:
+        found["load"] = measure_load(args.rounds or ROUNDS["full"], say)
+    if "import" in args.only:
+        found["import"] = measure_import(args.rounds or ROUNDS["medium"], say)
+    keep()
+    plot(args.out / "benchmarks.png", found)
+    print(table(found))
+    return 0
+
+
+def machine(context: DeviceContext) -> dict[str, Any]:
+    """What the figures are of."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(context.dtype).removeprefix("torch."),
+        "channels_last": context.channels_last,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

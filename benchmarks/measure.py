@@ -1,0 +1,85 @@
+"""Times as ratios, and peak memory.
+
+A shared machine is slower at one minute than at the next. So the ways to do a thing take turns, round by round and in turned order,
+and each round gives a ratio of its own; what is reported is their median and quartiles.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one way takes as another: median and quartiles of rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
+    """Of two lists of seconds that were taken round by round."""
+    each = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0], each[0], each[0])
+    return Ratio(median(each), low, high, len(each))
+
+
+def side_by_side(ways: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every way in every round; the order is turned from round to round, and a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        names = list(ways) if number % 2 else list(reversed(ways))
+        for name in names:
+            wait(device)
+            begun = time.perf_counter()
+            ways[name]()
+            wait(device)
+            if number:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """The largest sum of tensors alive at once that ``work`` allocated, in bytes; what was there before is not counted.
+
+    On CUDA as its allocator counts. On a CPU from the profiler's record of every allocation, which is exact and the same every
+    time; the memory that libraries take inside one operation is not in it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+        work()
+    kineto = profile.profiler.kineto_results if profile.profiler is not None else None
+    if kineto is None:
+        raise RuntimeError("the profiler recorded nothing.")
+    changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak

@@ -1,0 +1,98 @@
+"""The networks that are measured: real architectures with random weights, for the time of a step does not depend on what was learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from blended_core.checkpoints.adm import UNet, UNetConfig
+from blended_core.clip import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
+from blended_core.context import DeviceContext
+from blended_core.diffusion import DiffusionConfig, DiffusionModel
+
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 2, "layers": 2},
+}
+VIT_B_16: dict[str, Any] = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16},
+    # The text tower takes no part in a step and is left small.
+    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Networks and the batch that they are measured with."""
+
+    name: str
+    unet: UNetConfig
+    clip: dict[str, Any]
+    batch: int
+    views: int
+
+
+SIZES = {
+    "small": Size(
+        "small",
+        UNetConfig(
+            image_size=64, model_channels=64, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_downsampling=(4, 8),
+            num_head_channels=32, use_scale_shift_norm=True,
+        ),
+        TINY_CLIP, batch=4, views=8,
+    ),
+    "medium": Size(
+        "medium",
+        UNetConfig(
+            image_size=128, model_channels=128, channel_mult=(1, 1, 2, 3, 4), num_res_blocks=2, attention_downsampling=(4, 8, 16),
+            num_heads=4, use_scale_shift_norm=True, resblock_updown=True,
+        ),
+        VIT_B_16, batch=1, views=16,
+    ),
+    "full": Size(
+        "full",
+        UNetConfig(num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True),
+        VIT_B_16, batch=1, views=8,
+    ),
+}  # fmt: skip
+"""small: 64 px, 7.2 M parameters, CLIP of 32 px. medium: 128 px, ViT-B/16. full: the 256 px ADM, ViT-B/16."""
+
+
+def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
+    """A UNet whose layers that begin at zero are small instead, so that every part takes part."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet(config)
+        for parameter in unet.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+    return unet
+
+
+def diffusion_model(size: Size, context: DeviceContext) -> DiffusionModel:
+    """The diffusion model of a size, placed."""
+    unet = random_unet(size.unet).set_compute_dtype(context.dtype)
+    context.place(unet)
+    return DiffusionModel.from_unet(unet, DiffusionConfig())
+
+
+def clip_model(size: Size, context: DeviceContext) -> ClipModel:
+    """The image tower of a size, placed; its texts mean nothing."""
+    import open_clip
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = open_clip.CLIP(**size.clip)
+    side = int(size.clip["vision_cfg"]["image_size"])
+    return ClipModel(context.place(network), None, f"random {side} px", OPENAI_MEAN, OPENAI_STD, side, 16)
+
+
+def random_prompt(size: Size, context: DeviceContext) -> Prompt:
+    """A direction for CLIP to pull in."""
+    embedding = torch.randn(1, int(size.clip["embed_dim"]), generator=torch.Generator().manual_seed(2))
+    return Prompt(("something",), (1.0,), context.put(embedding))

@@ -1,0 +1,102 @@
+"""What was measured, as a table and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .measure import Ratio
+from .step import BARS
+
+INK, PALE, BAR, GOOD, BAD = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
+
+
+def as_text(values: dict[str, Any]) -> str:
+    """'1.67 (1.56–1.70)' of a ratio that went through JSON."""
+    return str(Ratio(**values))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: every figure with its bar, where it has one."""
+    lines = ["| what | network | figure (quartiles) | to reach |", "|---|---|---|---|"]
+    for name, value, bar in figures(found):
+        network, what = name
+        text = as_text(value) if isinstance(value, dict) else f"{value:.2f}"
+        lines.append(f"| {what} | {network} | {text} | {'' if bar is None else f'{sign(bar[1])} {bar[0]:g}'} |")
+    for step in found.get("steps", []):
+        memory = ", ".join(f"{way} {mib:.0f}" for way, mib in step["memory_mib"].items())
+        lines.append(f"| peak memory of tensors, MiB | {step['network']} | {memory} | |")
+        for way, gap in step["difference"].items():
+            lines.append(
+                f"| difference to the plain path: {way} | {step['network']} | x {gap['x']:.1e}, gradient {gap['gradient']:.1e} | ≤ 1e-4, 1e-3 |"
+            )
+    for kind, memory in found.get("growth", {}).get("views_memory_mib", {}).items():
+        text = ", ".join(f"{n}: {mib:.1f}" for n, mib in memory.items())
+        lines.append(f"| peak memory by views, {kind}, MiB | small | {text} | |")
+    if "import" in found:
+        text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["import"]["median"].items())
+        lines.append(f"| import | | {text} | |")
+    return "\n".join(lines)
+
+
+def sign(which: str) -> str:
+    """Of a bar."""
+    return "≥" if which == "least" else "≤"
+
+
+def figures(found: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[float, str] | None]]:
+    """((network, what), ratio or number, bar) in the order of the table."""
+    out: list[tuple[tuple[str, str], Any, tuple[float, str] | None]] = []
+    for step in found.get("steps", []):
+        for what, value in (step["ratios"] | step["memory_ratios"]).items():
+            out.append(((step["network"], what), value, BARS.get((step["network"], what))))
+    for n, value in found.get("growth", {}).get("batch", {}).items():
+        out.append((("small", f"time an image, batch {n} / batch 1"), value, (1.0, "most") if n != "1" else None))
+    for n, value in found.get("growth", {}).get("views", {}).items():
+        out.append((("small", f"time, {n} views / 1"), value, None))
+    edit = found.get("edit", {})
+    for n, value in edit.get("steps", {}).items():
+        out.append((("small", f"steps, picture of {n} px / 256"), value, (1.1, "most") if n == "4096" else None))
+    for n, value in edit.get("cut and paste", {}).items():
+        pixels = edit["pixels"][n]
+        out.append((("small", f"cut and paste, {n} px / 256 ({pixels:g} × the pixels)"), value, (pixels, "most") if n != "256" else None))
+    load = found.get("load", {})
+    for name, value in load.get("ratios", {}).items():
+        out.append((("full", f"loading as {name} / reading the file"), value, (1.2, "most") if name == "float32" else None))
+    for name, value in load.get("memory_over_float32_weights", {}).items():
+        out.append((("full", f"memory kept, {name} / weights in float32"), value["own"], (1.1, "most")))
+    return out
+
+
+def reached(value: Any, bar: tuple[float, str]) -> bool:
+    """Whether a figure, by its median, is what was asked for."""
+    number = value["median"] if isinstance(value, dict) else value
+    return bool(number >= bar[0] if bar[1] == "least" else number <= bar[0])
+
+
+def plot(path: Path, found: dict[str, Any]) -> None:
+    """Bars of all ratios of a step to the floor, and of every figure that has a bar to reach."""
+    rows = [row for row in figures(found) if row[2] is not None or "/ floor" in row[0][1]]
+    height, left, width = 30, 380, 1040
+    image = Image.new("RGB", (width, 60 + height * len(rows)), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(14)
+    draw.text((16, 16), "ratios: median, quartiles, and the bar to reach", INK, font=ImageFont.load_default(18))
+    for line, ((network, what), value, bar) in enumerate(rows):
+        top = 54 + line * height
+        middle = value["median"] if isinstance(value, dict) else value
+        largest = 1.25 * max(middle, value["high"] if isinstance(value, dict) else middle, bar[0] if bar else 0)
+        scale = (width - left - 150) / largest
+        colour = BAR if bar is None else GOOD if reached(value, bar) else BAD
+        draw.text((left - 12, top + 12), f"{network}: {what}", INK, font=font, anchor="rm")
+        draw.rectangle((left, top + 3, left + middle * scale, top + 21), colour)
+        if isinstance(value, dict):
+            draw.line((left + value["low"] * scale, top + 12, left + value["high"] * scale, top + 12), INK, 2)
+        if bar:
+            x = left + bar[0] * scale
+            draw.line((x, top, x, top + 24), INK, 2)
+        text = f"{middle:.2f}" + (f"  ({sign(bar[1])} {bar[0]:g})" if bar else "")
+        draw.text((width - 140, top + 12), text, INK, font=font, anchor="lm")
+    image.save(path)

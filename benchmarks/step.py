@@ -1,0 +1,104 @@
+"""One guided step against the floor and against the reference's structure; how it grows with batch and views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blended_core.context import DeviceContext
+
+from .measure import Work, peak_bytes, ratio, side_by_side
+from .networks import SIZES
+from .structure import Setting, checkpointed, clip, floor, ours, reference, unet
+
+Say = Callable[[str], None]
+MIB = 2**20
+WAYS = ("exact", "checkpointing", "x0", "bf16")
+BARS = {
+    # (network, figure): (the least or the most, which)
+    ("small", "reference / exact"): (1.65, "least"),
+    ("full", "reference / exact"): (2.2, "least"),
+    ("small", "exact / floor"): (1.05, "most"),
+    ("medium", "exact / floor"): (1.05, "most"),
+    ("full", "exact / floor"): (1.05, "most"),
+    ("small", "reference / x0"): (3.1, "least"),
+    ("small", "reference / bf16"): (2.2, "least"),
+    ("small", "x0 memory / forward"): (1.15, "most"),
+}
+
+
+def native_bf16() -> bool:
+    """Whether this processor computes in bfloat16 itself; elsewhere it is emulated, and slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> dict[str, Any]:
+    """Times, ratios, memory and equality for the networks of a size."""
+    setting = Setting.build(SIZES[name], context)
+    ways: dict[str, Work] = {
+        "reference": lambda: reference(setting),
+        "floor": lambda: floor(setting),
+        "exact": lambda: ours(setting),
+        "checkpointing": checkpointed(setting),
+        "x0": lambda: ours(setting, "x0"),
+        "forward": lambda: unet(setting, backward=False),
+    }
+    half = None
+    if context.device.type == "cuda" or native_bf16():
+        half = Setting.build(SIZES[name], DeviceContext(context.device, torch.bfloat16, context.channels_last), setting.clip)
+        ways["bf16"] = lambda: ours(half, "unet")  # type: ignore[arg-type]
+    say(f"{name}: {', '.join(ways)}, {rounds} rounds")
+    with context.autograd():
+        seconds = side_by_side(ways, rounds, context.device)
+        memory = {way: peak_bytes(work, context.device) / MIB for way, work in ways.items()}
+        memory["clip"] = peak_bytes(lambda: clip(setting), context.device) / MIB
+        plain, found = reference(setting), ours(setting)
+        split = ours(setting, view_chunk=1)
+    ratios = {f"{way} / floor": ratio(seconds[way], seconds["floor"]) for way in ways if way != "floor"}
+    ratios |= {f"reference / {way}": ratio(seconds["reference"], seconds[way]) for way in WAYS if way in ways}
+    shares = {"x0 memory / forward": memory["x0"] / memory["forward"], "exact memory / floor": memory["exact"] / memory["floor"]}
+    return {
+        "network": name,
+        "batch": setting.size.batch,
+        "views": setting.size.views,
+        "parameters": sum(p.numel() for p in setting.model.network.parameters()),
+        "seconds": seconds,
+        "ratios": {key: vars(value) for key, value in ratios.items()},
+        "memory_mib": memory,
+        "memory_ratios": shares,
+        "difference": {"exact": differences(plain, found), "one view at a time": differences(plain, split)},
+    }
+
+
+def differences(plain: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+    """The largest of x_{t−1}, and of the gradient relative to its largest value."""
+    return {
+        "x": float((plain[0] - found[0]).abs().max()),
+        "gradient": float((plain[1] - found[1]).abs().max() / plain[1].abs().max()),
+    }
+
+
+def measure_growth(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any]:
+    """Time an image as the batch grows, and CLIP's memory as its views grow in chunks of four."""
+    setting = Setting.build(SIZES["small"], context)
+    batches = {count: setting.with_batch(count, setting.size.views) for count in (1, 2, 4, 8)}
+    views = {count: setting.with_batch(setting.size.batch, count) for count in (1, 4, 16, 64)}
+    say(f"growth with batch {', '.join(map(str, batches))} and views {', '.join(map(str, views))}, {rounds} rounds")
+    with context.autograd():
+        by_batch = side_by_side({str(n): (lambda s=s: ours(s)) for n, s in batches.items()}, rounds, context.device)
+        by_views = side_by_side({str(n): (lambda s=s: ours(s, view_chunk=4)) for n, s in views.items()}, rounds, context.device)
+        chunked = {str(n): peak_bytes(lambda s=s: ours(s, "x0", view_chunk=4), context.device) / MIB for n, s in views.items()}  # type: ignore[misc]
+        whole = {str(n): peak_bytes(lambda s=s: ours(s, "x0"), context.device) / MIB for n, s in views.items()}  # type: ignore[misc]
+    per_image = {n: [t / int(n) for t in seconds] for n, seconds in by_batch.items()}
+    return {
+        "batch": {n: vars(ratio(seconds, per_image["1"])) for n, seconds in per_image.items()},
+        "views": {n: vars(ratio(seconds, by_views["1"])) for n, seconds in by_views.items()},
+        "views_memory_mib": {"chunks of 4": chunked, "all at once": whole},
+    }
