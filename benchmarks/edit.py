@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +41,9 @@ def measure_edit(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any
         return paste(square, picture, mask, region, options)
 
     with context.autograd():
-        of_steps = side_by_side({n: (lambda n=n: steps(n)) for n in cases}, rounds, context.device)
-        of_paste = side_by_side({n: (lambda n=n: around(n)) for n in cases}, rounds, context.device)
-        memory = {n: peak_bytes(lambda n=n: around(n), torch.device("cpu")) / MIB for n in cases}  # type: ignore[misc]
+        of_steps = side_by_side({n: partial(steps, n) for n in cases}, rounds, context.device)
+        of_paste = side_by_side({n: partial(around, n) for n in cases}, rounds, context.device)
+        memory = {n: peak_bytes(partial(around, n), torch.device("cpu")) / MIB for n in cases}
     return {
         "steps": {n: vars(ratio(seconds, of_steps["256"])) for n, seconds in of_steps.items()},
         "cut and paste": {n: vars(ratio(seconds, of_paste["256"])) for n, seconds in of_paste.items()},

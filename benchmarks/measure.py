@@ -41,7 +41,7 @@ def side_by_side(ways: Mapping[str, Work], rounds: int, device: torch.device) ->
     """Seconds of every way in every round; the order is turned from round to round, and a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        names = list(ways) if number % 2 else list(reversed(ways))
+        names = list(ways) if number % 2 else list(ways)[::-1]
         for name in names:
             wait(device)
             begun = time.perf_counter()

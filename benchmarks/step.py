@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
     half = None
     if context.device.type == "cuda" or native_bf16():
         half = Setting.build(SIZES[name], DeviceContext(context.device, torch.bfloat16, context.channels_last), setting.clip)
-        ways["bf16"] = lambda: ours(half, "unet")  # type: ignore[arg-type]
+        ways["bf16"] = partial(ours, half)
     say(f"{name}: {', '.join(ways)}, {rounds} rounds")
     with context.autograd():
         seconds = side_by_side(ways, rounds, context.device)
@@ -92,10 +93,10 @@ def measure_growth(context: DeviceContext, rounds: int, say: Say) -> dict[str, A
     views = {count: setting.with_batch(setting.size.batch, count) for count in (1, 4, 16, 64)}
     say(f"growth with batch {', '.join(map(str, batches))} and views {', '.join(map(str, views))}, {rounds} rounds")
     with context.autograd():
-        by_batch = side_by_side({str(n): (lambda s=s: ours(s)) for n, s in batches.items()}, rounds, context.device)
-        by_views = side_by_side({str(n): (lambda s=s: ours(s, view_chunk=4)) for n, s in views.items()}, rounds, context.device)
-        chunked = {str(n): peak_bytes(lambda s=s: ours(s, "x0", view_chunk=4), context.device) / MIB for n, s in views.items()}  # type: ignore[misc]
-        whole = {str(n): peak_bytes(lambda s=s: ours(s, "x0"), context.device) / MIB for n, s in views.items()}  # type: ignore[misc]
+        by_batch = side_by_side({str(n): partial(ours, s) for n, s in batches.items()}, rounds, context.device)
+        by_views = side_by_side({str(n): partial(ours, s, view_chunk=4) for n, s in views.items()}, rounds, context.device)
+        chunked = {str(n): peak_bytes(partial(ours, s, "x0", view_chunk=4), context.device) / MIB for n, s in views.items()}
+        whole = {str(n): peak_bytes(partial(ours, s, "x0"), context.device) / MIB for n, s in views.items()}
     per_image = {n: [t / int(n) for t in seconds] for n, seconds in by_batch.items()}
     return {
         "batch": {n: vars(ratio(seconds, per_image["1"])) for n, seconds in per_image.items()},

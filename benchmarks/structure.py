@@ -149,7 +149,8 @@ def explicit_attention(block: AttentionBlock, x: Tensor) -> Tensor:
     scale = depth**-0.25
     weights = torch.einsum("bct,bcs->bts", q * scale, k * scale).float().softmax(-1).to(x.dtype)
     h = torch.einsum("bts,bcs->bct", weights, v).reshape(b, c, -1)
-    return x + block.proj_out(h).reshape(b, c, height, width)
+    out: Tensor = x + block.proj_out(h).reshape(b, c, height, width)
+    return out
 
 
 def floor(setting: Setting) -> None:

@@ -307,8 +307,8 @@ def guided_step(
         models, schedule, options, draws: the edit that this is a step of.
         x: [B, C, H, W] at ``index``; images: the candidates that its rows are.
         prompt: None or empty: no guidance.
-        mask: [1, 1, H, W], 1 = what CLIP sees.
-        source: [1, C, H, W] in −1..1, needed where D_bg is on.
+        mask: [B or 1, 1, H, W], 1 = what CLIP sees.
+        source: [B or 1, C, H, W] in −1..1, needed where D_bg is on.
 
     Returns:
         The step, its ``done`` and ``total`` left at 0.
@@ -321,11 +321,19 @@ def guided_step(
     def work(rows: int, guidance: GuidanceOptions) -> list[Step]:
         now = replace(options, guidance=guidance)
         return [
-            _step_of_rows(models, x[i : i + rows], index, schedule, now, prompt, mask, draws, images[i : i + rows], source)
+            _step_of_rows(
+                models, x[i : i + rows], index, schedule, now, prompt, _rows_of(mask, i, rows), draws, images[i : i + rows],
+                None if source is None else _rows_of(source, i, rows),
+            )
             for i in range(0, len(x), rows)
-        ]
+        ]  # fmt: skip
 
     return joined(sparing(work, len(x), options.guidance, models.thrift, models.ddpm.network, models.context, guided))
+
+
+def _rows_of(tensor: Tensor, first: int, count: int) -> Tensor:
+    """The rows of some images; a single row is of all of them."""
+    return tensor if len(tensor) == 1 else tensor[first : first + count]
 
 
 def joined(parts: Sequence[Step]) -> Step:

@@ -26,7 +26,7 @@ class GuidanceOptions:
         range_scale: weight of the range loss.
         background_scale: weight λ of D_bg (Algorithm 1).
         gradient: 'x0': with respect to x̂0, as the paper has it; 'unet': with respect to x_t, through the UNet, as its code does
-            (a backward pass more, and less often what was asked for: docs/quality.md).
+            (a backward pass more, judged no better: docs/quality.md).
         clip_input: 'x0': CLIP sees x̂0; 'mixed': x̂0·f + x_t·(1−f) with f = √(1−ᾱ).
         distance: of CLIP embeddings, see :func:`~blended_core.losses.d_clip`.
         background_loss: 'paper', per image; or 'reference', with the next two weights instead of ``background_scale``.

@@ -22,7 +22,9 @@ from .guidance import GuidanceOptions
 
 Result = TypeVar("Result")
 
-SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+SIGNS = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "not enough gpu video memory", "alloc_failed",
+)  # fmt: skip
 """How CUDA, MPS and the CPU's allocator say it, where they have no exception of their own."""
 
 
@@ -51,7 +53,11 @@ class Thrift:
         """The options of a step under these limits."""
         if self.view_chunk is not None:
             options = replace(options, view_chunk=min(self.view_chunk, options.view_chunk or self.view_chunk))
-        return replace(options, gradient="x0") if self.x0 else options
+        return replace(options, gradient="x0") if self.x0 and options.x0_if_needed else options
+
+    def rows_of(self, batch: int, options: GuidanceOptions, guided: bool) -> int:
+        """How many images of a batch go at once."""
+        return batch if together(options, guided) else min(batch, self.rows or batch)
 
     def less(self, batch: int, options: GuidanceOptions, network: nn.Module, guided: bool) -> str:
         """Takes the next measure and says which; nothing left is ''.
@@ -60,11 +66,9 @@ class Thrift:
             batch: images of the step that failed; options: as the person gave them; network: the UNet.
             guided: whether CLIP takes part.
         """
-        rows = min(batch, self.rows or batch)
+        rows = self.rows_of(batch, options, guided)
         now = self.applied(options)
-        # The reference code's background loss averages over the batch, whose images must stay together.
-        together = guided and options.needs_perceptual and options.background_loss == "reference"
-        if rows > 1 and not together:
+        if rows > 1 and not together(options, guided):
             self.rows = rows // 2
             return f"going on with {self.rows} of {batch} images at once"
         chunk = min(now.view_chunk or now.views, now.views)
@@ -73,10 +77,11 @@ class Thrift:
             return f"going on with {self.view_chunk} of {now.views} views at once"
         through_unet = guided and now.gradient == "unet"
         if through_unet and not self.checkpointing and getattr(network, "gradient_checkpointing", None) is False:
-            self.checkpointing = True
-            return "going on with gradient checkpointing, a third slower"
+            # Views were not what did not fit; they are learned again if they are.
+            self.checkpointing, self.view_chunk = True, None
+            return "going on with gradient checkpointing, which is slower"
         if through_unet and options.x0_if_needed:
-            self.x0 = True
+            self.x0, self.view_chunk = True, None
             return "going on with the gradient at x̂0, as you allowed; from here on the picture is another one"
         return ""
 
@@ -86,11 +91,12 @@ class Thrift:
         if not self.checkpointing:
             yield
             return
+        before = network.gradient_checkpointing
         network.gradient_checkpointing = True  # type: ignore[assignment]
         try:
             yield
         finally:
-            network.gradient_checkpointing = False  # type: ignore[assignment]
+            network.gradient_checkpointing = before
 
 
 def sparing(
@@ -109,23 +115,35 @@ def sparing(
     while True:
         try:
             with thrift.checkpoints(network):
-                return work(min(batch, thrift.rows or batch), thrift.applied(options))
+                return work(thrift.rows_of(batch, options, guided), thrift.applied(options))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             measure = thrift.less(batch, options, network, guided)
-            if not measure:
-                raise BlendedError(nothing_left(error, options, guided)) from None
         # Outside of the handler, where the failed step's tensors are let go of.
         context.release()
+        if not measure:
+            raise BlendedError(nothing_left(reason, batch, options, context, guided))
         warnings.warn(f"memory ran out; {measure}.", BlendedWarning, stacklevel=2)
 
 
-def nothing_left(error: BaseException, options: GuidanceOptions, guided: bool) -> str:
-    """The sentence when not even one image and one view fit."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if guided and options.gradient == "unet" and not options.x0_if_needed:
-        advice = "allow the gradient at x̂0 (--gradient x0), which needs a fraction of it, or"
+def together(options: GuidanceOptions, guided: bool) -> bool:
+    """Whether the images of a batch must not be split: the reference code's background loss averages over them."""
+    return guided and options.needs_perceptual and options.background_loss == "reference"
+
+
+def nothing_left(reason: str, batch: int, options: GuidanceOptions, context: DeviceContext, guided: bool) -> str:
+    """The sentence when not even the least fits, with what could still be done."""
+    advice = []
+    if together(options, guided) and batch > 1:
+        least, advice = f"a batch of {batch}, which the reference code's background loss keeps together,", ["use --batch 1"]
     else:
-        advice = "try half precision (--dtype bf16 or fp16), or"
-    return f"memory ran out even with one image and one view at a time ({first}); {advice} close other programs, or run on --device cpu."
+        least = "one image and one view at a time" if guided else "one image at a time"
+    if guided and options.gradient == "unet" and not options.x0_if_needed:
+        advice.append("take the gradient at x̂0 (--gradient x0), which needs a fraction of it")
+    if context.dtype == torch.float32:
+        advice.append("try half precision (--dtype bf16 or fp16)")
+    if context.device.type != "cpu":
+        advice.append("run on --device cpu")
+    return f"memory ran out even with {least} ({reason.rstrip('.')}); {', or '.join([*advice, 'close other programs'])}."

@@ -287,7 +287,7 @@ REMOVAL = Graph(
             "- Make several candidates. Without a prompt nothing ranks them, so they come in the order of their draws.",
             height=360,
         ),
-        models("an empty meadow"),
+        models("an empty meadow", scale=8000.0),
         Column(
             "Picture",
             {

@@ -113,7 +113,7 @@ class GuidanceOptionsNode(io.ComfyNode):
                     options=["unet", "x0"],
                     default=DEFAULTS.gradient,
                     optional=True,
-                    tooltip="x0: at the estimate of the finished picture, as in the paper; fast, in little memory. unet: through the diffusion model, as in the reference code; a third slower, several times the memory.",
+                    tooltip="x0: at the estimate of the finished picture, as in the paper; fast, in little memory. unet: through the diffusion model, as in the reference code; slower, in several times the memory.",
                 ),
                 io.Combo.Input(
                     "distance",

@@ -276,9 +276,11 @@ def test_the_published_table_bears_out_what_is_said_of_it() -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] > 0
     for name, row in rows.items():
         assert name in local or row["background_error_max"] == 0
-        assert row["seam_energy"] < 0.2 * rows["naive-paste"]["seam_energy"] or name == "naive-paste"
-        assert row["top_fifth"] >= row["bottom_fifth"]
-    assert rows["best"]["top_fifth"] > rows["best"]["bottom_fifth"] and rows["best"]["rank_auc"] > 0.5
+        assert row["seam_energy"] < 0.25 * rows["naive-paste"]["seam_energy"] or name == "naive-paste"
+        if ROWS[name].ranking == "corrected":
+            assert row["top_fifth"] > row["bottom_fifth"] and row["rank_auc"] > 0.5
+    assert rows["local-10000"]["clip_gain"] < min(rows[name]["clip_gain"] for name in ("local-100", "local-1000"))
+    assert rows["best"]["batch_precision"] > rows["no-augmentation"]["batch_precision"] + 0.2
     assert as_table(told["rows"]) in text
     # The figures are of the weights that are shipped.
     assert {name: sha256(file) for name, file in EMBEDDED.items()} == {name: told["networks"][name] for name in EMBEDDED}

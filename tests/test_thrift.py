@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from blended_core.clip import Prompt
-from blended_core.edit import EditOptions, Models, edit_picture, preset
+from blended_core.draws import Draws
+from blended_core.edit import EditOptions, Models, Step, edit_picture, guided_step, preset
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.thrift import Thrift, is_out_of_memory
 
@@ -86,7 +87,7 @@ def test_checkpointing_then_the_gradient_at_x0_if_it_is_allowed() -> None:
     plain, _ = run(tiny_models(), options)
     models = limited(tiny_models(), lambda network, _: network.gradient_checkpointing or not torch.is_grad_enabled())
     found, lines = run(models, options)
-    assert lines[-1] == "memory ran out; going on with gradient checkpointing, a third slower." and alike(plain, found)
+    assert lines[-1] == "memory ran out; going on with gradient checkpointing, which is slower." and alike(plain, found)
     assert models.ddpm.network.gradient_checkpointing is False  # a step leaves the network as it was
 
     def never(*_: Any) -> bool:
@@ -98,6 +99,9 @@ def test_checkpointing_then_the_gradient_at_x0_if_it_is_allowed() -> None:
     other, lines = run(limited(tiny_models(), never), allowed)
     assert "as you allowed" in lines[-1]
     assert alike(other, run(tiny_models(), preset("best", gradient="x0", **SHORT))[0]) and not alike(other, plain)
+    spared = tiny_models()
+    spared.thrift.x0 = True
+    assert alike(plain, run(spared, options)[0])  # what one edit allowed is not allowed to the next
 
 
 def test_images_that_influence_one_another_stay_together() -> None:
@@ -105,8 +109,11 @@ def test_images_that_influence_one_another_stay_together() -> None:
     plain, _ = run(tiny_models(), options)
     found, lines = run(limited(tiny_models(), views=4), options)
     assert lines and not any("images" in line for line in lines) and alike(plain, found)
-    with pytest.raises(BlendedError, match="memory ran out"):
+    with pytest.raises(BlendedError, match=r"batch of 4.*use --batch 1"):
         run(limited(tiny_models(), lambda _, n: n <= 2), options)
+    spared = tiny_models()
+    spared.thrift.rows = 2  # learned by another edit
+    assert alike(plain, run(spared, options)[0])
 
 
 def test_removal_needs_no_views() -> None:
@@ -120,6 +127,7 @@ def test_removal_needs_no_views() -> None:
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(
         ValueError("out of memory")
@@ -130,3 +138,28 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         run(limited(tiny_models(), broken), preset("best", **SHORT))
+
+
+def test_every_image_keeps_its_own_mask_and_source() -> None:
+    """In the graph a batch may have a picture and a mask for each image."""
+    options = preset("best", background_scale=300.0, views=4, scale=1000.0, gradient="unet")
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    masks, sources = torch.zeros(3, 1, 16, 16), torch.rand(3, 3, 16, 16) * 2 - 1
+    for row in range(3):
+        masks[row, :, 2 + row : 12, 1 : 9 + 2 * row] = 1
+
+    def step(rows: int | None) -> Step:
+        models = tiny_models()
+        models.thrift.rows = rows
+        assert models.clip is not None
+        schedule = models.ddpm.config.respaced("10")
+        with models.context.autograd():
+            return guided_step(models, x, 5, schedule, options, models.clip.prompt("a"), masks, Draws(0), range(3), sources)
+
+    whole = step(None)
+    for rows in (1, 2):
+        parts = step(rows)
+        assert parts.images == whole.images and torch.allclose(parts.x, whole.x, atol=1e-5)
+        assert whole.gradient is not None and parts.gradient is not None and parts.clip_distance is not None
+        assert torch.allclose(parts.gradient, whole.gradient, atol=1e-4 * float(whole.gradient.abs().max()))
+        assert parts.clip_distance.shape == (3,) and parts.shift == pytest.approx(whole.shift, rel=1e-4)

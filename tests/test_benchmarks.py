@@ -1,0 +1,122 @@
+"""What the benchmarks measure is what they say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.measure import Ratio, peak_bytes, ratio, side_by_side
+from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
+from benchmarks.report import as_text, figures, plot, reached, table
+from benchmarks.step import differences
+from benchmarks.structure import Setting, checkpointed, explicit_attention, ours, reference
+from blended_core.checkpoints.adm import AttentionBlock
+from blended_core.context import DeviceContext
+from blended_core.diffusion import DiffusionModel
+
+from .tiny import CONFIG
+
+CPU = DeviceContext()
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting.build(Size("tiny", CONFIG, TINY_CLIP, batch=2, views=3), CPU)
+
+
+def test_every_way_takes_turns_in_turned_order() -> None:
+    order: list[str] = []
+    seconds = side_by_side({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU.device)
+    assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]  # the first round is not counted
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_ratio_is_of_rounds_and_not_of_means() -> None:
+    found = ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0])
+    assert found == Ratio(2.0, 1.5, 2.5, 3) and str(found) == "2.00 (1.50–2.50)"
+    assert ratio([3.0], [2.0]) == Ratio(1.5, 1.5, 1.5, 1)
+
+
+def test_peak_memory_is_the_largest_sum_alive() -> None:
+    def work() -> None:
+        a = torch.zeros(1 << 18)  # 1 MiB
+        b = a + 1
+        del a
+        c = b * 2
+        c.exp()  # b, c and this: three at once
+
+    assert peak_bytes(work, CPU.device) == 3 << 20
+    assert peak_bytes(lambda: None, CPU.device) == 0
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_of_the_reference_gives_the_same_numbers(new_order: bool) -> None:
+    block = AttentionBlock(64, 2, new_order).eval()
+    torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    x = torch.randn(2, 64, 4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(explicit_attention(block, x), block(x), atol=1e-5)
+
+
+def test_all_structures_take_the_same_step(setting: Setting) -> None:
+    with CPU.autograd():
+        plain = reference(setting)
+        assert not any(p.requires_grad for p in setting.model.network.parameters()), "the reference's gradients are switched off again"
+        for found in (ours(setting), ours(setting, view_chunk=1), checkpointed(setting)()):
+            gap = differences(plain, found)
+            assert gap["x"] < 1e-4 and gap["gradient"] < 1e-3
+        other = differences(plain, ours(setting, "x0"))
+        assert other["gradient"] > 1e-3  # the comparison can fail
+
+
+def test_the_reference_does_what_is_said_of_it(setting: Setting) -> None:
+    calls: list[bool] = []
+    hook = setting.model.network.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    with CPU.autograd():
+        reference(setting)
+        assert calls == [False, True]
+        ours(setting)
+        assert calls[2:] == [True]
+        ours(setting, "x0")
+        assert calls[3:] == [False]
+    hook.remove()
+
+
+def test_less_is_kept_without_the_way_back(setting: Setting) -> None:
+    with CPU.autograd():
+        memory = {g: peak_bytes(lambda g=g: ours(setting, g), CPU.device) for g in ("x0", "unet")}  # type: ignore[misc]
+        assert memory["x0"] < 0.6 * memory["unet"]
+        assert peak_bytes(checkpointed(setting), CPU.device) < memory["unet"]
+
+
+def test_sizes_are_those_of_the_table() -> None:
+    assert list(SIZES) == ["small", "medium", "full"]
+    small, full = SIZES["small"], SIZES["full"]
+    assert (small.batch, small.views, small.unet.image_size) == (4, 8, 64) and full.unet.image_size == 256
+    model = diffusion_model(replace(small, unet=replace(small.unet, model_channels=32)), CPU)
+    assert isinstance(model, DiffusionModel)
+    with torch.device("meta"):
+        from blended_core.checkpoints.adm import UNet
+
+        assert round(sum(p.numel() for p in UNet(full.unet).parameters()) / 1e6, 1) == 552.8
+
+
+def test_the_report_marks_what_is_reached(tmp_path: Path) -> None:
+    values = vars(Ratio(1.7, 1.6, 1.8, 5))
+    step = {
+        "network": "small", "ratios": {"reference / exact": values, "exact / floor": vars(Ratio(1.2, 1.1, 1.3, 5))},
+        "memory_ratios": {"x0 memory / forward": 1.0}, "memory_mib": {"exact": 320.0}, "difference": {"exact": {"x": 1e-7, "gradient": 2e-6}},
+    }  # fmt: skip
+    found = json.loads(json.dumps({"steps": [step]}))
+    text = table(found)
+    assert "1.70 (1.60–1.80) | ≥ 1.65" in text and "| exact 320 |" in text and as_text(values) in text
+    marks = {what: reached(value, bar) for (_, what), value, bar in figures(found) if bar}
+    assert marks == {"reference / exact": True, "exact / floor": False, "x0 memory / forward": True}
+    plot(tmp_path / "plot.png", found)
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width > 600
