@@ -29,7 +29,7 @@ from .report import plot, table
 from .step import measure_growth, measure_step
 
 PARTS = ("step", "edit", "load", "import")
-ROUNDS = {"small": 9, "medium": 5, "full": 3}
+ROUNDS = {"small": 10, "medium": 6, "full": 4}
 
 
 def main() -> int:

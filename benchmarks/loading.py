@@ -29,21 +29,30 @@ data = open(sys.argv[1], "rb").read()
 print(time.perf_counter() - begun)
 """
 LOAD = """
-import sys, time
+import sys, threading, time
 import torch
 from blended_core.checkpoints.load import load_ddpm
 from blended_core.context import DeviceContext
 context = DeviceContext(dtype=getattr(torch, sys.argv[2]))
 
-def kib(field):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
+def own():  # without what is mapped from files, which the system can drop at any time
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
 
-before = kib("RssAnon")
+before, peak, done = own(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.01):
+        peak = max(peak, own())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
 begun = time.perf_counter()
 model = load_ddpm(context, sys.argv[1])
 print(time.perf_counter() - begun)
-# What is mapped from the file can be dropped at any time; the rest is the program's own.
-print((kib("VmHWM") - before) * 1024, (kib("RssAnon") - before) * 1024)
+done.set()
+watcher.join()
+print(max(peak, own()) - before)
 """
 IMPORT = """
 import time
@@ -67,7 +76,7 @@ def measure_load(rounds: int, say: Say) -> dict[str, Any]:
         del weights
         say(f"loading {size / MIB:.0f} MiB, {rounds} rounds")
         seconds: dict[str, list[float]] = {"read": [], "float32": [], "bfloat16": []}
-        memory: dict[str, dict[str, float]] = {}
+        memory: dict[str, float] = {}
         for number in range(rounds + 1):
             names = list(seconds) if number % 2 else list(reversed(seconds))
             for name in names:
@@ -75,8 +84,7 @@ def measure_load(rounds: int, say: Say) -> dict[str, Any]:
                 if number:
                     seconds[name].append(float(lines[0]))
                 if name != "read":
-                    peak, own = map(float, lines[1].split())
-                    memory[name] = {"peak with the mapped file": peak / size, "own": own / size}
+                    memory[name] = max(memory.get(name, 0.0), float(lines[1]) / size)
     return {
         "file_mib": size / MIB,
         "ratios": {name: vars(ratio(seconds[name], seconds["read"])) for name in ("float32", "bfloat16")},
@@ -89,10 +97,12 @@ def measure_import(rounds: int, say: Say) -> dict[str, Any]:
     """Seconds that a process needs to import the library, beside what torch alone takes."""
     say(f"import, {rounds} rounds")
     seconds: dict[str, list[float]] = {"torch": [], "blended_core": [], "blended_core.edit": []}
-    for number in range(rounds):
+    for number in range(rounds + 1):  # the first reads the files into the system's cache
         for name in list(seconds) if number % 2 else list(reversed(seconds)):
             before = "import torch\n" if name.startswith("blended_core.") else ""
-            seconds[name].append(float(python(before + IMPORT.format(module=name))[0]))
+            taken = float(python(before + IMPORT.format(module=name))[0])
+            if number:
+                seconds[name].append(taken)
     return {"seconds": seconds, "median": {name: median(values) for name, values in seconds.items()}}
 
 

@@ -38,10 +38,16 @@ def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
 
 
 def side_by_side(ways: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every way in every round; the order is turned from round to round, and a first round is not counted."""
+    """Seconds of every way in every round; a first round is not counted.
+
+    The order is turned in every second round, and begins with another way every two rounds, so that none is always after the same one;
+    an even number of rounds is balanced.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        names = list(ways) if number % 2 else list(ways)[::-1]
+        first = number // 2 % len(ways)
+        names = [*list(ways)[first:], *list(ways)[:first]]
+        names = names[::-1] if number % 2 else names
         for name in names:
             wait(device)
             begun = time.perf_counter()

@@ -60,13 +60,16 @@ def figures(found: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[flo
     for n, value in edit.get("steps", {}).items():
         out.append((("small", f"steps, picture of {n} px / 256"), value, (1.1, "most") if n == "4096" else None))
     for n, value in edit.get("cut and paste", {}).items():
-        pixels = edit["pixels"][n]
-        out.append((("small", f"cut and paste, {n} px / 256 ({pixels:g} × the pixels)"), value, (pixels, "most") if n != "256" else None))
+        out.append((("small", f"cut, paste and score, picture of {n} px / 256"), value, None))
+    if edit:
+        out.append((("small", "cut, paste and score a pixel, 4096 px / 2048"), edit["a pixel, 4096 / 2048"], (1.1, "most")))
     load = found.get("load", {})
     for name, value in load.get("ratios", {}).items():
-        out.append((("full", f"loading as {name} / reading the file"), value, (1.2, "most") if name == "float32" else None))
+        out.append(
+            (("full", f"loading as {name} / reading the file from the system's cache"), value, (1.2, "most") if name == "float32" else None)
+        )
     for name, value in load.get("memory_over_float32_weights", {}).items():
-        out.append((("full", f"memory kept, {name} / weights in float32"), value["own"], (1.1, "most")))
+        out.append((("full", f"largest memory while loading as {name} / weights in float32"), value, (1.1, "most")))
     return out
 
 

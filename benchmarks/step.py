@@ -13,7 +13,7 @@ from blended_core.context import DeviceContext
 
 from .measure import Work, peak_bytes, ratio, side_by_side
 from .networks import SIZES
-from .structure import Setting, checkpointed, clip, floor, ours, reference, unet
+from .structure import Setting, checkpointed, clip, clip_alone, floor, forward, ours, reference
 
 Say = Callable[[str], None]
 MIB = 2**20
@@ -49,7 +49,7 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
         "exact": lambda: ours(setting),
         "checkpointing": checkpointed(setting),
         "x0": lambda: ours(setting, "x0"),
-        "forward": lambda: unet(setting, backward=False),
+        "forward": partial(forward, setting),
     }
     half = None
     if context.device.type == "cuda" or native_bf16():
@@ -95,8 +95,8 @@ def measure_growth(context: DeviceContext, rounds: int, say: Say) -> dict[str, A
     with context.autograd():
         by_batch = side_by_side({str(n): partial(ours, s) for n, s in batches.items()}, rounds, context.device)
         by_views = side_by_side({str(n): partial(ours, s, view_chunk=4) for n, s in views.items()}, rounds, context.device)
-        chunked = {str(n): peak_bytes(partial(ours, s, "x0", view_chunk=4), context.device) / MIB for n, s in views.items()}
-        whole = {str(n): peak_bytes(partial(ours, s, "x0"), context.device) / MIB for n, s in views.items()}
+        chunked = {str(n): peak_bytes(partial(clip_alone, s, 4), context.device) / MIB for n, s in views.items()}
+        whole = {str(n): peak_bytes(partial(clip_alone, s, 0), context.device) / MIB for n, s in views.items()}
     per_image = {n: [t / int(n) for t in seconds] for n, seconds in by_batch.items()}
     return {
         "batch": {n: vars(ratio(seconds, per_image["1"])) for n, seconds in per_image.items()},

@@ -18,7 +18,7 @@ from blended_core.context import DeviceContext
 from blended_core.diffusion import DiffusionModel, ddpm_step
 from blended_core.draws import Draws
 from blended_core.edit import EditOptions, Models, guided_step
-from blended_core.guidance import GuidanceOptions, prompt_distance, seen_by_clip
+from blended_core.guidance import GuidanceOptions, clip_gradient, prompt_distance, seen_by_clip
 from blended_core.losses import range_loss
 from blended_core.schedule import Schedule
 
@@ -154,19 +154,34 @@ def explicit_attention(block: AttentionBlock, x: Tensor) -> Tensor:
 
 
 def floor(setting: Setting) -> None:
-    """The least that an exact step has to do: the networks forward and back to their input, and nothing else."""
-    unet(setting, backward=True)
-    clip(setting)
+    """The least that an exact step has to do: the network forward, CLIP forward and back, and the network back to its input.
+
+    In this order, for what the network keeps for its way back has to wait while CLIP is asked.
+    """
+    with torch.enable_grad():
+        x = setting.x.detach().requires_grad_()
+        out = setting.model.network(x, timesteps(setting))
+        clip(setting)
+        torch.autograd.grad(out.sum(), x)
 
 
-def unet(setting: Setting, backward: bool) -> None:
-    """A bare forward of the diffusion network, with or without the way back to its input."""
-    timesteps = torch.full((setting.size.batch,), 500.0, device=setting.x.device)
-    with torch.set_grad_enabled(backward):
-        x = setting.x.detach().requires_grad_(backward)
-        out = setting.model.network(x, timesteps)
-        if backward:
-            torch.autograd.grad(out.sum(), x)
+def forward(setting: Setting) -> None:
+    """A bare forward of the diffusion network."""
+    with torch.no_grad():
+        setting.model.network(setting.x, timesteps(setting))
+
+
+def timesteps(setting: Setting) -> Tensor:
+    """One for each image, from the middle."""
+    return torch.full((setting.size.batch,), 500.0, device=setting.x.device)
+
+
+def clip_alone(setting: Setting, view_chunk: int) -> None:
+    """The gradient of our guidance at CLIP's input, by so many views at once."""
+    side = setting.clip.image_size
+    options = GuidanceOptions(views=setting.size.views, view_chunk=view_chunk)
+    pooled = torch.zeros(setting.size.batch, 3, side, side, device=setting.x.device)
+    clip_gradient(pooled, setting.clip, setting.prompt, setting.views, options)
 
 
 def clip(setting: Setting) -> None:

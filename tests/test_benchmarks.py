@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,10 @@ def setting() -> Setting:
 
 def test_every_way_takes_turns_in_turned_order() -> None:
     order: list[str] = []
-    seconds = side_by_side({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU.device)
-    assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]  # the first round is not counted
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    seconds = side_by_side({name: partial(order.append, name) for name in "abc"}, 5, CPU.device)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]  # the first is not counted
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 5)
 
 
 def test_a_ratio_is_of_rounds_and_not_of_means() -> None:
