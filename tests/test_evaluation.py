@@ -19,9 +19,10 @@ from blended_core.checkpoints.load import EMBEDDED as DDPM
 from blended_core.cli import _options, build_parser, main
 from blended_core.clip import EMBEDDED as CLIP
 from blended_core.demo import evaluation, evaluation_pictures, spoil, train_judge
+from blended_core.demo.captions import describe
 from blended_core.demo.evaluation import ROWS, as_table, pairs, rank_auc, summary
 from blended_core.demo.judge import ANSWERS, FILE, NONE, Judge, Verdict
-from blended_core.demo.train_clip import Examples, estimator, soft_mask
+from blended_core.demo.train_clip import SPOILED, Examples, estimator, matching_loss, soft_mask, truth_matrix
 from blended_core.demo.world import BACKGROUNDS, OBJECTS, Placed, Scene, draw_background, random_scene, render
 from blended_core.edit import PRESETS, Models
 from blended_core.errors import BlendedError
@@ -315,6 +316,18 @@ def test_examples_show_what_the_diffusion_model_makes_of_scenes() -> None:
     assert spoiled  # those are noised less
     pictures, masks, truths = examples.draw(8, renew=4)
     assert pictures.shape == (8, 3, 64, 64) and masks.shape == (8, 1, 64, 64) and len(truths) == 8
+    truths = examples.draw(200, renew=0)[2]
+    spoiled_ones = [t for t in truths if SPOILED in t[0]]
+    assert 20 < len(spoiled_ones) < 120
+    captions = [describe(examples.rng, *t) for t in truths if SPOILED not in t[0]]
+    truth = truth_matrix(captions, truths)
+    assert truth.sum(1).min() >= 1  # each caption is true of its own picture
+    hidden = [i for i, t in enumerate(truths) if SPOILED in t[0]]
+    assert truth[:, hidden].sum() == 0  # not even of emptiness
+    logits = torch.randn(truth.shape, requires_grad=True)
+    loss = matching_loss(logits, truth)
+    loss.backward()
+    assert loss.isfinite() and logits.grad is not None and logits.grad[:, hidden].abs().sum() > 0
 
 
 def test_an_estimate_is_nearer_to_its_scene_the_less_noise_there_was() -> None:

@@ -40,6 +40,8 @@ CONFIG: dict[str, Any] = {
 }
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 START, END = 49406, 49407
+SPOILED = "spoiled"
+"""What a spoiled object is: none of the things with a name, and not an empty scene either, or blobs would do for removal."""
 ESTIMATED_LEVELS = {True: (100, 760), False: (50, 450)}
 """Of 1000, by whether the object is whole: from above the noise that leaves everything to see, to where an edit of strength 0.75
 begins. What is spoiled is noised less: from more noise the diffusion model would make something whole of it."""
@@ -110,7 +112,7 @@ def estimator(device: torch.device, rng: np.random.Generator) -> Estimate:
 class Examples:
     """An endless stream of (picture, what it shows), from a pool of scenes that is renewed slowly.
 
-    ``spoil``: share of single objects that are spoiled; such a picture shows nothing but its background. ``estimates``: share of
+    ``spoil``: share of single objects that are spoiled; such a picture shows :data:`SPOILED`, which no sentence is true of. ``estimates``: share of
     pictures that are replaced by what ``estimate`` makes of them.
     """
 
@@ -166,7 +168,7 @@ class Examples:
             shares = [coverage(mask, placed) for placed in scene.objects]
             if mask.mean() < 0.03 or any(0.1 < share < 0.55 for share in shares):
                 continue  # too little to see, or neither shown nor hidden
-            things = frozenset(p.name for p, share in zip(scene.objects, shares, strict=True) if share >= 0.55 and whole)
+            things = frozenset(p.name if whole else SPOILED for p, share in zip(scene.objects, shares, strict=True) if share >= 0.55)
             pictures.append(picture)
             masks.append(mask)
             truths.append((things, scene.background))
@@ -212,9 +214,13 @@ def truth_matrix(captions: list[Caption], truths: list[tuple[frozenset[str], str
 
 
 def matching_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross entropy in both directions, each caption's (picture's) probability spread over all its true partners."""
+    """Cross entropy in both directions, each caption's (picture's) probability spread over all its true partners.
+
+    A picture without a true caption is only what captions have to be told from.
+    """
     rows = -(truth / truth.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-    columns = -(truth / truth.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+    described = truth.sum(0) > 0
+    columns = -(truth[:, described] / truth.sum(0)[described] * logits.log_softmax(0)[:, described]).sum(0).mean()
     return (rows + columns) / 2
 
 
@@ -301,7 +307,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.6))
         x, mask, truths = examples.draw(args.batch, renew=8)
-        captions = [describe(examples.rng, *t) for t in truths]
+        captions = [describe(examples.rng, *t) for t in truths if SPOILED not in t[0]]
         image = model.encode_image(degrade(x, mask, generator).to(device), normalize=True)
         text = model.encode_text(tokens([c.text for c in captions]), normalize=True)
         loss = matching_loss(model.logit_scale.exp() * text @ image.T, truth_matrix(captions, truths).to(device))
