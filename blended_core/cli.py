@@ -111,6 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     guide.add_argument("--clip-input", choices=("x0", "mixed"), help="what CLIP sees")
     guide.add_argument("--distance", choices=("spherical", "spherical_unclamped", "cosine"))
     guide.add_argument("--views", type=int, metavar="N", help="views of extending augmentations; 1 turns them off")
+    guide.add_argument("--early-views", type=int, metavar="N", help="views in the noisier half of the levels (0: as --views)")
+    guide.add_argument("--guide-from", dest="start", type=float, metavar="F", help="guidance begins at this part of the levels (0)")
+    guide.add_argument("--guide-to", dest="end", type=float, metavar="F", help="guidance ends at this part of the levels (1)")
     guide.add_argument("--view-chunk", type=int, metavar="N", help="views through CLIP at once (less memory, same result)")
     guide.add_argument(
         "--reference-size", type=int, metavar="PX", help="side of the pictures that the weights are meant for (256); 0: weights as they are"

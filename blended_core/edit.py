@@ -316,7 +316,10 @@ def guided_step(
     Raises:
         BlendedError: if a network is missing that the options need, the class does not exist, or memory does not do for one image.
     """
-    guided = bool(prompt is not None and len(prompt))
+    guidance = options.guidance.at(index, len(schedule))
+    guided = bool(prompt is not None and len(prompt)) and guidance is not None
+    if guidance is None:
+        guidance, prompt = options.guidance, None
 
     def work(rows: int, guidance: GuidanceOptions) -> list[Step]:
         now = replace(options, guidance=guidance)
@@ -328,7 +331,7 @@ def guided_step(
             for i in range(0, len(x), rows)
         ]  # fmt: skip
 
-    return joined(sparing(work, len(x), options.guidance, models.thrift, models.ddpm.network, models.context, guided))
+    return joined(sparing(work, len(x), guidance, models.thrift, models.ddpm.network, models.context, guided))
 
 
 def _rows_of(tensor: Tensor, first: int, count: int) -> Tensor:

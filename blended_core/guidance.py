@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,9 @@ class GuidanceOptions:
         reference_size: side of the pictures that the weights are meant for. The losses are means over a picture, so their
             gradient at a pixel falls with the number of pixels; it is brought to what it would be at this size, and one scale suits
             models of 64 and of 512 pixels. 0: weights as they are, which is the same at 256.
+        start, end: the part of the noise levels in which guidance works, 0 being the noisiest of the process and 1 the clean picture.
+            Outside of it a step costs one forward of the network.
+        early_views: views in the noisier half of the process, where x̂0 is a blur; 0: as many as ``views``.
         x0_if_needed: where memory runs out and nothing else helps, go on with the gradient at x̂0, which is another picture.
     """
 
@@ -56,6 +59,9 @@ class GuidanceOptions:
     clamp: float | None = None
     reference_size: int = 256
     x0_if_needed: bool = False
+    start: float = 0.0
+    end: float = 1.0
+    early_views: int = 0
 
     def __post_init__(self) -> None:
         _choice("gradient", self.gradient, ("unet", "x0"))
@@ -66,6 +72,12 @@ class GuidanceOptions:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise BlendedError(f"guidance {name} is {value}; give a number of at least 0.")
+        if not 0 <= self.start < self.end <= 1:
+            raise BlendedError(
+                f"guidance from {self.start} to {self.end} is empty or outside of 0 to 1; give start < end, such as 0 and 0.8."
+            )
+        if self.early_views < 0:
+            raise BlendedError(f"early_views is {self.early_views}; give a number of views, or 0 for as many as later.")
         if self.views < 1:
             raise BlendedError(f"views is {self.views}; CLIP has to see at least 1 (1 turns the augmentations off).")
         if self.view_chunk < 0:
@@ -74,6 +86,13 @@ class GuidanceOptions:
             raise BlendedError(f"reference_size is {self.reference_size}; give a side in pixels (256 is usual), or 0 for none.")
         if self.clamp is not None and not self.clamp > 0:
             raise BlendedError(f"the gradient clamp is {self.clamp}; give a number above 0, or none.")
+
+    def at(self, index: int, levels: int) -> GuidanceOptions | None:
+        """The options of the step at ``index`` of that many levels; None where guidance is off."""
+        share = (levels - 1 - index) / levels
+        if share < self.start or (share >= self.end and self.end < 1):
+            return None
+        return replace(self, views=self.early_views) if self.early_views and share < 0.5 else self
 
     @property
     def needs_perceptual(self) -> bool:

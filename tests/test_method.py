@@ -581,6 +581,40 @@ def test_half_precision_is_near_float32(dtype: torch.dtype) -> None:
     assert float(cosine.min()) > 0.995
 
 
+def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -> None:
+    """Outside of it a step is the unguided one with the same draws, and CLIP is not asked."""
+    models = tiny.tiny_models(model)
+    assert models.clip is not None
+    asked: list[int] = []
+    encode = models.clip.model.encode_image
+
+    def counted(pictures: Tensor) -> Any:
+        asked.append(len(pictures))
+        return encode(pictures)  # type: ignore[operator]
+
+    models.clip.model.encode_image = counted  # type: ignore[assignment]
+
+    def run(**changes: Any) -> tuple[list[bool], list[int]]:
+        asked.clear()
+        options = preset("best", **{"steps": "10", "strength": 1.0, "views": 6, **changes})
+        steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0]))
+        assert all((s.gradient is None) == (s.clip_distance is None) for s in steps)
+        return [s.gradient is not None for s in steps], list(asked)
+
+    assert run() == ([True] * 10, [6] * 10)
+    assert run(start=0.2, end=0.7) == ([False] * 2 + [True] * 5 + [False] * 3, [6] * 5)
+    assert run(early_views=2) == ([True] * 10, [2] * 5 + [6] * 5)
+    unguided = preset("best", steps="10", strength=1.0, start=0.95, end=0.99)  # between two levels
+    parted = list(edit_steps(models, SOURCE, MASK, PROMPT, unguided, Draws(0), [0]))
+    removal = list(edit_steps(models, SOURCE, MASK, None, unguided, Draws(0), [0]))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(parted, removal, strict=True))
+    for wrong in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.5}):
+        with pytest.raises(BlendedError, match="start < end"):
+            GuidanceOptions(**wrong)
+    with pytest.raises(BlendedError, match="early_views is -1"):
+        GuidanceOptions(early_views=-1)
+
+
 def test_sizes_that_do_not_fit_are_a_sentence(model: DiffusionModel) -> None:
     assert model.network(torch.zeros(1, 3, 12, 20), torch.zeros(1)).shape == (1, 6, 12, 20)
     with pytest.raises(BlendedError, match="multiples of 2; it was given 16×13"):
