@@ -82,7 +82,7 @@ def reached(value: Any, bar: tuple[float, str]) -> bool:
 def plot(path: Path, found: dict[str, Any]) -> None:
     """Bars of all ratios of a step to the floor, and of every figure that has a bar to reach."""
     rows = [row for row in figures(found) if row[2] is not None or "/ floor" in row[0][1]]
-    height, left, width = 30, 380, 1040
+    height, left, width = 30, 520, 1220
     image = Image.new("RGB", (width, 60 + height * len(rows)), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(14)
@@ -91,7 +91,7 @@ def plot(path: Path, found: dict[str, Any]) -> None:
         top = 54 + line * height
         middle = value["median"] if isinstance(value, dict) else value
         largest = 1.25 * max(middle, value["high"] if isinstance(value, dict) else middle, bar[0] if bar else 0)
-        scale = (width - left - 150) / largest
+        scale = (width - left - 190) / largest
         colour = BAR if bar is None else GOOD if reached(value, bar) else BAD
         draw.text((left - 12, top + 12), f"{network}: {what}", INK, font=font, anchor="rm")
         draw.rectangle((left, top + 3, left + middle * scale, top + 21), colour)
@@ -100,6 +100,6 @@ def plot(path: Path, found: dict[str, Any]) -> None:
         if bar:
             x = left + bar[0] * scale
             draw.line((x, top, x, top + 24), INK, 2)
-        text = f"{middle:.2f}" + (f"  ({sign(bar[1])} {bar[0]:g})" if bar else "")
-        draw.text((width - 140, top + 12), text, INK, font=font, anchor="lm")
+        text = f"{middle:.2f}" + (f"  (at {bar[1]} {bar[0]:g})" if bar else "")
+        draw.text((width - 180, top + 12), text, INK, font=font, anchor="lm")
     image.save(path)
