@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     area.add_argument("--context", type=float, metavar="F", help="side of the region over that of the mask")
     area.add_argument("--crop", choices=("region", "squash"), help="a square around the mask, or the whole picture squashed")
     area.add_argument("--feather", type=int, metavar="PX", help="fade the edit in over this many pixels, inwards")
-    area.add_argument("--ranking", choices=("corrected", "reference"))
+    area.add_argument("--ranking", choices=("views", "corrected", "reference"))
     area.add_argument(
         "--enforce-background", action=argparse.BooleanOptionalAction, default=None, help="put the original back outside the mask"
     )

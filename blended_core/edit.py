@@ -24,7 +24,7 @@ from .draws import Draws, Source
 from .errors import BlendedError
 from .guidance import GuidanceOptions, guided_prediction
 from .losses import PerceptualDistance
-from .rank import Score, background_error, clip_distance, clip_distance_reference, ranking, seam_energy
+from .rank import RANKINGS, Score, background_error, ranking, seam_energy
 from .region import Region, WholePicture, bounds, region_around
 from .schedule import CLEAN, Schedule, check_respacing
 from .thrift import Thrift, sparing
@@ -53,7 +53,8 @@ class EditOptions:
         crop: 'region' (a square around the mask), or 'squash' (the whole picture as a square).
         context: side of the region over that of the mask.
         feather: pixels over which the paste fades in, inwards.
-        ranking: 'corrected' or 'reference'.
+        ranking: by CLIP's distance of what guidance shows it, 'views': averaged over warped views that guidance did not use, 'corrected':
+            of the one that is not warped; or 'reference', as its code has it (METHOD row 7).
     """
 
     preset: str = "best"
@@ -77,7 +78,7 @@ class EditOptions:
     crop: str = "region"
     context: float = 1.6
     feather: int = 0
-    ranking: str = "corrected"
+    ranking: str = "views"
 
     def __post_init__(self) -> None:
         choices = {
@@ -89,7 +90,7 @@ class EditOptions:
             "index_lookup": ("exact", "reference"),
             "mask_rule": ("binary", "soft", "nonzero"),
             "crop": ("region", "squash"),
-            "ranking": ("corrected", "reference"),
+            "ranking": tuple(RANKINGS),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -142,6 +143,7 @@ PRESETS: dict[str, EditOptions] = {
     "paper": EditOptions(
         preset="paper",
         guidance=GuidanceOptions(distance="cosine", range_scale=0.0, views=16),
+        ranking="corrected",
     ),
     "official": EditOptions(
         preset="official",
@@ -589,8 +591,8 @@ def edit_picture(
         def distances(pictures: Tensor) -> list[float | None]:
             if not guided or models.clip is None or prompt is None:
                 return [None] * len(pictures)
-            score = clip_distance if options.ranking == "corrected" else clip_distance_reference
-            return [float(d) if d.isfinite() else None for d in score(pictures, seen, models.clip, prompt)]
+            scored = RANKINGS[options.ranking](pictures, seen, models.clip, prompt)
+            return [float(d) if d.isfinite() else None for d in scored]
 
         source_distance = distances(source)[0]
         result = EditResult([], original, used, region, options, source_distance, notes, seconds)

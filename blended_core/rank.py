@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .augment import ViewParameters, draw_views, warp_views
 from .blend import THRESHOLD
 from .clip import ClipModel, Prompt
 from .guidance import prompt_distance, seen_by_clip
@@ -20,7 +21,7 @@ class Score:
     """Of one candidate.
 
     Attributes:
-        clip_distance: of the masked region to the prompt, without augmentations; lower is better. None without a prompt.
+        clip_distance: of the masked region to the prompt, as the candidates are ranked; lower is better. None without a prompt.
         gain: the same distance of the source's region minus this one: what the edit won.
         background_error: mean |difference| to the original outside the mask, in 0..1.
         seam_energy: how much more the picture jumps across the mask's edge than beside it, in 0..1.
@@ -40,6 +41,29 @@ class Score:
 def clip_distance(pictures: Tensor, mask: Tensor, clip: ClipModel, prompt: Prompt, distance: str = "spherical") -> Tensor:
     """Distance of the masked region as guidance sees it (grey outside, normalised); [B, 3, H, W] in −1..1 → [B]."""
     return prompt_distance(clip.encode_image(seen_by_clip(pictures, mask, clip.image_size)), prompt, distance)
+
+
+RANKING_VIEWS = 32
+"""Views of :func:`clip_distance_of_views`; the first is not warped."""
+VIEWS_SEED = 0
+
+
+@torch.no_grad()
+def clip_distance_of_views(
+    pictures: Tensor, mask: Tensor, clip: ClipModel, prompt: Prompt, distance: str = "spherical", views: int = RANKING_VIEWS
+) -> Tensor:
+    """Mean of :func:`clip_distance` over warped views, the same ones for every picture; [B, 3, H, W] in −1..1 → [B].
+
+    Guidance has pushed each candidate until CLIP is content with the views that it saw, so that one view more of the same kind hardly
+    tells a good candidate from an adversarial one; from many others only what is really there looks right.
+    """
+    seen = seen_by_clip(pictures, mask, clip.image_size)
+    parameters = draw_views(torch.Generator().manual_seed(VIEWS_SEED), views - 1, clip.image_size)
+    total = prompt_distance(clip.encode_image(seen), prompt, distance)
+    for view in range(views - 1):  # one at a time: a ranking needs no more memory than a guided step of one view
+        warped = warp_views(seen, ViewParameters.interleave([parameters.rows(view, view + 1)] * len(seen)))
+        total = total + prompt_distance(clip.encode_image(warped), prompt, distance)
+    return total / views
 
 
 @torch.no_grad()
@@ -75,6 +99,10 @@ def seam_energy(result: Tensor, mask: Tensor, soft: bool = False) -> float:
         total += float((jumps[:, 1:-1] - beside)[edge].sum())
         count += int(edge.sum())
     return max(0.0, total / count) if count else 0.0
+
+
+RANKINGS = {"views": clip_distance_of_views, "corrected": clip_distance, "reference": clip_distance_reference}
+"""What :attr:`~blended_core.edit.EditOptions.ranking` names."""
 
 
 def ranking(distances: Sequence[float | None]) -> list[int]:

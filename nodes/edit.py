@@ -13,7 +13,7 @@ from ..blended_core.clip import Prompt
 from ..blended_core.demo.world import BACKGROUNDS, OBJECTS, demo_scene
 from ..blended_core.edit import PRESETS, Candidate, EditOptions, EditResult, Models, Step, edit_picture, finished_frame, preset
 from ..blended_core.errors import BlendedError
-from ..blended_core.rank import clip_distance, ranking
+from ..blended_core.rank import clip_distance_of_views, ranking
 from ..blended_core.region import region_around
 from . import glue, inputs
 from .latent import fit_mask
@@ -288,7 +288,7 @@ class RankByCLIP(io.ComfyNode):
                 region = region_around(full[i], size)
                 seen = region.cut_mask(full[i : i + 1], size)
                 square = context.put(region.cut(picture[None], size) * 2 - 1)
-                distances.append(float(clip_distance(square, context.put(seen), clip.model, prompt.prompt)))
+                distances.append(float(clip_distance_of_views(square, context.put(seen), clip.model, prompt.prompt)))
                 progress.update(i + 1)
             order = ranking(distances)[: keep or None]
             table = "\n".join(f"{rank}. picture {i + 1}: CLIP distance {glue.text(distances[i])}" for rank, i in enumerate(order, 1))

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from blended_core import BlendedError, BlendedWarning, ClipModel, DeviceContext, clip_files, load_clip
 from blended_core.clip_files import architecture_of, known_signatures, signature
 from blended_core.demo.world import OBJECTS, Placed, Scene, render
-from blended_core.rank import clip_distance
+from blended_core.rank import clip_distance, clip_distance_of_views
 from blended_core.torchscript import is_torchscript, read_torchscript
 
 CONTEXT = DeviceContext.choose("cpu")
@@ -160,6 +160,23 @@ def test_the_embedded_clip_knows_its_world(embedded: ClipModel) -> None:
         distances = [float(clip_distance(picture, mask, embedded, p)) for p in prompts]
         right += list(OBJECTS)[distances.index(min(distances))] == name
     assert right >= len(OBJECTS) - 1
+
+
+def test_ranking_by_views_is_not_taken_in_by_what_pleases_one(embedded: ClipModel) -> None:
+    mask = torch.ones(1, 1, 64, 64)
+    prompt = embedded.prompt("a dog")
+    real = torch.from_numpy(render(Scene("meadow", (Placed("dog", 0.5, 0.5, 0.6),), 1))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    empty = torch.from_numpy(render(Scene("meadow", (), 1))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pattern = empty.clone().requires_grad_()
+    for _ in range(40):  # pushes single pixels until CLIP sees a dog in the one view that it is shown
+        (gradient,) = torch.autograd.grad((embedded.encode_image(pattern) @ prompt.embeddings.T).sum(), pattern)
+        pattern = (pattern + 0.02 * gradient.sign()).clamp(-1, 1).detach().requires_grad_()
+    pictures = torch.cat([real, empty, pattern.detach()])
+    one, many = (score(pictures, mask, embedded, prompt).tolist() for score in (clip_distance, clip_distance_of_views))
+    assert one[2] < one[0] < one[1], "by one view the pattern is more of a dog than the dog"
+    assert many[0] < many[2], "by many it is not"
+    again = [float(clip_distance_of_views(picture[None], mask, embedded, prompt)) for picture in pictures]
+    assert again == pytest.approx(many, abs=1e-5), "a picture's score does not depend on those beside it"
 
 
 REAL = {

@@ -36,7 +36,7 @@ from blended_core.edit import (
 from blended_core.errors import BlendedError
 from blended_core.guidance import GuidanceOptions, guided_prediction
 from blended_core.losses import d_background, d_background_reference, d_clip, range_loss
-from blended_core.rank import clip_distance, ranking, seam_energy
+from blended_core.rank import clip_distance, clip_distance_of_views, ranking, seam_energy
 from blended_core.schedule import CLEAN
 
 from . import tiny
@@ -635,7 +635,7 @@ def test_presets_are_those_of_the_method() -> None:
         "guidance.background_loss": ("reference", "paper", "paper"),
         "guidance.lpips_scale": (1000.0, 1000.0, 1000.0),
         "guidance.l2_scale": (10000.0, 10000.0, 10000.0),
-        "ranking": ("reference", "corrected", "corrected"),
+        "ranking": ("reference", "corrected", "views"),
         "output": ("x0", "sample", "sample"),
         "background_noise": ("shared", "per_image", "per_image"),
         "index_lookup": ("reference", "exact", "exact"),
@@ -711,7 +711,7 @@ def test_candidates_come_best_first() -> None:
     assert sorted(c.index for c in result.candidates) == [0, 1, 2, 3, 4, 5]
     for candidate in result.candidates:
         assert candidate.score.gain == pytest.approx(result.source_distance - candidate.score.clip_distance)
-        again = clip_distance(candidate.edited, MASK, CLIP, PROMPT)
+        again = clip_distance_of_views(candidate.edited, MASK, CLIP, PROMPT)
         assert float(again) == pytest.approx(candidate.score.clip_distance, abs=1e-5)
 
 

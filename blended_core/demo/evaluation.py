@@ -25,10 +25,11 @@ from ..errors import BlendedError
 from ..files import write_bytes
 from ..losses import PerceptualDistance
 from ..pictures import UInt8, to_uint8, write_png
+from ..rank import clip_distance
 from .judge import NONE, Judge
 from .world import BACKGROUNDS, GUIDANCE_SCALE, OBJECTS, SIDE, demo_scene
 
-FORMAT = 1  # of the files of a pair; raised when they mean something else
+FORMAT = 2  # of the files of a pair; raised when they mean something else
 STEPS = "40"
 CANDIDATES, PAIRS = 8, 50
 FIFTH = 0.2
@@ -189,6 +190,8 @@ def _edited(
     finished = torch.cat([result.picture(c) for c in result.candidates])
     squares, inside = _squares(finished, result)
     verdicts = judge(squares, inside)
+    prompt = clip.prompt(case.prompt)
+    one_view = clip_distance(models.context.put(squares), models.context.put(inside), clip, prompt)
     return {
         "seconds": seconds / len(finished),
         "source_distance": result.source_distance,
@@ -197,11 +200,12 @@ def _edited(
             {
                 "candidate": c.index,
                 **c.score.to_dict(),
+                "one_view_distance": float(one),
                 "answer": verdict.answer,
                 "probability": verdict.probabilities[case.name],
                 "accepted": verdict.accepts(case.name),
             }
-            for c, verdict in zip(result.candidates, verdicts, strict=True)
+            for c, verdict, one in zip(result.candidates, verdicts, one_view, strict=True)
         ],
     }, np.concatenate([to_uint8(row[None]) for row in finished], 1)
 
@@ -228,7 +232,8 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     ``batch_precision``: share of all candidates that the judge accepts. ``best_precision``: share of pairs whose first
     candidate it accepts. ``top_fifth`` and ``bottom_fifth``: share accepted among the best and the worst ranked fifth of each pair, rounded up to whole candidates. ``rank_auc``:
-    how often, of two candidates of one pair of which one is accepted, that one has the smaller CLIP distance (½ is chance).
+    how often, of two candidates of one pair of which one is accepted, that one has the smaller CLIP distance (½ is chance);
+    ``one_view_auc``: the same if all were ranked by the one view that is not warped.
     ``by_rank``: share accepted at each rank. The others are means; ``background_error_max`` is the largest.
     """
     every = [c for r in records for c in r["candidates"]]
@@ -249,6 +254,7 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "top_fifth": _mean(top),
         "bottom_fifth": _mean(bottom),
         "rank_auc": rank_auc(records),
+        "one_view_auc": rank_auc(records, "one_view_distance"),
         "by_rank": [_mean(c["accepted"] for c in rank) for rank in zip(*(r["candidates"] for r in records), strict=True)],
         "seconds": _mean(r["seconds"] for r in records),
     }
@@ -265,12 +271,12 @@ def _share(ranked: Sequence[dict[str, Any]], end: bool) -> Sequence[dict[str, An
     return ranked[-count:] if end else ranked[:count]
 
 
-def rank_auc(records: Sequence[dict[str, Any]]) -> float | None:
+def rank_auc(records: Sequence[dict[str, Any]], by: str = "clip_distance") -> float | None:
     """The probability that CLIP puts an accepted candidate before a rejected one of the same pair; None without such couples."""
     wins = []
     for record in records:
-        known = [c for c in record["candidates"] if c["clip_distance"] is not None]
-        good, bad = ([c["clip_distance"] for c in known if c["accepted"] is accepted] for accepted in (True, False))
+        known = [c for c in record["candidates"] if c[by] is not None]
+        good, bad = ([c[by] for c in known if c["accepted"] is accepted] for accepted in (True, False))
         wins += [1.0 if a < b else 0.5 if a == b else 0.0 for a in good for b in bad]
     return _mean(wins)
 

@@ -42,7 +42,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 START, END = 49406, 49407
 SPOILED = "spoiled"
 """What a spoiled object is: none of the things with a name, and not an empty scene either, or blobs would do for removal."""
-ESTIMATED_LEVELS = {True: (100, 760), False: (50, 450)}
+ESTIMATED_LEVELS = {True: (100, 760), False: (50, 600)}
 """Of 1000, by whether the object is whole: from above the noise that leaves everything to see, to where an edit of strength 0.75
 begins. What is spoiled is noised less: from more noise the diffusion model would make something whole of it."""
 
