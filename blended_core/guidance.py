@@ -170,6 +170,21 @@ def clip_gradient(
     return gradient, distances
 
 
+def backward_to_input(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+    """The gradient of ⟨output, cotangent⟩ with respect to x, each image's brought to a size that half precision can hold on the way.
+
+    In float16 what is below 6e-8 is lost. A gradient of a mean over many pixels is of that size, so it is scaled to 1 at its largest
+    before the network, and back behind it; by powers of two, which round nothing.
+
+    Args:
+        output: [B, C, H, W], computed from x [B, C, H, W]; cotangent: [B, C, H, W] float32.
+    """
+    largest = cotangent.flatten(1).abs().amax(1)
+    exponent = torch.where(largest.isfinite() & (largest > 0), largest.log2().ceil(), 0.0).clamp(-100, 100)[:, None, None, None]
+    (gradient,) = torch.autograd.grad(output, x, cotangent * torch.exp2(-exponent))
+    return gradient * torch.exp2(exponent)
+
+
 def guided_prediction(
     model: DiffusionModel,
     x_t: Tensor,
@@ -218,10 +233,11 @@ def guided_prediction(
         if through_unet:
             x = x.requires_grad_()
         prediction = model.predict(x, index, schedule, labels)
+    # In two parts: down to x̂0, and from there through the UNet, which may compute in half precision.
     with torch.enable_grad():
-        variable = x if through_unet else prediction.x0.detach().requires_grad_()
-        x0 = prediction.x0 if through_unet else variable
-        x_in = mixed_estimate(x0, x, index, schedule) if options.clip_input == "mixed" else x0
+        x0 = prediction.x0.detach().requires_grad_()
+        x_direct = x_t.detach().requires_grad_(through_unet and options.clip_input == "mixed")
+        x_in = mixed_estimate(x0, x_direct, index, schedule) if options.clip_input == "mixed" else x0
         outputs: list[Tensor] = []
         cotangents: list[Tensor | None] = []
         distances = None
@@ -245,7 +261,11 @@ def guided_prediction(
             cotangents.append(None)
         gradient = None
         if outputs:
-            gradient = -torch.autograd.grad(outputs, variable, cotangents)[0]
+            wanted = [x0, x_direct] if x_direct.requires_grad else [x0]
+            gradient, *direct = torch.autograd.grad(outputs, wanted, cotangents, materialize_grads=True)
+            if through_unet:
+                gradient = backward_to_input(prediction.x0, x, gradient)
+            gradient = -sum(direct, start=gradient)
     prediction = Prediction(*(getattr(prediction, f).detach() for f in ("x0", "mean", "variance", "log_variance")))
     if gradient is None:
         return Guided(prediction, None)

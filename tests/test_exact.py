@@ -1,0 +1,137 @@
+"""Paths that save time or memory, against the plain one: x_{t−1} equal to 1e-4, its gradient to 1e-3 of its largest value."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from blended_core.context import DeviceContext
+from blended_core.draws import Draws
+from blended_core.edit import Models, Step, guided_step, preset
+from blended_core.guidance import backward_to_input
+from blended_core.thrift import Thrift
+
+from . import tiny
+
+SIZE = tiny.SIZE
+IMAGES = range(4)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"))]
+
+
+def step(models: Models, chunk: int = 0) -> Step:
+    """One step in the middle of a process, guided through the UNet."""
+    options = preset("best", steps="10", gradient="unet", views=6, view_chunk=chunk, batch=len(IMAGES))
+    schedule = models.ddpm.config.respaced(options.steps)
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., 3:13, 3:13] = 1
+    x = torch.randn(len(IMAGES), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    assert models.clip is not None
+    put = models.context.put
+    return guided_step(models, put(x), 5, schedule, options, models.clip.prompt("a tree"), put(mask), Draws(0), IMAGES)
+
+
+def on(device: str, **changes: object) -> Models:
+    """The tiny networks there."""
+    context = DeviceContext(torch.device(device), **changes)  # type: ignore[arg-type]
+    models = tiny.tiny_models()
+    assert models.clip is not None
+    context.place(models.ddpm.network)
+    context.place(models.clip.model)
+    return replace(models, context=context)
+
+
+def compiled(device: str) -> Models:
+    models = on(device)
+    # On a processor the kernels that inductor writes take minutes to build: only where they are asked for.
+    inductor = device != "cpu" or os.environ.get("BLENDED_INDUCTOR") == "1"
+    models.ddpm.network.compile(backend="inductor" if inductor else "aot_eager")  # type: ignore[no-untyped-call]
+    return models
+
+
+def checkpointed(device: str) -> Models:
+    models = on(device)
+    models.ddpm.network.gradient_checkpointing = True  # type: ignore[assignment]
+    return models
+
+
+Path = tuple[Callable[[str], Models], int, AbstractContextManager[None]]
+FAST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def path(name: str) -> Path:
+    """(networks on a device, views at once, the attention kernels allowed)."""
+    paths: dict[str, Path] = {
+        "fused attention": (on, 0, sdpa_kernel(FAST)),
+        "channels_last": (lambda device: on(device, channels_last=True), 0, nullcontext()),
+        "compile": (compiled, 0, nullcontext()),
+        "one view at a time": (on, 1, nullcontext()),
+        "uneven chunks of views": (on, 4, nullcontext()),
+        "checkpointing": (checkpointed, 0, nullcontext()),
+        "batch split": (lambda device: replace(on(device), thrift=Thrift(rows=1)), 0, nullcontext()),
+        "batch split unevenly": (lambda device: replace(on(device), thrift=Thrift(rows=3)), 0, nullcontext()),
+    }
+    return paths[name]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "name",
+    ["fused attention", "channels_last", "one view at a time", "uneven chunks of views", "checkpointing", "batch split",
+     "batch split unevenly", pytest.param("compile", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_equal_to_the_plain_path(name: str, device: str) -> None:
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = step(on(device))
+    build, chunk, kernels = path(name)
+    with kernels:
+        found = step(build(device), chunk)
+    assert plain.gradient is not None and found.gradient is not None
+    assert float((found.x - plain.x).abs().max()) <= 1e-4
+    assert float((found.gradient - plain.gradient).abs().max()) <= 1e-3 * float(plain.gradient.abs().max())
+    assert plain.shift > 0.01, "guidance must have done something to compare"
+
+
+# --- float16 ----------------------------------------------------------------------------------------------------------
+
+
+def through(dtype: torch.dtype, size: float, plainly: bool = False) -> Tensor:
+    """The gradient through the tiny UNet of a loss whose gradient at its output is of that size."""
+    unet = tiny.tiny_unet().set_compute_dtype(dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, SIZE, SIZE, generator=generator).requires_grad_()
+    cotangent = size * torch.randn(2, 3, SIZE, SIZE, generator=generator)
+    output = unet(x, torch.full((2,), 500.0))[:, :3].float()
+    return torch.autograd.grad(output, x, cotangent)[0] if plainly else backward_to_input(output, x, cotangent)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-7, 1.0, 1e5])
+def test_half_precision_keeps_gradients_of_any_size(size: float) -> None:
+    exact, half = through(torch.float32, size), through(torch.float16, size)
+    assert half.isfinite().all()
+    assert float((half - exact).norm()) <= 0.01 * float(exact.norm())
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e5])
+def test_half_precision_loses_them_without_a_scale(size: float) -> None:
+    exact, half = through(torch.float32, size), through(torch.float16, size, plainly=True)
+    assert not half.isfinite().all() or float((half - exact).norm()) > 0.05 * float(exact.norm())
+
+
+def test_the_scale_changes_nothing_in_float32() -> None:
+    assert torch.equal(through(torch.float32, 0.01), through(torch.float32, 0.01, plainly=True))
+
+
+def test_an_image_without_a_gradient_or_with_a_broken_one_leaves_the_others_alone() -> None:
+    unet = tiny.tiny_unet()
+    x = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    cotangent = torch.ones(3, 3, SIZE, SIZE)
+    cotangent[1], cotangent[2] = 0, torch.nan
+    gradient = backward_to_input(unet(x, torch.full((3,), 500.0))[:, :3], x, cotangent)
+    assert gradient[0].isfinite().all() and gradient[0].any() and not gradient[1].any() and gradient[2].isnan().any()
