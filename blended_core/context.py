@@ -74,6 +74,10 @@ class DeviceContext:
         elif self.device.type == "mps":
             torch.mps.empty_cache()
 
+    def make_room(self) -> bool:
+        """Has others give up memory on the device, where somebody knows of others; whether any did."""
+        return False
+
     @contextlib.contextmanager
     def autograd(self) -> Iterator[None]:
         """The scope in which networks are used: no global inference mode, gradients off until a function asks for them."""

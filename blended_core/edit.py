@@ -506,10 +506,19 @@ class EditResult:
 
 def paste(edited: Tensor, original: Tensor, mask: Tensor, region: Region | WholePicture, options: EditOptions) -> Tensor:
     """Puts an edited region [B, C, S, S] in −1..1 back into the original [1, C, H, W] in 0..1."""
-    full = region.put_back((edited.to(original) + 1) / 2, original)
-    if not options.pastes:
-        return full.clamp(0, 1)
-    return final_paste(full, original, mask, soft=options.soft, feather=options.feather)
+    values = (edited.to(original) + 1) / 2
+    if isinstance(region, WholePicture) or not options.pastes:
+        full = region.put_back(values, original)
+        return final_paste(full, original, mask, soft=options.soft, feather=options.feather) if options.pastes else full.clamp(0, 1)
+    # The mask lies in the region, so nothing else of a large picture is computed; the feather looks a little beyond.
+    around = region.inner().grown(options.feather + 1, region.width, region.height)
+    part = original[around.slices]
+    pasted = final_paste(
+        region.within(around).put_back(values, part), part, mask[around.slices], soft=options.soft, feather=options.feather
+    )
+    out = original.expand(len(pasted), -1, -1, -1).clone()
+    out[around.slices] = pasted
+    return out
 
 
 def prepared_mask(mask: Tensor, options: EditOptions) -> Tensor:
@@ -627,6 +636,8 @@ def edit_picture(
                     on_candidate(candidate, result)
                     lap("write")
         result.rank()
+        if models.thrift.applied(options.guidance).gradient != options.guidance.gradient:
+            notes.append("Memory did not suffice for the gradient through the UNet; it was taken at x̂0, as you allowed.")
         overflown = [str(c.index) for c in result.candidates if not c.edited.isfinite().all()]
         if overflown:
             notes.append(

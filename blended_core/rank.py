@@ -14,6 +14,7 @@ from .augment import ViewParameters, draw_views, warp_views
 from .blend import THRESHOLD
 from .clip import ClipModel, Prompt
 from .guidance import prompt_distance, seen_by_clip
+from .region import bounds
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,20 @@ def clip_distance_reference(
     return prompt_distance(clip.encode_normalised(small), prompt, distance)
 
 
+BAND = 2**18
+"""Pixels that are compared at once: their differences fit a processor's cache, where those of a large picture would not."""
+
+
 def background_error(result: Tensor, original: Tensor, mask: Tensor, soft: bool = False) -> float:
     """Mean |result − original| over the pixels outside the mask; pictures [1, C, H, W], mask [1, 1, H, W]; 0 if there are none."""
-    outside = ((mask <= 0) if soft else (mask < THRESHOLD)).expand_as(result)
-    return float((result - original)[outside].abs().double().mean()) if outside.any() else 0.0
+    rows = max(1, BAND // result.shape[-1])
+    total, count = 0.0, 0
+    for parts in zip(*(torch.split(tensor, rows, 2) for tensor in (result, original, mask)), strict=True):
+        here, there, area = parts
+        outside = ((area <= 0) if soft else (area < THRESHOLD)).expand_as(here)
+        total += float(torch.where(outside, (here - there).abs(), 0.0).sum(dtype=torch.float64))
+        count += int(outside.sum())
+    return total / count if count else 0.0
 
 
 def seam_energy(result: Tensor, mask: Tensor, soft: bool = False) -> float:
@@ -89,11 +100,15 @@ def seam_energy(result: Tensor, mask: Tensor, soft: bool = False) -> float:
     Pictures [1, C, H, W] in 0..1. Every pair of neighbours of which one is inside counts, along rows and along columns.
     """
     inside = ((mask > 0) if soft else (mask >= THRESHOLD))[0, 0]
+    if not inside.any():
+        return 0.0
+    around = bounds(mask, soft).grown(SEAM_REACH, int(inside.shape[1]), int(inside.shape[0]))
+    picture, inside = result[around.slices][0], inside[around.slices[2:]]
     total, count = 0.0, 0
-    for picture, within in ((result[0], inside), (result[0].transpose(1, 2), inside.T)):
+    for colours, within in ((picture, inside), (picture.transpose(1, 2), inside.T)):
         if within.shape[1] < 4:
             continue
-        jumps = (picture[:, :, 1:] - picture[:, :, :-1]).abs().double().mean(0)  # [H, W−1]
+        jumps = (colours[:, :, 1:] - colours[:, :, :-1]).abs().double().mean(0)  # [H, W−1]
         edge = (within[:, 1:] != within[:, :-1])[:, 1:-1]
         beside = 0.5 * (jumps[:, :-2] + jumps[:, 2:])
         total += float((jumps[:, 1:-1] - beside)[edge].sum())
@@ -101,6 +116,8 @@ def seam_energy(result: Tensor, mask: Tensor, soft: bool = False) -> float:
     return max(0.0, total / count) if count else 0.0
 
 
+SEAM_REACH = 3
+"""Pixels around the mask that its seam is measured in."""
 RANKINGS = {"views": clip_distance_of_views, "corrected": clip_distance, "reference": clip_distance_reference}
 """What :attr:`~blended_core.edit.EditOptions.ranking` names."""
 

@@ -76,6 +76,10 @@ class Region:
         ]
         return out
 
+    def within(self, box: Box) -> Region:
+        """The same square, of the part of the picture in a box."""
+        return Region(self.left - box.left, self.top - box.top, self.side, box.right - box.left, box.bottom - box.top)
+
     def inner(self) -> Box:
         """The part of the region that lies in the picture."""
         return Box(max(self.left, 0), max(self.top, 0), min(self.left + self.side, self.width), min(self.top + self.side, self.height))
@@ -89,6 +93,15 @@ class Box:
     top: int
     right: int
     bottom: int
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice, slice]:
+        """To index pictures [B, C, H, W] with."""
+        return slice(None), slice(None), slice(self.top, self.bottom), slice(self.left, self.right)
+
+    def grown(self, by: int, width: int, height: int) -> Box:
+        """Larger by so many pixels on every side, within a picture of that size."""
+        return Box(max(self.left - by, 0), max(self.top - by, 0), min(self.right + by, width), min(self.bottom + by, height))
 
 
 def bounds(mask: Tensor, soft: bool = False) -> Box:

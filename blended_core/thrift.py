@@ -1,6 +1,6 @@
 """What to do when memory runs out in a guided step: the same with less at once.
 
-First fewer images, then fewer views through CLIP, then the UNet's activations are made again instead of kept. All that changes memory and
+First the room that others would give up, then fewer images, then fewer views through CLIP, then the UNet's activations are made again instead of kept. All that changes memory and
 time; the picture stays the same, as far as sums in another order are. Only the gradient at x̂0 is another picture, and is taken only
 where the options allow it.
 """
@@ -37,7 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass
 class Thrift:
-    """How little a guided step takes at once; learned by failing, and kept with the model.
+    """How little a guided step takes at once; learned by failing, and kept for an edit's further steps.
 
     Attributes:
         rows: images at once, or None for the whole batch; view_chunk: views at once, or None for what the options say.
@@ -48,6 +48,10 @@ class Thrift:
     view_chunk: int | None = None
     checkpointing: bool = False
     x0: bool = False
+
+    def forget(self) -> None:
+        """Begins anew: what was too much for one edit may fit the next, when another program has ended."""
+        self.rows, self.view_chunk, self.checkpointing, self.x0 = None, None, False, False
 
     def applied(self, options: GuidanceOptions) -> GuidanceOptions:
         """The options of a step under these limits."""
@@ -120,9 +124,12 @@ def sparing(
             if not is_out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            measure = thrift.less(batch, options, network, guided)
         # Outside of the handler, where the failed step's tensors are let go of.
         context.release()
+        if context.make_room():
+            warnings.warn("memory ran out; networks that this step does not need were unloaded.", BlendedWarning, stacklevel=2)
+            continue
+        measure = thrift.less(batch, options, network, guided)
         if not measure:
             raise BlendedError(nothing_left(reason, batch, options, context, guided))
         warnings.warn(f"memory ran out; {measure}.", BlendedWarning, stacklevel=2)

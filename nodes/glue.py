@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +50,7 @@ GUIDANCE = io.Custom("BLENDED_GUIDANCE")
 
 @dataclass(frozen=True, eq=False)
 class LoadedDDPM:
-    """What BLENDED_DDPM carries."""
+    """What BLENDED_DDPM carries; ``thrift`` is of the edit that runs."""
 
     model: DiffusionModel
     patcher: ModelPatcher
@@ -90,13 +90,30 @@ class LoadedPerceptual:
     patcher: ModelPatcher
 
 
+@dataclass(frozen=True)
+class ManagedContext(DeviceContext):
+    """A context whose device is shared with ComfyUI's other networks; ``patchers`` are those in use now."""
+
+    patchers: tuple[ModelPatcher, ...] = ()
+
+    def make_room(self) -> bool:
+        # On the processor a network that is unloaded stays where it is.
+        return self.device.type != "cpu" and unload_others(self.device, self.patchers)
+
+
+def unload_others(device: torch.device, patchers: Sequence[ModelPatcher]) -> bool:
+    """Has the manager unload every network but these; whether there was one."""
+    kept = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
+    return bool(mm.free_memory(1e32, device, keep_loaded=kept))
+
+
 def device_context(dtype: str = "auto") -> DeviceContext:
     """Where ComfyUI computes, in a precision by name; 'auto' follows ComfyUI's own choice."""
     device = mm.get_torch_device()
     precision = mm.unet_dtype(device, supported_dtypes=[torch.bfloat16, torch.float16, torch.float32]) if dtype == "auto" else DTYPES[dtype]
     if precision not in DTYPES.values():  # asked for by a flag of ComfyUI's for other networks: float8, float64
         precision = torch.float32
-    return DeviceContext(device, precision, channels_last=device.type == "cuda")
+    return ManagedContext(device, precision, channels_last=device.type == "cuda")
 
 
 def resting(context: DeviceContext) -> DeviceContext:
@@ -130,29 +147,63 @@ def managed_perceptual() -> LoadedPerceptual:
 
 
 def on_device(
-    ddpm: LoadedDDPM | None, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None = None, pixels: int = 0
+    ddpm: LoadedDDPM | None,
+    clip: LoadedCLIP | None,
+    perceptual: LoadedPerceptual | None = None,
+    pixels: int = 0,
+    options: GuidanceOptions | None = None,
 ) -> DeviceContext:
     """Brings networks to ComfyUI's device, whole; inside :func:`engine`.
 
-    ``pixels``: of all rows of a batch together; the memory that a guided step needs is told to the manager.
+    ``pixels``: of all rows of a batch together; ``options``: how they are guided. The memory that a step needs is told to the manager.
     """
-    patchers = [part.patcher for part in (ddpm, clip, perceptual) if part is not None]
     context = ddpm.context if ddpm is not None else device_context("fp32")
-    needed = 0
-    if ddpm is not None:
-        width = sum(p.shape[0] for p in ddpm.model.network.parameters() if p.ndim == 4) ** 0.5
-        needed = int(pixels * width * 4 * VALUES_A_PIXEL)
-    mm.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
+    needed = 0 if ddpm is None else memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize)
+    mm.load_models_gpu(managed(ddpm, clip, perceptual), memory_required=needed, force_full_load=True)
     return context
 
 
-VALUES_A_PIXEL = 60
-"""Rough number of values that a guided step keeps for each pixel and unit of width: what the manager frees beforehand."""
+BACKWARD, FORWARD = 64, 12
+"""Values that a UNet keeps for each pixel and unit of width, with and without the way back. Width: the root of its convolutions' outputs.
+Measured (benchmarks.measure.peak_bytes): 60 and 11 at 64 px and 64 channels, 64 and 8 at 128 px and 128 channels."""
+CLIP_VALUES = 17
+"""Values that a vision transformer keeps for each token, unit of width and layer. Measured: 17 in a tiny one, 11 in ViT-B/16."""
+OTHER_CLIP = 500
+"""The same of another kind of CLIP, for each pixel that it sees; of a ResNet-50, counted."""
+
+
+def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, options: GuidanceOptions | None, itemsize: int) -> int:
+    """Bytes that a step takes beside the weights, roughly and not too few; of ``pixels`` pixels of all rows together."""
+    options = options or GuidanceOptions()
+    guided = clip is not None and options.scale > 0
+    width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
+    needed = pixels * width * itemsize * (BACKWARD if guided and options.gradient == "unet" else FORWARD)
+    if guided and clip is not None:
+        rows = pixels / ddpm.image_size**2
+        views = min(options.view_chunk or options.views, options.views)
+        needed += rows * views * 4 * values_of_a_view(clip)
+    return int(needed)
+
+
+def values_of_a_view(clip: ClipModel) -> int:
+    """What CLIP keeps of one picture on its way back."""
+    visual = clip.model.visual
+    blocks, grid = getattr(getattr(visual, "transformer", None), "resblocks", None), getattr(visual, "grid_size", None)
+    if blocks is None or grid is None:
+        return OTHER_CLIP * clip.image_size**2
+    return CLIP_VALUES * (grid[0] * grid[1] + 1) * visual.conv1.out_channels * len(blocks)
+
+
+def managed(*parts: LoadedDDPM | LoadedCLIP | LoadedPerceptual | None) -> list[ModelPatcher]:
+    """What the memory manager knows of loaded networks."""
+    return [part.patcher for part in parts if part is not None]
 
 
 def models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None) -> Models:
     """The engine's view of loaded networks; after :func:`on_device`."""
-    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, ddpm.context, ddpm.thrift)
+    here = ddpm.context
+    context = ManagedContext(here.device, here.dtype, here.channels_last, tuple(managed(ddpm, clip, perceptual)))
+    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, context, ddpm.thrift)
 
 
 # --- progress, preview, interrupt ---------------------------------------------------------------------------------------
@@ -191,19 +242,21 @@ def engine() -> Iterator[None]:
     Out of ComfyUI's inference mode, whose tensors no gradient can use; warnings go to ComfyUI's log, and errors speak of inputs
     instead of the terminal's options.
     """
-    said: list[warnings.WarningMessage] = []
     try:
-        with warnings.catch_warnings(record=True) as said, torch.inference_mode(False), torch.no_grad():
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter("always", BlendedWarning)
+            otherwise = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, BlendedWarning):
+                    logging.warning("Blended Diffusion: %s", in_words_of_nodes(str(message)))
+                else:
+                    otherwise(message, category, *where, **more)
+
+            warnings.showwarning = show
             yield
     except BlendedError as error:
         raise BlendedError(in_words_of_nodes(str(error))) from None
-    finally:
-        for warning in said:
-            if issubclass(warning.category, BlendedWarning):
-                logging.warning("Blended Diffusion: %s", in_words_of_nodes(str(warning.message)))
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def in_words_of_nodes(sentence: str) -> str:

@@ -180,6 +180,42 @@ class GuidanceOptionsNode(io.ComfyNode):
                     advanced=True,
                     tooltip="Side of the pictures that the scales are meant for: one scale then suits models of every size. 0: scales as they are.",
                 ),
+                io.Float.Input(
+                    "guide_from",
+                    default=DEFAULTS.start,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="CLIP begins to pull at this part of the noise levels; 0: from the noisiest on. Steps without CLIP are faster.",
+                ),
+                io.Float.Input(
+                    "guide_to",
+                    default=DEFAULTS.end,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="CLIP stops pulling at this part of the noise levels; 1: at the clean picture. Steps without CLIP are faster.",
+                ),
+                io.Int.Input(
+                    "early_views",
+                    default=DEFAULTS.early_views,
+                    min=0,
+                    max=256,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Views in the noisier half, where there is little to see yet; fewer are faster. 0: as many as views.",
+                ),
+                io.Boolean.Input(
+                    "x0_if_needed",
+                    default=DEFAULTS.x0_if_needed,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where memory does not suffice for the gradient unet, take x0 instead of failing. The picture is another one; the scores say so.",
+                ),
             ],
             outputs=[glue.GUIDANCE.Output("options", display_name="options", tooltip="For the sampler or CLIP Guidance Step.")],
         )
@@ -197,6 +233,10 @@ class GuidanceOptionsNode(io.ComfyNode):
         clamp: float = 0.0,
         view_chunk: int = DEFAULTS.view_chunk,
         reference_size: int = DEFAULTS.reference_size,
+        guide_from: float = DEFAULTS.start,
+        guide_to: float = DEFAULTS.end,
+        early_views: int = DEFAULTS.early_views,
+        x0_if_needed: bool = DEFAULTS.x0_if_needed,
     ) -> io.NodeOutput:
         with glue.engine():
             options = GuidanceOptions(
@@ -210,5 +250,9 @@ class GuidanceOptionsNode(io.ComfyNode):
                 clamp=clamp or None,
                 view_chunk=view_chunk,
                 reference_size=reference_size,
+                start=guide_from,
+                end=guide_to,
+                early_views=early_views,
+                x0_if_needed=x0_if_needed,
             )
             return io.NodeOutput(glue.LoadedGuidance(options, glue.managed_perceptual() if options.needs_perceptual else None))

@@ -232,7 +232,9 @@ class CLIPGuidanceStep(io.ComfyNode):
             progress.update(done)
             clip = prompt.clip if guided else None
             perceptual = options.perceptual if options is not None else None
-            context = glue.on_device(ddpm, clip, perceptual, pixels=len(noisy) * level.size**2)
+            context = glue.on_device(ddpm, clip, perceptual, pixels=len(noisy) * level.size**2, options=guidance)
+            if not done:
+                ddpm.thrift.forget()
             seen = torch.ones(1, 1, level.size, level.size) if area is None else mask_for_clip(area, level.soft)
             step = guided_step(
                 glue.models(ddpm, clip, perceptual), context.put(noisy.samples.clone()), level.index, level.schedule, edit,

@@ -21,7 +21,7 @@ from blended_core.diffusion import DiffusionConfig, DiffusionModel
 from blended_core.edit import EditOptions, edit_picture, paste, prepared_mask, preset
 from blended_core.errors import BlendedError
 from blended_core.pictures import to_uint8
-from blended_core.rank import background_error
+from blended_core.rank import background_error, seam_energy
 from blended_core.region import region_around
 
 from . import tiny
@@ -164,6 +164,40 @@ def test_all_256_values_survive_the_way_to_the_file(size: int, soft: bool) -> No
         keep = (half == 0).expand_as(numbers)
         assert torch.equal(numbers[keep], SOURCE_256[keep])
     assert np.array_equal(to_uint8(original), SOURCE_256[0].permute(1, 2, 0).numpy())
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=masks(), soft=st.booleans(), feather=st.integers(0, 5), context=st.sampled_from([1.0, 1.3, 4.0]), size=st.sampled_from([8, 20]))
+def test_what_is_computed_around_the_mask_is_what_the_whole_picture_gives(
+    mask: Tensor, soft: bool, feather: int, context: float, size: int
+) -> None:
+    options = EditOptions(mask_rule="soft" if soft else "binary", feather=feather)
+    used = prepared_mask(mask, options)
+    if not bool(((used > 0) if soft else (used >= 0.5)).any()):
+        return
+    generator = torch.Generator().manual_seed(size)
+    original = torch.rand(1, 3, *used.shape[-2:], generator=generator)
+    edited = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
+    region = region_around(used, size, context, soft)
+    whole = final_paste(region.put_back((edited + 1) / 2, original), original, used, soft=soft, feather=feather)
+    assert torch.equal(paste(edited, original, used, region, options), whole)
+    wide = torch.nn.functional.pad(used, (9, 9, 9, 9))
+    canvas = torch.nn.functional.pad(whole[:1], (9, 9, 9, 9), mode="replicate")
+    far = torch.nn.functional.pad(wide, (0, 30, 0, 30)), torch.nn.functional.pad(canvas, (0, 30, 0, 30), mode="replicate")
+    assert seam_energy(canvas, wide, soft) == pytest.approx(seam_energy(far[1], far[0], soft), abs=1e-9), (
+        "what lies far away has no part in it"
+    )
+
+
+def test_the_background_error_of_a_large_picture_is_summed_in_bands() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1, 3, 300, 2100, generator=generator) for _ in range(2))
+    mask = (torch.rand(1, 1, 300, 2100, generator=generator) > 0.7).float()
+    outside = (mask == 0).expand_as(a)
+    assert background_error(a, b, mask) == pytest.approx(float((a - b)[outside].abs().double().mean()), rel=1e-9)
+    assert background_error(a, b, torch.ones_like(mask)) == 0
+    broken = torch.where(outside, a, torch.nan)
+    assert background_error(broken, a, mask) == 0
 
 
 MODELS = tiny.tiny_models()

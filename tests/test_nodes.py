@@ -140,6 +140,21 @@ def test_the_schema_is_what_execute_takes() -> None:
     assert sorted(told["nodes"]) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
 
 
+def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
+    command = [interpreter(), str(ROOT / "tests" / "manager.py")]
+    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=300, env=environment())
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    assert told["before"] == [True, True] and told["unloaded"] is True and told["after"] == [True, False]
+    assert told["again"] is False, "what is in use stays, so that a second failure goes on to the next measure"
+    assert told["context"] == "ManagedContext" and told["processor gives up nothing"] is False
+    needed = told["needed"]
+    assert needed["unguided"] < needed["x0"] == needed["x0, 64 in chunks"] < needed["x0, 64 views"]
+    assert needed["x0"] < needed["unet"]
+    assert told["lines"] == ["Blended Diffusion: memory ran out; use “view chunk”."] and told["during"] == 1, "said at once, not at the end"
+    assert told["others"] == ["of another library"] and told["error"] == "try “dtype” bf16"
+
+
 def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> None:
     pack = "blended-diffusion"
     templates = sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blended_core.clip import Prompt
+from blended_core.context import DeviceContext
 from blended_core.draws import Draws
 from blended_core.edit import EditOptions, Models, Step, edit_picture, guided_step, preset
 from blended_core.errors import BlendedError, BlendedWarning
@@ -102,6 +104,44 @@ def test_checkpointing_then_the_gradient_at_x0_if_it_is_allowed() -> None:
     spared = tiny_models()
     spared.thrift.x0 = True
     assert alike(plain, run(spared, options)[0])  # what one edit allowed is not allowed to the next
+
+
+class Shared(DeviceContext):
+    """A device on which another program's network gives up its room once, when it is asked."""
+
+    asked = 0
+
+    def make_room(self) -> bool:
+        Shared.asked += 1
+        return Shared.asked == 1
+
+
+def test_others_give_up_their_room_first() -> None:
+    options = preset("best", **SHORT)
+    plain, _ = run(tiny_models(), options)
+    models = limited(replace(tiny_models(), context=Shared()), lambda _, n: n <= 2 or Shared.asked > 0)
+    found, lines = run(models, options)
+    assert lines == ["memory ran out; networks that this step does not need were unloaded."]
+    assert models.thrift == Thrift() and alike(plain, found)
+    models = limited(replace(tiny_models(), context=Shared()), lambda _, n: n <= 2)
+    found, lines = run(models, options)
+    assert lines == ["memory ran out; going on with 2 of 4 images at once."] and alike(plain, found)
+    models.thrift.forget()
+    assert models.thrift == Thrift()
+
+
+def test_a_picture_that_came_out_otherwise_says_so() -> None:
+    def never(*_: Any) -> bool:
+        return not torch.is_grad_enabled()
+
+    mask = torch.ones(1, 1, SIZE, SIZE)
+    for allowed in (limited(tiny_models(), never), tiny_models()):
+        options = preset("best", gradient="unet", x0_if_needed=True, **SHORT)
+        assert allowed.clip is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BlendedWarning)
+            result = edit_picture(random_picture(SIZE, SIZE), mask, allowed.clip.prompt("a thing"), allowed, options)
+        assert any("taken at x̂0, as you allowed" in note for note in result.notes) == allowed.thrift.x0
 
 
 def test_images_that_influence_one_another_stay_together() -> None:
