@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--lpips", default="auto", metavar="NET", help="network of D_bg: auto, embedded, vgg, alex or squeeze")
 
     method = edit.add_argument_group("method (where no default is named, the preset decides)")
-    method.add_argument("--preset", choices=("best", "paper", "official"), default="best", help="where the options begin")
+    method.add_argument("--preset", choices=("best", "fast", "paper", "official"), default="best", help="where the options begin")
     method.add_argument("--algorithm", choices=("blended", "local"), default="blended", help="Algorithm 2 or Algorithm 1")
     method.add_argument("--steps", metavar="N", help="respacing: 100, ddim25, or 50,25,10")
     method.add_argument("--strength", type=float, metavar="S", help="share of the steps that is denoised, 0 to 1")

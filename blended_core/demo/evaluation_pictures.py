@@ -74,7 +74,8 @@ def comparison(path: Path, out: Path, rows: Sequence[str], cases: Sequence[Pair]
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Bars of both precisions, one group a row; and both against the time that a candidate takes."""
     scale = 2  # drawn large and brought down, since Pillow's lines are not smooth
-    width, height, left, top, high = 900, 780, 150, 70, 22
+    left, top, high = 150, 70, 22
+    width, height = 900, 364 + len(rows) * (high + 10)
     image = Image.new("RGB", (width * scale, height * scale), PAPER)
     draw = ImageDraw.Draw(image)
 
