@@ -93,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--skip", type=int, metavar="K", help="the same as steps left out, as the original script has it")
     method.add_argument("--sampler", choices=("ddpm", "ddim"))
     method.add_argument("--eta", type=float, help="of DDIM, 0 to 1")
+    method.add_argument(
+        "--ddim-guidance", choices=("matched", "score"), help="guidance moves a DDIM step as far as a DDPM step, or as the score has it"
+    )
     method.add_argument("--seed", type=int, default=0)
     method.add_argument("--candidates", type=int, metavar="N", help="how many results")
     method.add_argument("--batch", type=int, metavar="N", help="how many at once; changes time and memory, not the draws")

@@ -647,6 +647,7 @@ def test_presets_are_those_of_the_method() -> None:
         "steps": ("100", "100", "100"),
         "strength": (0.75, 0.75, 0.75),
         "sampler": ("ddpm", "ddpm", "ddpm"),
+        "ddim_guidance": ("score", "score", "matched"),
         "algorithm": ("blended", "blended", "blended"),
     }
     for name, values in rows.items():
