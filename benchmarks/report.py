@@ -28,6 +28,9 @@ def table(found: dict[str, Any]) -> str:
     for step in found.get("steps", []):
         memory = ", ".join(f"{way} {mib:.0f}" for way, mib in step["memory_mib"].items())
         lines.append(f"| peak memory of tensors, MiB | {step['network']} | {memory} | |")
+        for what, key in (("profile of an exact step", "operations"), ("of the floor, spent above it", "above_the_floor")):
+            text = ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in step.get(key, {}).items())
+            lines.append(f"| {what} | {step['network']} | {text} | |")
         for way, gap in step["difference"].items():
             lines.append(
                 f"| difference to the plain path: {way} | {step['network']} | x {gap['x']:.1e}, gradient {gap['gradient']:.1e} | ≤ 1e-4, 1e-3 |"

@@ -11,7 +11,7 @@ import torch
 
 from blended_core.context import DeviceContext
 
-from .measure import Work, peak_bytes, ratio, side_by_side
+from .measure import Work, peak_bytes, ratio, side_by_side, time_by_operation
 from .networks import SIZES
 from .structure import Setting, checkpointed, clip, clip_alone, floor, forward, ours, reference
 
@@ -60,6 +60,7 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
         seconds = side_by_side(ways, rounds, context.device)
         memory = {way: peak_bytes(work, context.device) / MIB for way, work in ways.items()}
         memory["clip"] = peak_bytes(lambda: clip(setting), context.device) / MIB
+        spent = {way: time_by_operation(ways[way], context.device) for way in ("exact", "floor")}
         plain, found = reference(setting), ours(setting)
         split = ours(setting, view_chunk=1)
     ratios = {f"{way} / floor": ratio(seconds[way], seconds["floor"]) for way in ways if way != "floor"}
@@ -74,8 +75,27 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
         "ratios": {key: vars(value) for key, value in ratios.items()},
         "memory_mib": memory,
         "memory_ratios": shares,
+        "operations": largest(spent["exact"]),
+        "above_the_floor": above(spent["exact"], spent["floor"]),
         "difference": {"exact": differences(plain, found), "one view at a time": differences(plain, split)},
     }
+
+
+NAMED = 6
+"""Operations that a profile names."""
+
+
+def largest(spent: dict[str, float]) -> dict[str, float]:
+    """The operations that take most of a step, as shares of it."""
+    whole = sum(spent.values())
+    return {name: seconds / whole for name, seconds in sorted(spent.items(), key=lambda item: -item[1])[:NAMED]}
+
+
+def above(exact: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
+    """The operations that take most beyond what they take in the floor, as shares of the floor."""
+    whole = sum(floor.values())
+    more = {name: (seconds - floor.get(name, 0.0)) / whole for name, seconds in exact.items()}
+    return dict(sorted(more.items(), key=lambda item: -item[1])[:NAMED])
 
 
 def differences(plain: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:

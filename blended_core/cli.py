@@ -470,7 +470,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace) -> EditOptions:
-    from .edit import EditOptions, preset
+    from .edit import PRESETS, EditOptions, preset
     from .guidance import GuidanceOptions
 
     names = {f.name for f in fields(EditOptions)} | {f.name for f in fields(GuidanceOptions)}
@@ -483,7 +483,7 @@ def _options(args: argparse.Namespace) -> EditOptions:
     if args.skip is not None:
         if args.strength is not None:
             raise BlendedError("--skip and --strength say the same thing; give one of them.")
-        total = _step_count(changes.get("steps", "100"))
+        total = _step_count(changes.get("steps", PRESETS[args.preset].steps))
         if not 0 <= args.skip < total:
             raise BlendedError(f"--skip is {args.skip} of {total} steps; give 0 to {total - 1}.")
         changes["strength"] = (total - args.skip) / total
@@ -545,6 +545,11 @@ def _spare_inputs(files: Mapping[str, Path], out: Path) -> None:
             )
 
 
+BEFORE_THERE_WAS_A_CHOICE = {"ddim_guidance": "score"}
+GUIDANCE_BEFORE_THERE_WAS_A_CHOICE = {"reference_size": 0}
+"""What a report that does not know an option was made with, where that is not its default now."""
+
+
 def _request_from(path: Path) -> dict[str, Any]:
     """The request of a report; its pictures and networks are checked to be the same as then."""
     try:
@@ -581,6 +586,8 @@ def _request_from(path: Path) -> dict[str, Any]:
                 f"the {name} network {network} is not that run's (SHA-256 {now[:12]}… instead of {str(digest)[:12]}…), so the result would "
                 "be another; put the same file back, or make a new run without --from."
             )
+    options = request["options"] = {**BEFORE_THERE_WAS_A_CHOICE, **request["options"]}
+    options["guidance"] = {**GUIDANCE_BEFORE_THERE_WAS_A_CHOICE, **options.get("guidance", {})}
     present = {"blended-diffusion": _version(), **_versions()}
     if others := [f"{name} {then} (now {present[name]})" for name, then in versions.items() if present.get(name, then) != then]:
         warnings.warn(f"that run had {', '.join(others)}; the result may differ from it.", BlendedWarning, stacklevel=2)

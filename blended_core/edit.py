@@ -55,8 +55,8 @@ class EditOptions:
         crop: 'region' (a square around the mask), or 'squash' (the whole picture as a square).
         context: side of the region over that of the mask.
         feather: pixels over which the paste fades in, inwards.
-        ranking: by CLIP's distance of what guidance shows it, 'views': averaged over warped views that guidance did not use, 'corrected':
-            of the one that is not warped; or 'reference', as its code has it (METHOD row 7).
+        ranking: by CLIP's distance of what guidance shows it, 'views': averaged over the view that is not warped and 31 others, 'corrected':
+            of the first alone; or 'reference', as its code has it (METHOD row 7).
     """
 
     preset: str = "best"
@@ -408,8 +408,8 @@ def _step_of_rows(
             shift = float(((0.5 * prediction.log_variance).exp() * gradient).square().mean().sqrt())
     else:
         if gradient is not None:
-            # The probability flow follows half of the score that the random process follows (Song et al. 2021), and so half of guidance, whose
-            # scale was found for the other.
+            # A step of the probability flow follows half of the score that a step of the random process follows (Song et al. 2021), and so half
+            # of guidance; with the whole of it more edits are accepted (docs/quality.md).
             push = gradient * (2 / (1 + options.eta**2)) if options.ddim_guidance == "matched" else gradient
             shift = float(schedule.sqrt_one_minus_alphas_cumprod[index] * push.square().mean().sqrt())
             x0 = guided_x0(x, x0, index, schedule, push)
@@ -611,12 +611,14 @@ def edit_picture(
         def distances(pictures: Tensor) -> list[float | None]:
             if not guided or models.clip is None or prompt is None:
                 return [None] * len(pictures)
-            scored = RANKINGS[options.ranking](pictures, seen, models.clip, prompt)
+            score, rows = RANKINGS[options.ranking], models.thrift.rows or len(pictures)
+            scored = torch.cat([score(part, seen, models.clip, prompt) for part in torch.split(pictures, rows)])
             return [float(d) if d.isfinite() else None for d in scored]
 
+        lap("prepare")
         source_distance = distances(source)[0]
         result = EditResult([], original, used, region, options, source_distance, notes, seconds)
-        lap("prepare")
+        lap("score")
         if on_start is not None:
             on_start(result)
         draws = Draws(options.seed)
@@ -632,7 +634,11 @@ def edit_picture(
                 continue
             edited = finished(step, options)
             lap("diffusion")
-            for row, (index, distance) in enumerate(zip(images, distances(edited), strict=True)):
+            if guided and not notes and models.thrift.applied(options.guidance).gradient != options.guidance.gradient:
+                notes.append("Memory did not suffice for the gradient through the UNet; it was taken at x̂0, as you allowed.")
+            scored = distances(edited)
+            lap("score")
+            for row, (index, distance) in enumerate(zip(images, scored, strict=True)):
                 candidate = Candidate(index, edited[row : row + 1].float().cpu(), Score(distance, None, 0.0, 0.0))
                 full = result.picture(candidate)
                 candidate.score = Score(
@@ -647,8 +653,6 @@ def edit_picture(
                     on_candidate(candidate, result)
                     lap("write")
         result.rank()
-        if models.thrift.applied(options.guidance).gradient != options.guidance.gradient:
-            notes.append("Memory did not suffice for the gradient through the UNet; it was taken at x̂0, as you allowed.")
         overflown = [str(c.index) for c in result.candidates if not c.edited.isfinite().all()]
         if overflown:
             notes.append(
@@ -694,8 +698,15 @@ def explain(
     if unguided is not None and best.score.clip_distance is not None and best.score.clip_distance < unguided - 0.02 * abs(before):
         return notes
     reasons = []
+    schedule = models.ddpm.config.respaced(options.steps)
+    levels = range(schedule.start_index(options.strength) + 1)
     if options.guidance.scale == 0:
         reasons.append("the guidance scale is 0")
+    elif not any((at := options.guidance.at(index, len(schedule))) is not None and at.scale > 0 for index in levels):
+        reasons.append(
+            f"guidance works from {options.guidance.start:g} to {options.guidance.end:g} of the levels, and strength {options.strength:g} "
+            "begins after that (raise --strength or --guide-to)"
+        )
     elif strongest < NEGLIGIBLE_SHIFT:
         reasons.append(
             f"guidance never moved a step by more than {strongest:.2g} of its own noise (raise --guidance-scale, now {options.guidance.scale:g})"

@@ -39,7 +39,7 @@ class GuidanceOptions:
             gradient at a pixel falls with the number of pixels; it is brought to what it would be at this size, and one scale suits
             models of 64 and of 512 pixels. 0: weights as they are, which is the same at 256.
         start, end: the part of the noise levels in which guidance works, 0 being the noisiest of the process and 1 the clean picture.
-            Outside of it a step costs one forward of the network.
+            Outside of it a step costs one forward of the network; D_bg alone works everywhere, since nothing else keeps the background.
         early_views: views in the noisier half of the process, where x̂0 is a blur; 0: as many as ``views``.
         x0_if_needed: where memory runs out and nothing else helps, go on with the gradient at x̂0, which is another picture.
     """
@@ -74,7 +74,7 @@ class GuidanceOptions:
                 raise BlendedError(f"guidance {name} is {value}; give a number of at least 0.")
         if not 0 <= self.start < self.end <= 1:
             raise BlendedError(
-                f"guidance from {self.start} to {self.end} is empty or outside of 0 to 1; give start < end, such as 0 and 0.8."
+                f"guidance from {self.start} to {self.end} is empty or outside of 0 to 1; give --guide-from a number below --guide-to, such as 0 and 0.8."
             )
         if self.early_views < 0:
             raise BlendedError(f"early_views is {self.early_views}; give a number of views, or 0 for as many as later.")
@@ -91,7 +91,7 @@ class GuidanceOptions:
         """The options of the step at ``index`` of that many levels; None where guidance is off."""
         share = (levels - 1 - index) / levels
         if share < self.start or (share >= self.end and self.end < 1):
-            return None
+            return replace(self, scale=0.0, range_scale=0.0) if self.needs_perceptual else None
         return replace(self, views=self.early_views) if self.early_views and share < 0.5 else self
 
     @property

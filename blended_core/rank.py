@@ -53,16 +53,20 @@ VIEWS_SEED = 0
 def clip_distance_of_views(
     pictures: Tensor, mask: Tensor, clip: ClipModel, prompt: Prompt, distance: str = "spherical", views: int = RANKING_VIEWS
 ) -> Tensor:
-    """Mean of :func:`clip_distance` over warped views, the same ones for every picture; [B, 3, H, W] in −1..1 → [B].
+    """Mean of :func:`clip_distance` over the picture and warped views of it, the same ones for every picture; [B, 3, H, W] in −1..1 → [B].
 
     Guidance has pushed each candidate until CLIP is content with the views that it saw, so that one view more of the same kind hardly
     tells a good candidate from an adversarial one; from many others only what is really there looks right.
     """
     seen = seen_by_clip(pictures, mask, clip.image_size)
+    if views <= 1:
+        return prompt_distance(clip.encode_image(seen), prompt, distance)
     parameters = draw_views(torch.Generator().manual_seed(VIEWS_SEED), views - 1, clip.image_size)
     total = prompt_distance(clip.encode_image(seen), prompt, distance)
-    for view in range(views - 1):  # one at a time: a ranking needs no more memory than a guided step of one view
-        warped = warp_views(seen, ViewParameters.interleave([parameters.rows(view, view + 1)] * len(seen)))
+    # MPS lacks the warp's padding in some versions of torch; these few small pictures are warped as fast on the processor.
+    small = seen.cpu() if seen.device.type == "mps" else seen
+    for view in range(views - 1):  # one at a time: a ranking needs no more memory than one view of a guided step
+        warped = warp_views(small, ViewParameters.interleave([parameters.rows(view, view + 1)] * len(small))).to(seen.device)
         total = total + prompt_distance(clip.encode_image(warped), prompt, distance)
     return total / views
 

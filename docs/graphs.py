@@ -287,7 +287,7 @@ REMOVAL = Graph(
             "- Make several candidates. Without a prompt nothing ranks them, so they come in the order of their draws.",
             height=360,
         ),
-        models("an empty meadow", scale=8000.0),
+        models("an empty meadow"),
         Column(
             "Picture",
             {
@@ -481,7 +481,7 @@ OWN = Graph(
             "4. **Mask**: right-click *Load Image*, *Open in MaskEditor*, paint what may change.\n"
             f"5. **Guidance**: *scale* 1000 suits photos ({GUIDANCE_SCALE:.0f} is for the embedded models). *steps* 100.\n\n"
             "| it should | turn |\n|---|---|\n| change more | strength up |\n| obey the text | scale, views up; more candidates |\n"
-            "| use less memory | batch 1, view_chunk 2 |\n| be quicker | sampler ddim with respacing ddim25 |",
+            "| use less memory | batch 1, view_chunk 2 |\n| be quicker | preset fast, steps 0, options not wired |",
             width=460,
             height=620,
         ),

@@ -86,7 +86,7 @@ class BlendedSampler(io.ComfyNode):
                     options=list(PRESETS),
                     default="best",
                     optional=True,
-                    tooltip="best: our recommendation. fast: nearly as good in a fraction of the time. paper: as its text has it. official: the reference code draw by draw, its quirks included.",
+                    tooltip="best: our recommendation. fast: the first ranked as good in a third of the time; steps above 0 and wired options win over its own. paper: as its text has it. official: the reference code draw by draw, its quirks included.",
                 ),
                 glue.GUIDANCE.Input("options", optional=True, tooltip="From Guidance Options; replaces the preset's guidance."),
                 io.Combo.Input(

@@ -97,8 +97,11 @@ class ManagedContext(DeviceContext):
     patchers: tuple[ModelPatcher, ...] = ()
 
     def make_room(self) -> bool:
-        # On the processor a network that is unloaded stays where it is.
-        return self.device.type != "cpu" and unload_others(self.device, self.patchers)
+        # On the processor a network that is unloaded stays where it is, as on a GPU that keeps everything (--highvram).
+        if self.device.type == "cpu":
+            return False
+        before = mm.get_free_memory(self.device)
+        return unload_others(self.device, self.patchers) and mm.get_free_memory(self.device) > before
 
 
 def unload_others(device: torch.device, patchers: Sequence[ModelPatcher]) -> bool:
@@ -176,11 +179,13 @@ def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, opt
     """Bytes that a step takes beside the weights, roughly and not too few; of ``pixels`` pixels of all rows together."""
     options = options or GuidanceOptions()
     guided = clip is not None and options.scale > 0
+    backward = clip is not None and options.gradient == "unet" and (guided or options.range_scale > 0 or options.needs_perceptual)
     width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
-    needed = pixels * width * itemsize * (BACKWARD if guided and options.gradient == "unet" else FORWARD)
+    needed = pixels * width * itemsize * (BACKWARD if backward else FORWARD)
     if guided and clip is not None:
         rows = pixels / ddpm.image_size**2
-        views = min(options.view_chunk or options.views, options.views)
+        most = max(options.views, options.early_views)
+        views = min(options.view_chunk or most, most)
         needed += rows * views * 4 * values_of_a_view(clip)
     return int(needed)
 

@@ -181,6 +181,14 @@ class CLIPGuidanceStep(io.ComfyNode):
                 ),
                 *inputs.samplers(),
                 inputs.class_choice("zero"),
+                io.Combo.Input(
+                    "ddim_guidance",
+                    options=["matched", "score"],
+                    default="matched",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How far CLIP moves a ddim step: as far as a ddpm step, or half as far by the score's formula, as the presets paper and official.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="One level lower: the foreground for Blend Latents."),
@@ -200,6 +208,7 @@ class CLIPGuidanceStep(io.ComfyNode):
         sampler: str = "ddpm",
         eta: float = 0.0,
         class_choice: str = "zero",
+        ddim_guidance: str = "matched",
     ) -> io.NodeOutput:
         with glue.engine():
             noisy = unpack(latent, "CLIP Guidance Step")
@@ -209,7 +218,7 @@ class CLIPGuidanceStep(io.ComfyNode):
             check_process(level, ddpm)
             guidance = options.options if options is not None else GuidanceOptions()
             edit = EditOptions(
-                steps=level.respacing, seed=level.seed, sampler=sampler, eta=eta, guidance=guidance, class_choice=inputs.class_of(class_choice),
+                steps=level.respacing, seed=level.seed, sampler=sampler, eta=eta, ddim_guidance=ddim_guidance, guidance=guidance, class_choice=inputs.class_of(class_choice),
                 mask_rule="soft" if level.soft else "binary",
             )  # fmt: skip
             area = noisy.mask(glue.optional_masks(mask))

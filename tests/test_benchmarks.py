@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.measure import Ratio, peak_bytes, ratio, side_by_side
+from benchmarks.measure import Ratio, peak_bytes, ratio, side_by_side, time_by_operation
 from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
 from benchmarks.report import as_text, figures, plot, reached, table
-from benchmarks.step import differences
+from benchmarks.step import above, differences, largest
 from benchmarks.structure import Setting, checkpointed, explicit_attention, ours, reference
 from blended_core.checkpoints.adm import AttentionBlock
 from blended_core.context import DeviceContext
@@ -54,6 +54,14 @@ def test_peak_memory_is_the_largest_sum_alive() -> None:
 
     assert peak_bytes(work, CPU.device) == 3 << 20
     assert peak_bytes(lambda: None, CPU.device) == 0
+
+
+def test_a_profile_names_what_takes_the_time() -> None:
+    a, b = torch.randn(300, 300), torch.randn(300)
+    spent = time_by_operation(lambda: (a @ a, b + b), CPU.device)
+    assert spent["aten::mm"] > spent["aten::add"] > 0
+    assert list(largest({"mm": 3.0, "add": 1.0})) == ["mm", "add"] and largest({"mm": 3.0, "add": 1.0})["mm"] == 0.75
+    assert above({"mm": 3.0, "warp": 1.0}, {"mm": 3.5, "add": 0.5}) == {"warp": 0.25, "mm": -0.125}
 
 
 @pytest.mark.parametrize("new_order", [False, True])

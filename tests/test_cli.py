@@ -176,6 +176,20 @@ def test_presets_and_algorithms_run(tmp_path: Path, inputs: list[str], small_net
     assert [c["background_error"] for c in report_of(tmp_path / "out")["candidates"]] == [0, 0]
 
 
+def test_a_report_of_before_an_option_is_repeated_as_it_was_made(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+    first, again, as_now = tmp_path / "first", tmp_path / "again", tmp_path / "now"
+    ddim = ["--sampler", "ddim", "--reference-size", "0", "--guidance-scale", "300"]
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, *ddim, "--ddim-guidance", "score", "--out", first) == 0
+    report = report_of(first)
+    del report["request"]["options"]["ddim_guidance"], report["request"]["options"]["guidance"]["reference_size"]
+    (first / "report.json").write_text(json.dumps(report), "utf-8")
+    assert run("edit", "--from", first / "report.json", "--out", again) == 0
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, *ddim, "--out", as_now) == 0
+    found = [[c["clip_distance"] for c in sorted(report_of(out)["candidates"], key=lambda c: c["candidate"])] for out in (again, as_now)]
+    told = [c["clip_distance"] for c in sorted(report["candidates"], key=lambda c: c["candidate"])]
+    assert found[0] == pytest.approx(told, rel=1e-6) and found[1] != pytest.approx(told, rel=1e-6)
+
+
 def test_removal_needs_no_clip(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(cli, "_load", lambda request, options: Models(tiny.tiny_model()))
     out = tmp_path / "out"
@@ -202,6 +216,14 @@ def test_notes_of_options_that_change_nothing(tmp_path: Path, inputs: list[str],
     for arguments in (["--sampler", "ddim", "--eta", "1"], ["--preset", "official"]):
         assert run("edit", *inputs, "--prompt", "", *SMALL, *arguments, "--overwrite", "--out", tmp_path / "out") == 0
         assert "changes nothing" not in capsys.readouterr().err
+
+
+def test_skip_counts_the_steps_of_the_preset() -> None:
+    args = cli.build_parser().parse_args(["edit", "photo.jpg", "--mask", "mask.png", "--preset", "fast", "--skip", "10"])
+    assert cli._options(args).strength == 0.75
+    args.skip = 60
+    with pytest.raises(BlendedError, match="--skip is 60 of 40 steps"):
+        cli._options(args)
 
 
 @pytest.mark.parametrize(("steps", "total"), [("1500", 1500), ("ddim25", 25), ("50,25,10", 85), (" 100 ", 100)])

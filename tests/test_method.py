@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from blended_core import cli
+from blended_core import edit as edit_module
 from blended_core.blend import blend, mask_at_level
 from blended_core.checkpoints.adm import AttentionBlock, ResBlock
 from blended_core.clip import ClipModel, Prompt
@@ -34,10 +35,10 @@ from blended_core.edit import (
     reference_index,
 )
 from blended_core.errors import BlendedError
-from blended_core.guidance import GuidanceOptions, guided_prediction
+from blended_core.guidance import GuidanceOptions, Guided, guided_prediction
 from blended_core.losses import d_background, d_background_reference, d_clip, range_loss
 from blended_core.rank import clip_distance, clip_distance_of_views, ranking, seam_energy
-from blended_core.schedule import CLEAN
+from blended_core.schedule import CLEAN, Schedule
 
 from . import tiny
 
@@ -523,6 +524,32 @@ def test_the_reference_index_is_wrong_for_sections() -> None:
     assert torch.equal(*even)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("index", [30, 100, 200])
+def test_guidance_moves_a_ddim_step_as_far_as_a_ddpm_step(monkeypatch: pytest.MonkeyPatch, eta: float, index: int) -> None:
+    """One of 250 steps with a pull that is the same everywhere, and without."""
+    pull = 0.0
+
+    def pulled(network: DiffusionModel, x: Tensor, index: int, schedule: Schedule, *_: Any, **__: Any) -> Guided:
+        return Guided(network.predict(x, index, schedule), torch.full_like(x, pull))
+
+    monkeypatch.setattr(edit_module, "guided_prediction", pulled)
+    models = tiny.tiny_models(tiny.gaussian_model())
+    x = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for name, options in {
+        "ddpm": preset("best", steps="250"),
+        "matched": preset("best", steps="250", sampler="ddim", eta=eta),
+        "score": preset("best", steps="250", sampler="ddim", eta=eta, ddim_guidance="score"),
+    }.items():
+        ends = []
+        for pull in (0.0, 1.0):  # noqa: B007 - read by pulled
+            ends.append(guided_step(models, x, index, models.ddpm.config.respaced("250"), options, PROMPT, MASK, Draws(0), range(1)).x)
+        moved[name] = float((ends[1] - ends[0]).mean())
+    assert moved["matched"] == pytest.approx(moved["ddpm"], rel=0.1)
+    assert moved["score"] == pytest.approx((1 + eta**2) / 2 * moved["ddpm"], rel=0.1)
+
+
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
@@ -609,10 +636,18 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     removal = list(edit_steps(models, SOURCE, MASK, None, unguided, Draws(0), [0]))
     assert all(torch.equal(a.x, b.x) for a, b in zip(parted, removal, strict=True))
     for wrong in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.5}):
-        with pytest.raises(BlendedError, match="start < end"):
+        with pytest.raises(BlendedError, match="--guide-from a number below --guide-to"):
             GuidanceOptions(**wrong)
     with pytest.raises(BlendedError, match="early_views is -1"):
         GuidanceOptions(early_views=-1)
+    kept = GuidanceOptions(end=0.5, background_scale=100.0)
+    late = kept.at(1, 10)
+    assert kept.at(9, 10) == kept and late is not None and (late.scale, late.range_scale, late.background_scale) == (0, 0, 100)
+    models = replace(models, perceptual=tiny.rough_perceptual)
+    asked.clear()
+    options = preset("best", algorithm="local", steps="10", strength=1.0, views=6, end=0.5)
+    steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0]))
+    assert asked == [6] * 5 and all(s.gradient is not None for s in steps), "the background is kept at every level"
 
 
 def test_sizes_that_do_not_fit_are_a_sentence(model: DiffusionModel) -> None:
@@ -673,7 +708,7 @@ def test_options_survive_a_report() -> None:
         EditOptions.from_dict({"guidance": {"colour": 1}})
     with pytest.raises(BlendedError, match="unknown option colour"):
         preset("best", colour=1)
-    with pytest.raises(BlendedError, match="unknown preset 'worst'; known are best, paper, official"):
+    with pytest.raises(BlendedError, match="unknown preset 'worst'; known are best, fast, paper, official"):
         preset("worst")
 
 
@@ -736,6 +771,8 @@ def test_a_run_says_when_guidance_changed_nothing() -> None:
     assert note.startswith("Guidance changed nothing") and "the guidance scale is 0" in note
     (note,) = note_of(scale=1e-6, range_scale=0.0, strength=0.05)
     assert "raise --guidance-scale, now 1e-06" in note and "at strength 0.05 little can change" in note
+    (note,) = note_of(strength=0.2, end=0.8)
+    assert "guidance works from 0 to 0.8 of the levels, and strength 0.2 begins after that" in note and "--guidance-scale" not in note
 
 
 def test_an_edit_that_worked_says_nothing() -> None:

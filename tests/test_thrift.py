@@ -135,13 +135,13 @@ def test_a_picture_that_came_out_otherwise_says_so() -> None:
         return not torch.is_grad_enabled()
 
     mask = torch.ones(1, 1, SIZE, SIZE)
-    for allowed in (limited(tiny_models(), never), tiny_models()):
+    for allowed, needed in ((limited(tiny_models(), never), True), (tiny_models(), False)):
         options = preset("best", gradient="unet", x0_if_needed=True, **SHORT)
         assert allowed.clip is not None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BlendedWarning)
             result = edit_picture(random_picture(SIZE, SIZE), mask, allowed.clip.prompt("a thing"), allowed, options)
-        assert any("taken at x̂0, as you allowed" in note for note in result.notes) == allowed.thrift.x0
+        assert any("taken at x̂0, as you allowed" in note for note in result.notes) == allowed.thrift.x0 == needed
 
 
 def test_images_that_influence_one_another_stay_together() -> None:

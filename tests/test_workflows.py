@@ -88,14 +88,14 @@ def test_it_fits_the_schema(path: Path) -> None:
 def test_the_check_sees_what_is_wrong() -> None:
     workflow = read(TEMPLATES[0])
     ours = next(n for n in workflow["nodes"] if n["type"] == "BlendedSampler")
-    ours["widgets_values_named"] |= {"preset": "worst", "steps": 0, "gone": 1}
+    ours["widgets_values_named"] |= {"preset": "worst", "steps": -1, "gone": 1}
     ours["inputs"].append({"name": "lost", "type": "IMAGE", "link": None})
     workflow["links"].append([999, 998, 0, ours["id"], 0, "IMAGE"])
     assert sorted(complaints(workflow)) == [
         "BlendedSampler has no input lost",
         "BlendedSampler has no setting gone",
-        "BlendedSampler.preset is 'worst', not one of ['best', 'paper', 'official']",
-        "BlendedSampler.steps is 0, outside 1…4000",
+        "BlendedSampler.preset is 'worst', not one of ['best', 'fast', 'paper', 'official']",
+        "BlendedSampler.steps is -1, outside 0…4000",
         "link 999 has lost its origin_id",
     ]
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..clip import ClipModel
-from ..edit import EditOptions, EditResult, Models, Step, edit_picture, preset
+from ..edit import PRESETS, EditOptions, EditResult, Models, Step, edit_picture, preset
 from ..errors import BlendedError
 from ..files import write_bytes
 from ..losses import PerceptualDistance
@@ -55,10 +55,18 @@ ROWS: dict[str, EditOptions] = {
     "x0-gradient": _row("best", gradient="x0"),
     "unet-gradient": _row("best", gradient="unet"),
     "ddim-10": _row("best", sampler="ddim", steps="ddim10"),
+    "ddim-20": _row("best", sampler="ddim", steps="ddim20"),
     "ddim-25": _row("best", sampler="ddim", steps="ddim25"),
+    "ddim-30": _row("best", sampler="ddim", steps="ddim30"),
     "ddim-50": _row("best", sampler="ddim", steps="ddim50"),
+    "guide-to-0.8": _row("best", end=0.8),
+    "guide-from-0.2": _row("best", start=0.2),
+    "early-views-2": _row("best", early_views=2),
+    "half-steps": _row("best", steps=str(int(STEPS) // 2)),
+    "fast": _row("fast", steps=str(round(int(STEPS) * int(PRESETS["fast"].steps) / int(PRESETS["best"].steps)))),
 }
-"""Name → options. ``local-λ`` is Algorithm 1; ``naive-paste`` is it without D_bg, the background put back at the end."""
+"""Name → options. ``local-λ`` is Algorithm 1; ``naive-paste`` is it without D_bg, the background put back at the end. ``fast`` has as large
+a part of the steps as its preset has of those of ``best``."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ def _edited(
             {
                 "candidate": c.index,
                 **c.score.to_dict(),
-                "one_view_distance": float(one),
+                "one_view_distance": float(one) if one.isfinite() else None,
                 "answer": verdict.answer,
                 "probability": verdict.probabilities[case.name],
                 "accepted": verdict.accepts(case.name),
@@ -233,7 +241,7 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ``batch_precision``: share of all candidates that the judge accepts. ``best_precision``: share of pairs whose first
     candidate it accepts. ``top_fifth`` and ``bottom_fifth``: share accepted among the best and the worst ranked fifth of each pair, rounded up to whole candidates. ``rank_auc``:
     how often, of two candidates of one pair of which one is accepted, that one has the smaller CLIP distance (½ is chance);
-    ``one_view_auc``: the same if all were ranked by the one view that is not warped.
+    ``one_view_auc``: the same if all were ranked by the one view that is not warped, of the pasted square.
     ``by_rank``: share accepted at each rank. The others are means; ``background_error_max`` is the largest.
     """
     every = [c for r in records for c in r["candidates"]]
