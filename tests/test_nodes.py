@@ -232,6 +232,16 @@ def test_loop_sampler_and_terminal_give_one_picture(comfyui: Server, preset: str
     assert (terminal[0] != picture).any()
 
 
+def test_no_number_of_steps_is_the_presets(comfyui: Server) -> None:
+    def made(**inputs: Any) -> Any:
+        (picture,) = comfyui.pictures(comfyui.run(sampler(scene(), candidates=1, strength=0.5, **inputs)), "save")
+        return picture
+
+    fast = made(preset="fast", steps=0)
+    np.testing.assert_array_equal(fast, made(preset="fast", steps=40))
+    assert (fast != made(preset="best", steps=40)).any(), "with another guidance"
+
+
 LIBRARY = """
 import numpy as np, torch
 from pathlib import Path
