@@ -586,8 +586,11 @@ def _request_from(path: Path) -> dict[str, Any]:
                 f"the {name} network {network} is not that run's (SHA-256 {now[:12]}… instead of {str(digest)[:12]}…), so the result would "
                 "be another; put the same file back, or make a new run without --from."
             )
-    options = request["options"] = {**BEFORE_THERE_WAS_A_CHOICE, **request["options"]}
-    options["guidance"] = {**GUIDANCE_BEFORE_THERE_WAS_A_CHOICE, **options.get("guidance", {})}
+    for given, before in (
+        (request["options"], BEFORE_THERE_WAS_A_CHOICE),
+        (request["options"].get("guidance", {}), GUIDANCE_BEFORE_THERE_WAS_A_CHOICE),
+    ):
+        given.update({name: value for name, value in before.items() if name not in given})
     present = {"blended-diffusion": _version(), **_versions()}
     if others := [f"{name} {then} (now {present[name]})" for name, then in versions.items() if present.get(name, then) != then]:
         warnings.warn(f"that run had {', '.join(others)}; the result may differ from it.", BlendedWarning, stacklevel=2)

@@ -214,15 +214,7 @@ RANKED = Graph(
             "which of them fits the whole scene?\n\nCLIP has its own taste. Look at them yourself.",
             height=340,
         ),
-        Column(
-            "Models",
-            {
-                **models("a cat").nodes,
-                "other": Node(
-                    "BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": "a cat on a meadow"}, title="Encode Prompt (scene)", height=140
-                ),
-            },
-        ),
+        models("a cat"),
         Column("Picture", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
         Column("Edit", {"sampler": sampler(candidates=12)}),
         Column(
@@ -237,6 +229,9 @@ RANKED = Graph(
         Column(
             "Another opinion",
             {
+                "other": Node(
+                    "BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": "a cat on a meadow"}, title="Encode Prompt (scene)", height=140
+                ),
                 "rank": Node("BlendedRankByCLIP", {"images": "sampler.images", "prompt": "other.prompt"}, {"keep": 4}),
                 "again": preview("rank.images", "Best four by the other prompt", 360),
                 "scores": scores(),
