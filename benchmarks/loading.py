@@ -28,12 +28,22 @@ begun = time.perf_counter()
 data = open(sys.argv[1], "rb").read()
 print(time.perf_counter() - begun)
 """
-LOAD = """
-import sys, threading, time
+SETUP = """
+import sys, time
 import torch
 from blended_core.checkpoints.load import load_ddpm
 from blended_core.context import DeviceContext
-context = DeviceContext(dtype=getattr(torch, sys.argv[2]))
+precision, _, layout = sys.argv[2].partition(" ")
+context = DeviceContext(dtype=getattr(torch, precision), channels_last=layout == "channels_last")
+"""
+LOAD = """
+begun = time.perf_counter()
+model = load_ddpm(context, sys.argv[1])
+print(time.perf_counter() - begun)
+"""
+# In a run that is not timed: looking at the memory makes loading half as fast again.
+WATCH = """
+import threading
 
 def own():  # without what is mapped from files, which the system can drop at any time
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
@@ -47,13 +57,12 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-begun = time.perf_counter()
 model = load_ddpm(context, sys.argv[1])
-print(time.perf_counter() - begun)
 done.set()
 watcher.join()
 print(max(peak, own()) - before)
 """
+KINDS = ("float32", "float32 channels_last", "bfloat16")
 IMPORT = """
 import time
 begun = time.perf_counter()
@@ -63,7 +72,7 @@ print(time.perf_counter() - begun)
 
 
 def measure_load(rounds: int, say: Say) -> dict[str, Any]:
-    """Reading the file of the 552.8 M network, and loading it in float32 and bfloat16, by turns."""
+    """Reading the file of the 552.8 M network, and loading it in some precisions and layouts, by turns."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "full.safetensors"
         config = SIZES["full"].unet
@@ -75,19 +84,17 @@ def measure_load(rounds: int, say: Say) -> dict[str, Any]:
         save_file(weights, path, metadata={"unet": json.dumps(config.to_dict()), "diffusion": "{}"})
         del weights
         say(f"loading {size / MIB:.0f} MiB, {rounds} rounds")
-        seconds: dict[str, list[float]] = {"read": [], "float32": [], "bfloat16": []}
-        memory: dict[str, float] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in ("read", *KINDS)}
         for number in range(rounds + 1):
             names = list(seconds) if number % 2 else list(reversed(seconds))
             for name in names:
-                lines = python(READ if name == "read" else LOAD, str(path), name)
+                taken = float(python(READ if name == "read" else SETUP + LOAD, str(path), name)[0])
                 if number:
-                    seconds[name].append(float(lines[0]))
-                if name != "read":
-                    memory[name] = max(memory.get(name, 0.0), float(lines[1]) / size)
+                    seconds[name].append(taken)
+        memory = {name: float(python(SETUP + WATCH, str(path), name)[0]) / size for name in KINDS}
     return {
         "file_mib": size / MIB,
-        "ratios": {name: vars(ratio(seconds[name], seconds["read"])) for name in ("float32", "bfloat16")},
+        "ratios": {name: vars(ratio(seconds[name], seconds["read"])) for name in KINDS},
         "seconds": seconds,
         "memory_over_float32_weights": memory,
     }

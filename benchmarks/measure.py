@@ -37,14 +37,14 @@ def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
     return Ratio(median(each), low, high, len(each))
 
 
-def side_by_side(ways: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every way in every round; a first round is not counted.
+def side_by_side(ways: Mapping[str, Work], rounds: int, device: torch.device, warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of every way in every round; a first round is not counted, and left out where all are warm already.
 
     The order is turned in every second round, and begins with another way every two rounds, so that none is always after the same one;
     an even number of rounds is balanced.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(rounds + 1) if warm else range(1, rounds + 1):
         first = number // 2 % len(ways)
         names = [*list(ways)[first:], *list(ways)[:first]]
         names = names[::-1] if number % 2 else names
@@ -91,9 +91,8 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     return peak
 
 
-def time_by_operation(work: Work, device: torch.device, times: int = 3) -> dict[str, float]:
-    """Seconds of each of torch's operations, without those that it calls, in one run of ``work``; the mean of a few."""
-    work()
+def time_by_operation(work: Work, device: torch.device, times: int = 2) -> dict[str, float]:
+    """Seconds of each of torch's operations, without those that it calls, in one run of warm ``work``; the mean of a few."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -31,6 +31,8 @@ def table(found: dict[str, Any]) -> str:
         for what, key in (("profile of an exact step", "operations"), ("of the floor, spent above it", "above_the_floor")):
             text = ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in step.get(key, {}).items())
             lines.append(f"| {what} | {step['network']} | {text} | |")
+        if "attention" in step:
+            lines.append(f"| attention of an exact step | {step['network']} | {', '.join(step['attention'])} | |")
         for way, gap in step["difference"].items():
             lines.append(
                 f"| difference to the plain path: {way} | {step['network']} | x {gap['x']:.1e}, gradient {gap['gradient']:.1e} | ≤ 1e-4, 1e-3 |"
@@ -69,7 +71,11 @@ def figures(found: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[flo
     load = found.get("load", {})
     for name, value in load.get("ratios", {}).items():
         out.append(
-            (("full", f"loading as {name} / reading the file from the system's cache"), value, (1.2, "most") if name == "float32" else None)
+            (
+                ("full", f"loading as {name} / reading the file from the system's cache"),
+                value,
+                (1.2, "most") if name.startswith("float32") else None,
+            )
         )
     for name, value in load.get("memory_over_float32_weights", {}).items():
         out.append((("full", f"largest memory while loading as {name} / weights in float32"), value, (1.1, "most")))

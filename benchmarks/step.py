@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ from blended_core.context import DeviceContext
 
 from .measure import Work, peak_bytes, ratio, side_by_side, time_by_operation
 from .networks import SIZES
-from .structure import Setting, checkpointed, clip, clip_alone, floor, forward, ours, reference
+from .structure import Setting, checkpointed, clip, clip_alone, compiled, floor, forward, ours, plain_attention, reference
 
 Say = Callable[[str], None]
 MIB = 2**20
-WAYS = ("exact", "checkpointing", "x0", "bf16")
 BARS = {
     # (network, figure): (the least or the most, which)
     ("small", "reference / exact"): (1.65, "least"),
@@ -29,6 +29,16 @@ BARS = {
     ("small", "reference / bf16"): (2.2, "least"),
     ("small", "x0 memory / forward"): (1.15, "most"),
 }
+
+
+INEXACT = ("reference", "floor", "forward", "x0", "fp32", "bf16", "fp16")
+"""Ways that are not compared with the plain one: they are it, give nothing, or give another picture. (Half precision is beside float32, or
+the other way round.)"""
+
+
+def kept(results: dict[str, Any], name: str, work: Work) -> None:
+    """Does the work and puts its result there."""
+    results[name] = work()
 
 
 def native_bf16() -> bool:
@@ -51,20 +61,24 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
         "x0": lambda: ours(setting, "x0"),
         "forward": partial(forward, setting),
     }
-    half = None
-    if context.device.type == "cuda" or native_bf16():
-        half = Setting.build(SIZES[name], DeviceContext(context.device, torch.bfloat16, context.channels_last), setting.clip)
-        ways["bf16"] = partial(ours, half)
+    if context.device.type == "cuda":
+        ways |= switches(setting)
+    elif native_bf16():
+        ways["bf16"] = partial(ours, beside(setting, dtype=torch.bfloat16))
     say(f"{name}: {', '.join(ways)}, {rounds} rounds")
+    results: dict[str, Any] = {}
     with context.autograd():
-        seconds = side_by_side(ways, rounds, context.device)
-        memory = {way: peak_bytes(work, context.device) / MIB for way, work in ways.items()}
+        # The round that warms up is the one whose memory is measured: rounds of the full network take minutes.
+        memory = {way: peak_bytes(partial(kept, results, way, work), context.device) / MIB for way, work in ways.items()}
         memory["clip"] = peak_bytes(lambda: clip(setting), context.device) / MIB
+        seconds = side_by_side(ways, rounds, context.device, warm=False)
         spent = {way: time_by_operation(ways[way], context.device) for way in ("exact", "floor")}
-        plain, found = reference(setting), ours(setting)
         split = ours(setting, view_chunk=1)
+    plain = results["reference"]
     ratios = {f"{way} / floor": ratio(seconds[way], seconds["floor"]) for way in ways if way != "floor"}
-    ratios |= {f"reference / {way}": ratio(seconds["reference"], seconds[way]) for way in WAYS if way in ways}
+    ratios |= {
+        f"reference / {way}": ratio(seconds["reference"], seconds[way]) for way in ways if way not in ("reference", "floor", "forward")
+    }
     shares = {"x0 memory / forward": memory["x0"] / memory["forward"], "exact memory / floor": memory["exact"] / memory["floor"]}
     return {
         "network": name,
@@ -77,8 +91,38 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
         "memory_ratios": shares,
         "operations": largest(spent["exact"]),
         "above_the_floor": above(spent["exact"], spent["floor"]),
-        "difference": {"exact": differences(plain, found), "one view at a time": differences(plain, split)},
+        "attention": attention_kernels(spent["exact"]),
+        "difference": {
+            **{way: differences(plain, results[way]) for way in ways if way not in INEXACT},
+            "one view at a time": differences(plain, split),
+        },
     }
+
+
+def beside(setting: Setting, **changes: Any) -> Setting:
+    """The same sizes in another context; CLIP is shared where that allows it."""
+    context = replace(setting.context, **changes)
+    shared = setting.clip if context.channels_last == setting.context.channels_last else None
+    return Setting.build(setting.size, context, shared)
+
+
+def switches(setting: Setting) -> dict[str, Work]:
+    """What a GPU can be asked for, each against our step in ``setting``: other precisions, the other layout, attention without a fused kernel,
+    the network compiled, and compiled with CUDA graphs."""
+    layout = "contiguous" if setting.context.channels_last else "channels_last"
+    others = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    ways: dict[str, Work] = {name: partial(ours, beside(setting, dtype=d)) for d, name in others.items() if d != setting.context.dtype}
+    ways[layout] = partial(ours, beside(setting, channels_last=not setting.context.channels_last))
+    ways["plain attention"] = plain_attention(setting)
+    ways["compiled"] = compiled(beside(setting), graphs=False)
+    ways["CUDA graphs"] = compiled(beside(setting), graphs=True)
+    return ways
+
+
+def attention_kernels(spent: dict[str, float]) -> list[str]:
+    """Which of torch's ways of attention ran: 'flash_attention_for_cpu', 'efficient_attention', 'attention_math' …"""
+    mark = "aten::_scaled_dot_product_"
+    return sorted({name.removeprefix(mark).removesuffix("_backward") for name in spent if name.startswith(mark)})
 
 
 NAMED = 6

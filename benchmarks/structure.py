@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from blended_core.augment import ViewParameters, warp_views
@@ -101,7 +102,7 @@ def reference(setting: Setting) -> Result:
     at once (METHOD §5 and row 13).
     """
     options, clip, batch = GuidanceOptions(), setting.clip, setting.size.batch
-    with _attention_of_the_reference(setting.model.network) as unused:
+    with _plain(setting.model.network), _attention_of_the_reference(setting.model.network) as unused:
         with torch.no_grad():
             prediction = setting.model.predict(setting.x, INDEX, setting.schedule)
         with torch.enable_grad():
@@ -117,6 +118,18 @@ def reference(setting: Setting) -> Result:
     gradient = -found * (x.shape[-1] * x.shape[-2] / options.reference_size**2)
     noise = setting.draws.noise("step", INDEX, setting.images, tuple(x.shape[1:])).to(x)
     return ddpm_step(prediction, INDEX, noise, gradient), gradient
+
+
+@contextlib.contextmanager
+def _plain(network: nn.Module) -> Iterator[None]:
+    """The network as plain autograd runs it, which keeps the input of every operation."""
+    if not isinstance(network, UNet):
+        raise TypeError("only an ADM network is measured.")
+    network.set_frugal(False)
+    try:
+        yield
+    finally:
+        network.set_frugal(True)
 
 
 @contextlib.contextmanager
@@ -154,11 +167,11 @@ def explicit_attention(block: AttentionBlock, x: Tensor) -> Tensor:
 
 
 def floor(setting: Setting) -> None:
-    """The least that an exact step has to do: the network forward, CLIP forward and back, and the network back to its input.
+    """The least that an exact step has to do: the network forward, CLIP forward and back, and the network back to its input; by plain autograd.
 
     In this order, for what the network keeps for its way back has to wait while CLIP is asked.
     """
-    with torch.enable_grad():
+    with _plain(setting.model.network), torch.enable_grad():
         x = setting.x.detach().requires_grad_()
         out = setting.model.network(x, timesteps(setting))
         clip(setting)
@@ -167,7 +180,7 @@ def floor(setting: Setting) -> None:
 
 def forward(setting: Setting) -> None:
     """A bare forward of the diffusion network."""
-    with torch.no_grad():
+    with _plain(setting.model.network), torch.no_grad():
         setting.model.network(setting.x, timesteps(setting))
 
 
@@ -204,5 +217,26 @@ def checkpointed(setting: Setting) -> Callable[[], Result]:
             return ours(setting)
         finally:
             network.gradient_checkpointing = False
+
+    return work
+
+
+def plain_attention(setting: Setting) -> Callable[[], Result]:
+    """Our step with attention by explicit matrices, as torch's own fallback has it."""
+
+    def work() -> Result:
+        with sdpa_kernel(SDPBackend.MATH):
+            return ours(setting)
+
+    return work
+
+
+def compiled(setting: Setting, graphs: bool) -> Callable[[], Result]:
+    """Our step with the UNet compiled; ``graphs``: replayed as CUDA graphs too. The setting's network stays compiled."""
+    setting.model.network.compile(mode="reduce-overhead" if graphs else "default")
+
+    def work() -> Result:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return ours(setting)
 
     return work

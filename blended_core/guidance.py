@@ -156,18 +156,39 @@ def clip_gradient(
     leaf = pooled.detach().requires_grad_()
     gradient, distances = torch.zeros_like(leaf), torch.zeros(batch, device=pooled.device)
     for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        with torch.enable_grad():
-            rows = leaf.repeat(stop - start, 1, 1, 1)
-            if start == 0 and stop > 1 and views is not None:
-                rows = torch.cat([rows[:batch], warp_views(rows[batch:], views.rows(0, (stop - 1) * batch))])
-            elif start > 0 and views is not None:
-                rows = warp_views(rows, views.rows((start - 1) * batch, (stop - 1) * batch))
-            distance = prompt_distance(clip.encode_image(rows), prompt, options.distance)
-            (part,) = torch.autograd.grad(distance.sum(), leaf)
-        gradient += part * (options.scale / count)
-        distances += distance.detach().view(stop - start, batch).sum(0) / count
+        # In a function of its own, so that nothing of a chunk is alive while the next one is looked at.
+        part, distance = _chunk_gradient(leaf, start, min(start + chunk, count), clip, prompt, views, options.distance)
+        gradient += part.mul_(options.scale / count)
+        distances += distance / count
+        del part
     return gradient, distances
+
+
+def _chunk_gradient(
+    leaf: Tensor, start: int, stop: int, clip: ClipModel, prompt: Prompt, views: ViewParameters | None, distance: str
+) -> tuple[Tensor, Tensor]:
+    """Gradient [B, 3, S, S] and sum [B] of the distances of the views from ``start`` up to ``stop``; view 0 is not warped."""
+    batch = len(leaf)
+
+    def look() -> Tensor:
+        rows = leaf.repeat(stop - start, 1, 1, 1)
+        if views is None:
+            return rows
+        if start > 0:
+            return warp_views(rows, views.rows((start - 1) * batch, (stop - 1) * batch))
+        return torch.cat([rows[:batch], warp_views(rows[batch:], views.rows(0, (stop - 1) * batch))]) if stop > 1 else rows
+
+    with torch.no_grad():
+        seen = look().requires_grad_()
+    with torch.enable_grad():
+        far = prompt_distance(clip.encode_image(seen), prompt, distance)
+        (towards,) = torch.autograd.grad(far.sum(), seen)
+    far = far.detach().view(stop - start, batch).sum(0)
+    # The views are made a second time for their own way back, which is cheap, and so are not kept while CLIP needs the memory.
+    del seen
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(look(), leaf, towards)
+    return gradient, far
 
 
 def backward_to_input(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:

@@ -166,9 +166,9 @@ def on_device(
     return context
 
 
-BACKWARD, FORWARD = 64, 12
+BACKWARD, FORWARD = 32, 12
 """Values that a UNet keeps for each pixel and unit of width, with and without the way back. Width: the root of its convolutions' outputs.
-Measured (benchmarks.measure.peak_bytes): 60 and 11 at 64 px and 64 channels, 64 and 8 at 128 px and 128 channels."""
+Measured (benchmarks.measure.peak_bytes): 27 and 11 at 64 px and 64 channels, 30 and 8 at 128 px and 128 channels."""
 CLIP_VALUES = 17
 """Values that a vision transformer keeps for each token, unit of width and layer. Measured: 17 in a tiny one, 11 in ViT-B/16."""
 OTHER_CLIP = 500

@@ -63,7 +63,7 @@ def output(network: Any, config: UNetConfig = TINY) -> Tensor:
 
 
 def expected(state: dict[str, Tensor], config: UNetConfig = TINY) -> Tensor:
-    unet = UNet(config).eval()
+    unet = UNet(config).eval().requires_grad_(False)
     unet.load_state_dict(state)
     return output(unet, config)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.measure import peak_bytes
+from blended_core.checkpoints.adm import UNet, UNetConfig
 from blended_core.context import DeviceContext
 from blended_core.draws import Draws
 from blended_core.edit import Models, Step, guided_step, preset
@@ -47,6 +49,13 @@ def on(device: str, **changes: object) -> Models:
     return replace(models, context=context)
 
 
+def plain_network(device: str) -> Models:
+    models = on(device)
+    assert isinstance(models.ddpm.network, UNet)
+    models.ddpm.network.set_frugal(False)
+    return models
+
+
 def compiled(device: str) -> Models:
     models = on(device)
     # On a processor the kernels that inductor writes take minutes to build: only where they are asked for.
@@ -69,6 +78,7 @@ def path(name: str) -> Path:
     """(networks on a device, views at once, the attention kernels allowed)."""
     paths: dict[str, Path] = {
         "fused attention": (on, 0, sdpa_kernel(FAST)),
+        "little kept": (on, 0, sdpa_kernel(SDPBackend.MATH)),
         "channels_last": (lambda device: on(device, channels_last=True), 0, nullcontext()),
         "compile": (compiled, 0, nullcontext()),
         "one view at a time": (on, 1, nullcontext()),
@@ -83,12 +93,12 @@ def path(name: str) -> Path:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "name",
-    ["fused attention", "channels_last", "one view at a time", "uneven chunks of views", "checkpointing", "batch split",
+    ["fused attention", "little kept", "channels_last", "one view at a time", "uneven chunks of views", "checkpointing", "batch split",
      "batch split unevenly", pytest.param("compile", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_equal_to_the_plain_path(name: str, device: str) -> None:
     with sdpa_kernel(SDPBackend.MATH):
-        plain = step(on(device))
+        plain = step(plain_network(device))
     build, chunk, kernels = path(name)
     with kernels:
         found = step(build(device), chunk)
@@ -96,6 +106,72 @@ def test_equal_to_the_plain_path(name: str, device: str) -> None:
     assert float((found.x - plain.x).abs().max()) <= 1e-4
     assert float((found.gradient - plain.gradient).abs().max()) <= 1e-3 * float(plain.gradient.abs().max())
     assert plain.shift > 0.01, "guidance must have done something to compare"
+
+
+# --- what is kept for the way back ------------------------------------------------------------------------------------
+
+
+LAYERS: dict[str, UNetConfig] = {
+    "convolutions resample": replace(tiny.CONFIG, conv_resample=True, use_scale_shift_norm=False),
+    "pooling resamples": replace(tiny.CONFIG, conv_resample=False, use_scale_shift_norm=True),
+    "blocks resample": replace(tiny.CONFIG, resblock_updown=True, use_scale_shift_norm=True),
+    "classes": replace(tiny.CONFIG, num_classes=3),
+}
+
+
+def unet_of(config: UNetConfig, dtype: torch.dtype = torch.float32) -> UNet:
+    """A frozen network in which every layer does something."""
+    torch.manual_seed(5)
+    unet = UNet(config)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.5)
+    return unet.set_compute_dtype(dtype).eval().requires_grad_(False)
+
+
+def there_and_back(unet: UNet) -> tuple[Tensor, Tensor]:
+    """(the network's answer, the gradient at its input)."""
+    x = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    labels = None if unet.config.num_classes is None else torch.tensor([0, 2])
+    output = unet(x, torch.tensor([30.0, 700.0]), labels)
+    (gradient,) = torch.autograd.grad(output, x, torch.randn(output.shape, generator=torch.Generator().manual_seed(7)))
+    return output.detach(), gradient
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_made_again_is_what_was_there(name: str) -> None:
+    unet = unet_of(LAYERS[name])
+    frugal, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    for found, wanted in zip(frugal, plain, strict=True):
+        assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_as_near_to_the_truth(dtype: torch.dtype) -> None:
+    unet, exact = unet_of(LAYERS["blocks resample"], dtype), there_and_back(unet_of(LAYERS["blocks resample"]))
+    frugal, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    for found, wanted, truth in zip(frugal, plain, exact, strict=True):
+        assert float((found - truth).norm()) <= 1.2 * float((wanted - truth).norm()) + 1e-3 * float(truth.norm())
+
+
+def test_less_than_half_is_kept() -> None:
+    unet, cpu = unet_of(tiny.CONFIG), torch.device("cpu")
+    frugal = peak_bytes(lambda: there_and_back(unet), cpu)
+    unet.set_frugal(False)
+    assert frugal < 0.55 * peak_bytes(lambda: there_and_back(unet), cpu)
+
+
+def test_weights_that_are_trained_get_their_gradients() -> None:
+    unet = unet_of(LAYERS["blocks resample"]).requires_grad_(True)
+    unet(torch.randn(1, 3, SIZE, SIZE), torch.tensor([30.0])).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in unet.parameters())
+
+
+def test_a_way_back_of_the_way_back_is_refused() -> None:
+    unet = unet_of(tiny.CONFIG)
+    x = torch.randn(1, 3, SIZE, SIZE).requires_grad_()
+    (gradient,) = torch.autograd.grad(unet(x, torch.tensor([30.0])).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 # --- float16 ----------------------------------------------------------------------------------------------------------

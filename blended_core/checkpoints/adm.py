@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import BlendedError
+from .frugal import convolve, norm_silu
 
 GROUPS = 32  # groups of every normalisation layer in both code bases
 
@@ -136,10 +137,11 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
+        self.frugal = True
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x if self.conv is None else self.conv(x)
+        return x if self.conv is None else convolve(self.conv, x, self.frugal)
 
 
 class Downsample(nn.Module):
@@ -148,8 +150,11 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
         self.op: nn.Module = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.frugal = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.op, nn.Conv2d):
+            return convolve(self.op, x, self.frugal)
         out: Tensor = self.op(x)
         return out
 
@@ -172,21 +177,24 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.out_layers[3].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.out_layers[3].bias)  # type: ignore[arg-type]
         self.skip_connection: nn.Module = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.frugal = True
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers[1](self.in_layers[0](x))
+        h = norm_silu(self.in_layers[0], x, frugal=self.frugal)  # type: ignore[arg-type]
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.in_layers[2](h)
-        shift = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        h = convolve(self.in_layers[2], h, self.frugal)  # type: ignore[arg-type]
+        shift = self.emb_layers(emb)
+        scale = None
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+            h = norm_silu(self.out_layers[0], h, 1 + scale, shift, self.frugal)  # type: ignore[arg-type]
         else:
-            h = self.out_layers[0](h + shift)
-        h = self.out_layers[3](self.out_layers[1](h))
-        out: Tensor = self.skip_connection(x) + h
-        return out
+            h = norm_silu(self.out_layers[0], h + shift.to(h.dtype)[:, :, None, None], frugal=self.frugal)  # type: ignore[arg-type]
+        h = convolve(self.out_layers[3], h, self.frugal)  # type: ignore[arg-type]
+        if isinstance(self.skip_connection, nn.Conv2d):
+            x = convolve(self.skip_connection, x, self.frugal)
+        return x + h
 
 
 class AttentionBlock(nn.Module):
@@ -217,8 +225,9 @@ class AttentionBlock(nn.Module):
         # On transposed views SDPA silently takes its slow math backend; contiguous operands keep the fused one.
         h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
         h = h.transpose(1, 2).reshape(b, -1, c)
-        h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + h.transpose(1, 2).reshape(b, c, height, width)
+        h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias).transpose(1, 2).reshape(b, c, height, width)
+        # Those are laid out channels last. Left so, they would turn all that follows, and each convolution would turn its weights.
+        return x + (h.contiguous() if x.is_contiguous() else h)
 
 
 class Stage(nn.Sequential):
@@ -246,6 +255,7 @@ class UNet(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.gradient_checkpointing = False
+        self.frugal = True
         mc, emb = config.model_channels, 4 * config.model_channels
         norm, updown = config.use_scale_shift_norm, config.resblock_updown
 
@@ -322,6 +332,13 @@ class UNet(nn.Module):
                     module.to(dtype)
         return self
 
+    def set_frugal(self, frugal: bool) -> UNet:
+        """Whether little is kept for the way back (:mod:`~blended_core.checkpoints.frugal`), as it is at first; returns self."""
+        for module in self.modules():
+            if isinstance(module, (UNet, ResBlock, Upsample, Downsample)):
+                module.frugal = frugal
+        return self
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``x`` [B, C, H, W] in −1..1 plus noise, ``timesteps`` [B], ``y`` [B] class indices → [B, out_channels, H, W].
 
@@ -349,8 +366,8 @@ class UNet(nn.Module):
         h = run(self.middle_block, h, emb)
         for stage in self.output_blocks:
             h = run(stage, torch.cat([h, skips.pop()], dim=1), emb)
-        out: Tensor = self.out(h.float())
-        return out
+        h = norm_silu(self.out[0], h.float(), frugal=self.frugal)  # type: ignore[arg-type]
+        return convolve(self.out[2], h, self.frugal)  # type: ignore[arg-type]
 
 
 def _direct(stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:

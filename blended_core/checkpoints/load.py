@@ -91,7 +91,7 @@ def load_ddpm(
         found = found.decided(settings_of_file(found, digest), "file")
         state = {}
         for name, parameter in unet.state_dict().items():
-            state[name] = _weights(file.take(found.prefix + name), name, parameter.dtype).to(context.device)
+            state[name] = _weights(file.take(found.prefix + name), name, parameter.dtype, context.channels_last).to(context.device)
         unet.load_state_dict(state, assign=True)
         context.place(unet)
         if trial is not None and set(found.open_settings) & set(PROBED):
@@ -378,33 +378,33 @@ def _compare(unet: UNet, shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def _weights(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """A copy that no longer depends on the file, in the precision that the network wants."""
+def _weights(tensor: Tensor, name: str, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """A copy that no longer depends on the file, in the precision and layout that the network wants."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
         raise BlendedError(
             f"{name} holds no plain floating-point numbers ({tensor.dtype}); quantised files are not supported: use the original."
         )
-    flat = tensor.detach().reshape(-1)
-    out = torch.empty(tensor.shape, dtype=dtype)
+    values = tensor.detach()
+    layout = torch.channels_last if channels_last and values.ndim == 4 else torch.contiguous_format
+    out = torch.empty(values.shape, dtype=dtype, memory_format=layout)
     low, high = 0.0, 0.0
-    for begin in range(0, flat.numel(), AT_ONCE):
-        part = flat[begin : begin + AT_ONCE].to(torch.float32)
-        if dtype == torch.float32:
-            part = out.view(-1)[begin : begin + AT_ONCE].copy_(part)
-        # The extremes tell of NaN and infinity in one vectorised pass over what was just read.
+    rows = max(1, AT_ONCE * len(values) // values.numel())
+    for begin in range(0, len(values), rows):
+        where = slice(begin, begin + rows)
+        part = values[where].to(torch.float32)
+        # The extremes tell of NaN and infinity in one vectorised pass over what the copy is about to read.
         least, most = (float(v) for v in part.aminmax())
         if not (math.isfinite(least) and math.isfinite(most)):
-            bad = int((~flat.to(torch.float32).isfinite()).sum())
+            bad = int((~values.to(torch.float32).isfinite()).sum())
             raise BlendedError(
-                f"{bad} of the {flat.numel()} values of {name} are not finite (NaN or infinite); the file is damaged: fetch it again."
+                f"{bad} of the {values.numel()} values of {name} are not finite (NaN or infinite); the file is damaged: fetch it again."
             )
         low, high = min(low, least), max(high, most)
-        if dtype != torch.float32:
-            out.view(-1)[begin : begin + AT_ONCE].copy_(part)
+        out[where].copy_(part)
     if max(-low, high) > torch.finfo(dtype).max:
         raise BlendedError(f"{name} has values up to {max(-low, high):.3g}, too large for {dtype}; use bf16 or fp32.")
     return out
 
 
 AT_ONCE = 2**18
-"""Values that are copied and looked at together: they stay in the processor's cache, so that looking takes next to no time."""
+"""Values that are looked at and copied together: they stay in the processor's cache, so that looking takes next to no time."""
