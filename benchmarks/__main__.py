@@ -23,7 +23,7 @@ import torch
 from blended_core.context import DeviceContext
 from blended_core.files import write_bytes
 
-from .edit import measure_edit
+from .edit import measure_candidates, measure_edit
 from .loading import measure_import, measure_load
 from .report import plot, table
 from .step import measure_growth, measure_step
@@ -69,6 +69,8 @@ def main() -> int:
             found["growth"] = measure_growth(context, args.rounds or ROUNDS["small"], say)
     if "edit" in args.only:
         found["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], say)
+        if context.device.type == "cuda":  # on a processor it would take days
+            found["candidates"] = measure_candidates(context, say)
     if "load" in args.only:
         found["load"] = measure_load(args.rounds or ROUNDS["full"], say)
     if "import" in args.only:

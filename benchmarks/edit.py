@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 
 from blended_core.context import DeviceContext
 from blended_core.edit import EditOptions, edit_picture
+from blended_core.guidance import GuidanceOptions
 
 from .measure import ratio, side_by_side
-from .networks import SIZES
+from .networks import SIZES, Size
 from .step import Say
-from .structure import Setting
+from .structure import Setting, floor
 
 SIDES = (256, 512, 1024, 2048, 4096)
 MASK = 120  # px, the same in every picture
+WHOLE = replace(SIZES["full"], batch=8, views=16)
+"""What a person with a GPU would ask for: 64 candidates in batches of eight, CLIP shown 16 views."""
 
 
 def measure_edit(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any]:
@@ -44,3 +49,34 @@ def measure_edit(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any
         "a pixel, 4096 / 2048": vars(ratio(quarter, counted["around"]["2048"])),
         "seconds": counted,
     }
+
+
+def measure_candidates(context: DeviceContext, say: Say, size: Size = WHOLE, candidates: int = 64, steps: int = 75) -> dict[str, Any]:
+    """A whole edit of many candidates with the full network, in seconds, and as a multiple of the floor of as many steps.
+
+    A floor is taken before and after each edit, so that a device that grows slower in between does not make one of them look better.
+    """
+    setting = Setting.build(size, context)
+    side = size.unet.image_size
+    picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, side, side)
+    mask[..., side // 6 : -side // 6, side // 6 : -side // 6] = 1
+    found: dict[str, Any] = {"candidates": candidates, "steps": steps, "views": size.views, "batch": size.batch}
+    whole = steps * candidates / size.batch
+    with context.autograd():
+        side_by_side({"floor": partial(floor, setting)}, 1, context.device)
+        for gradient in ("unet", "x0"):
+            say(f"{candidates} candidates of {side} px, {steps} steps, gradient {gradient}")
+            options = EditOptions(
+                steps=str(steps),
+                strength=1.0,
+                batch=size.batch,
+                candidates=candidates,
+                guidance=GuidanceOptions(gradient=gradient, views=size.views),
+            )
+            floors = side_by_side({"floor": partial(floor, setting)}, 2, context.device, warm=False)["floor"]
+            taken = edit_picture(picture, mask, setting.prompt, setting.models, options).seconds
+            floors += side_by_side({"floor": partial(floor, setting)}, 2, context.device, warm=False)["floor"]
+            seconds = sum(taken.values())
+            found[gradient] = {"seconds": seconds, "parts": taken, "over the floor": seconds / (whole * median(floors))}
+    return found

@@ -40,6 +40,10 @@ def table(found: dict[str, Any]) -> str:
     for kind, memory in found.get("growth", {}).get("views_memory_mib", {}).items():
         text = ", ".join(f"{n}: {mib:.1f}" for n, mib in memory.items())
         lines.append(f"| peak memory by views, {kind}, MiB | small | {text} | |")
+    many = found.get("candidates", {})
+    for gradient in {"unet", "x0"} & many.keys():
+        what = f"{many['candidates']} candidates, {many['steps']} steps, {many['views']} views, gradient {gradient}"
+        lines.append(f"| {what} | full | {many[gradient]['seconds']:.0f} s, {many[gradient]['over the floor']:.2f} of the floor | |")
     if "import" in found:
         text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["import"]["median"].items())
         lines.append(f"| import | | {text} | |")

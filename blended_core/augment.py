@@ -51,28 +51,30 @@ class ViewParameters:
         return cls(weave("affine_gate"), weave("affine"), weave("perspective_gate"), weave("perspective"))
 
 
-def draw_views(generator: torch.Generator, count: int, size: int, symmetric: bool = True) -> ViewParameters:
-    """Parameters of ``count`` warped views of one square picture.
+def draw_views(generators: Sequence[torch.Generator] | torch.Generator, count: int, size: int, symmetric: bool = True) -> ViewParameters:
+    """Parameters of ``count`` warped views of square pictures.
 
     Args:
-        generator: source of every choice.
-        count: number of views.
-        size: side of the picture in pixels.
+        generators: source of every choice, one for each picture.
+        count: number of views of each.
+        size: side of the pictures in pixels.
         symmetric: shift along both axes; the reference shifts along y alone (METHOD row 14).
     """
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator) * (high - low) + low
-
-    affine_gate = uniform(0, 1) < PROBABILITY
-    angle = uniform(-DEGREES, DEGREES)
-    shift = uniform(-TRANSLATE, TRANSLATE, 2) * size
+    if isinstance(generators, torch.Generator):
+        generators = [generators]
+    shapes = ((count,), (count,), (count, 2), (count,), (count, 4, 2))
+    each = [[torch.rand(shape, generator=generator) for shape in shapes] for generator in generators]
+    # All matrices at once: solving for them takes a millisecond a call, whatever their number.
+    affine_gate, turn, push, perspective_gate, pull = (torch.stack(drawn, 1).flatten(0, 1) for drawn in zip(*each, strict=True))
+    angle = turn * (2 * DEGREES) - DEGREES
+    shift = (push * (2 * TRANSLATE) - TRANSLATE) * size
     if not symmetric:
         shift[:, 0] = 0
-    perspective_gate = uniform(0, 1) < PROBABILITY
     inwards = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
-    ends = corners(size) + uniform(0, 1, 4, 2) * (DISTORTION * size / 2) * inwards
-    return ViewParameters(affine_gate, affine_matrices(angle, shift, size), perspective_gate, perspective_matrices(ends, size))
+    ends = corners(size) + pull * (DISTORTION * size / 2) * inwards
+    return ViewParameters(
+        affine_gate < PROBABILITY, affine_matrices(angle, shift, size), perspective_gate < PROBABILITY, perspective_matrices(ends, size)
+    )
 
 
 def corners(size: int) -> Tensor:

@@ -63,5 +63,4 @@ class Draws:
 
     def views(self, step: int, images: Sequence[int], count: int, size: int, symmetric: bool) -> ViewParameters:
         """Views of every image, each from a generator of its own."""
-        rows = [draw_views(self.generator("views", step, i), count, size, symmetric) for i in images]
-        return ViewParameters.interleave(rows)
+        return draw_views([self.generator("views", step, i) for i in images], count, size, symmetric)

@@ -27,7 +27,7 @@ from .losses import PerceptualDistance
 from .rank import RANKINGS, Score, background_error, ranking, seam_energy
 from .region import Region, WholePicture, bounds, region_around
 from .schedule import CLEAN, Schedule, check_respacing
-from .thrift import Thrift, sparing
+from .thrift import Thrift, fewer_at_once, sparing
 
 
 @dataclass(frozen=True)
@@ -611,8 +611,12 @@ def edit_picture(
         def distances(pictures: Tensor) -> list[float | None]:
             if not guided or models.clip is None or prompt is None:
                 return [None] * len(pictures)
-            score, rows = RANKINGS[options.ranking], models.thrift.rows or len(pictures)
-            scored = torch.cat([score(part, seen, models.clip, prompt) for part in torch.split(pictures, rows)])
+            score, clip = RANKINGS[options.ranking], models.clip
+
+            def work(rows: int) -> Tensor:
+                return torch.cat([score(part, seen, clip, prompt) for part in torch.split(pictures, rows)])
+
+            scored = fewer_at_once(work, models.thrift.rows or len(pictures), models.context, "pictures are scored")
             return [float(d) if d.isfinite() else None for d in scored]
 
         lap("prepare")

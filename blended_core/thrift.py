@@ -135,6 +135,28 @@ def sparing(
         warnings.warn(f"memory ran out; {measure}.", BlendedWarning, stacklevel=2)
 
 
+def fewer_at_once(work: Callable[[int], Result], rows: int, context: DeviceContext, what: str) -> Result:
+    """``work(rows)`` for as many rows at once as memory allows, beginning with ``rows``; the result must not depend on their number.
+
+    Warns (BlendedWarning) with one line for each halving; ``what`` is what goes on ('pictures are scored'). Raises BlendedError when one alone does not fit.
+    """
+    while True:
+        try:
+            return work(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        context.release()
+        if context.make_room():
+            warnings.warn("memory ran out; networks that are not needed were unloaded.", BlendedWarning, stacklevel=2)
+            continue
+        if rows <= 1:
+            raise BlendedError(f"memory ran out while {what}, one at a time ({reason}); close other programs, or run on --device cpu.")
+        rows //= 2
+        warnings.warn(f"memory ran out; {what}, {rows} at once.", BlendedWarning, stacklevel=2)
+
+
 def together(options: GuidanceOptions, guided: bool) -> bool:
     """Whether the images of a batch must not be split: the reference code's background loss averages over them."""
     return guided and options.needs_perceptual and options.background_loss == "reference"

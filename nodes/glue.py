@@ -107,7 +107,7 @@ class ManagedContext(DeviceContext):
 def unload_others(device: torch.device, patchers: Sequence[ModelPatcher]) -> bool:
     """Has the manager unload every network but these; whether there was one."""
     kept = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
-    return bool(mm.free_memory(1e32, device, keep_loaded=kept))
+    return bool(mm.free_memory(ALL, device, keep_loaded=kept))
 
 
 def device_context(dtype: str = "auto") -> DeviceContext:
@@ -162,8 +162,17 @@ def on_device(
     """
     context = ddpm.context if ddpm is not None else device_context("fp32")
     needed = 0 if ddpm is None else memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize)
-    mm.load_models_gpu(managed(ddpm, clip, perceptual), memory_required=needed, force_full_load=True)
+    patchers = managed(ddpm, clip, perceptual)
+    mm.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
+    for patcher in patchers:
+        # With --novram the manager leaves weights where they are, for layers that fetch their own at each call; these do not.
+        if patcher.loaded_size() < patcher.model_size():
+            patcher.partially_load(patcher.load_device, ALL)
     return context
+
+
+ALL = 1e32
+"""Bytes: more than any network has."""
 
 
 BACKWARD, FORWARD = 32, 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,16 @@ from blended_core.edit import Models
 from . import tiny
 from .server import Server, started
 
-torch.set_num_threads(min(2, torch.get_num_threads()))  # more than the cores make small networks slower, not faster
+# More threads than cores make small networks slower, not faster; beside another worker there is one core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay on one worker, and all that need ComfyUI on the same one: its server starts once."""
+    with_server = {item.path for item in items if "comfyui" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("comfyui" if item.path in with_server else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

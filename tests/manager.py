@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import warnings
+from typing import Any
 
 import torch
 from contract import NAME, pack
@@ -58,12 +59,51 @@ def main() -> None:
         "x0, 64 in chunks": (clip, options(views=64, view_chunk=8)), "unet": (clip, options(gradient="unet")),
     }  # fmt: skip
     needed = {name: glue.memory_needed(ddpm, way[0], 4 * 64**2, way[1], 4) for name, way in ways.items()}
+    wrapped = glue.LoadedDDPM(ddpm, glue.manage(ddpm.network), context), glue.LoadedCLIP(clip, glue.manage(clip.model))
+    modes = {
+        state.name: guided_in(glue, *wrapped, state) for state in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
+    }
     told = {
-        "before": before, "unloaded": unloaded, "after": after, "again": again, "lines": lines, "during": during, "others": others, "error": said,
+        "modes": modes, "before": before, "unloaded": unloaded, "after": after, "again": again, "lines": lines, "during": during, "others": others, "error": said,
         "needed": needed,
         "processor gives up nothing": context.make_room(), "context": type(context).__name__,
     }  # fmt: skip
     print(json.dumps(told))
+
+
+def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
+    """A guided step as ComfyUI loads networks in one of its modes: what it allowed each to take, and the step's numbers.
+
+    A mode has no effect on a processor, so for the time of loading the manager takes it for a card.
+    """
+    edit = importlib.import_module(f"{NAME}.blended_core.edit")
+    draws = importlib.import_module(f"{NAME}.blended_core.draws")
+    mm, allowed = glue.mm, []
+    load = glue.ModelPatcher.partially_load
+
+    def watched(self: Any, device: Any, extra_memory: float = 0, **more: Any) -> Any:
+        allowed.append(extra_memory)
+        return load(self, device, extra_memory, **more)
+
+    mm.unload_all_models()
+    before = mm.vram_state, mm.is_device_cpu
+    options = edit.preset("best", steps="10", batch=1)
+    try:
+        mm.vram_state, mm.is_device_cpu = state, lambda _device: False
+        glue.ModelPatcher.partially_load = watched
+        with glue.engine():
+            glue.on_device(ddpm, clip, None, 64**2, options.guidance)
+    finally:
+        mm.vram_state, mm.is_device_cpu = before
+        glue.ModelPatcher.partially_load = load
+    with glue.engine():
+        x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        step = edit.guided_step(
+            glue.models(ddpm, clip, None), x, 5, ddpm.model.config.respaced("10"), options, clip.model.prompt("an apple"),
+            torch.ones(1, 1, 64, 64), draws.Draws(0), range(1),
+        )  # fmt: skip
+    placed = [part.patcher.loaded_size() == part.patcher.model_size() for part in (ddpm, clip)]
+    return {"allowed": allowed, "placed": placed, "x": step.x.double().sum().item(), "gradient": step.gradient.double().abs().sum().item()}
 
 
 main()

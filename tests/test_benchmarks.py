@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.edit import WHOLE, measure_candidates
 from benchmarks.measure import Ratio, peak_bytes, ratio, side_by_side, time_by_operation
 from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
 from benchmarks.report import as_text, figures, plot, reached, table
-from benchmarks.step import above, differences, largest
-from benchmarks.structure import Setting, checkpointed, explicit_attention, ours, reference
+from benchmarks.step import above, attention_kernels, beside, differences, kept, largest
+from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, ours, plain_attention, reference
 from blended_core.checkpoints.adm import AttentionBlock
 from blended_core.context import DeviceContext
 from blended_core.diffusion import DiffusionModel
@@ -102,6 +103,39 @@ def test_less_is_kept_without_the_way_back(setting: Setting) -> None:
         memory = {g: peak_bytes(lambda g=g: ours(setting, g), CPU.device) for g in ("x0", "unet")}  # type: ignore[misc]
         assert memory["x0"] < 0.6 * memory["unet"]
         assert peak_bytes(checkpointed(setting), CPU.device) < memory["unet"]
+
+
+def test_the_floor_and_the_reference_keep_what_plain_autograd_keeps(setting: Setting) -> None:
+    with CPU.autograd():
+        assert peak_bytes(lambda: ours(setting), CPU.device) < 0.7 * peak_bytes(partial(floor, setting), CPU.device)
+        before = peak_bytes(lambda: ours(setting), CPU.device)
+        reference(setting)
+        assert peak_bytes(lambda: ours(setting), CPU.device) == before, "the network is as it was afterwards"
+
+
+def test_the_attention_kernel_is_named(setting: Setting) -> None:
+    with CPU.autograd():
+        fused, plain = (time_by_operation(work, CPU.device, 1) for work in (lambda: ours(setting), plain_attention(setting)))
+    assert attention_kernels(fused) == ["flash_attention_for_cpu"] and attention_kernels(plain) == ["attention_math"]
+
+
+def test_another_precision_or_layout_stands_beside(setting: Setting) -> None:
+    half, turned = beside(setting, dtype=torch.bfloat16), beside(setting, channels_last=True)
+    assert half.clip is setting.clip and half.context.dtype == torch.bfloat16 and turned.clip is not setting.clip
+    with CPU.autograd():
+        results: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, other in (("own", setting), ("turned", turned)):
+            kept(results, name, partial(ours, other))
+        gap = differences(results["own"], results["turned"])
+        assert gap["x"] < 1e-4 and gap["gradient"] < 1e-3
+
+
+def test_a_whole_edit_is_a_multiple_of_its_floor(setting: Setting) -> None:
+    said: list[str] = []
+    found = measure_candidates(CPU, said.append, setting.size, candidates=4, steps=2)
+    assert (WHOLE.batch, WHOLE.views, WHOLE.unet.image_size) == (8, 16, 256) and len(said) == 2
+    assert found["unet"]["over the floor"] > found["x0"]["over the floor"] * 0.5 > 0
+    assert f"4 candidates, 2 steps, 3 views, gradient x0 | full | {found['x0']['seconds']:.0f} s" in table({"candidates": found})
 
 
 def test_sizes_are_those_of_the_table() -> None:

@@ -148,6 +148,12 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
     assert told["before"] == [True, True] and told["unloaded"] is True and told["after"] == [True, False]
     assert told["again"] is False, "what is in use stays, so that a second failure goes on to the next measure"
     assert told["context"] == "ManagedContext" and told["processor gives up nothing"] is False
+    whole, low, none = (told["modes"][mode] for mode in ("NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"))
+    assert none["allowed"] == [0.1, 0.1, 1e32, 1e32], "with --novram the manager brings nothing itself"
+    assert whole["allowed"] == low["allowed"] == [1e32, 1e32]
+    for mode in (whole, low, none):
+        assert mode["placed"] == [True, True]
+        assert mode["gradient"] == whole["gradient"] > 0 and mode["x"] == whole["x"]
     needed = told["needed"]
     assert needed["unguided"] < needed["x0"] == needed["x0, 64 in chunks"] < needed["x0, 64 views"]
     assert needed["x0"] < needed["unet"]

@@ -71,6 +71,28 @@ def test_fewer_images_at_once(gradient: str, rows: int, said: list[str]) -> None
     assert alike(plain, found)
 
 
+@pytest.mark.parametrize("rows", [3, 1, 0])
+def test_fewer_pictures_are_scored_at_once(rows: int) -> None:
+    options, models = preset("best", **SHORT), tiny_models()
+    plain, _ = run(tiny_models(), options)
+    assert models.clip is not None
+    encode = models.clip.model.encode_image
+
+    def small_clip(pictures: Tensor) -> Any:
+        if not torch.is_grad_enabled() and len(pictures) > 8 * rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return encode(pictures)  # type: ignore[operator]
+
+    models.clip.model.encode_image = small_clip  # type: ignore[assignment]
+    if not rows:
+        with pytest.raises(BlendedError, match=r"while pictures are scored, one at a time \(CUDA out of memory.*--device cpu"):
+            run(models, options)
+        return
+    found, lines = run(models, options)
+    assert lines == [f"memory ran out; pictures are scored, {n} at once." for n in {3: (2,), 1: (2, 1)}[rows]]
+    assert list(found) == list(plain) and alike(plain, found), "the same order too"
+
+
 def test_fewer_views_at_once() -> None:
     options = preset("best", **SHORT)
     plain, _ = run(tiny_models(), options)
