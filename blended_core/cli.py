@@ -1,4 +1,4 @@
-"""The terminal: ``blended-diffusion demo``, ``edit``, ``inspect`` and ``convert``."""
+"""The terminal: ``blended-diffusion demo``, ``edit``, ``inspect``, ``convert`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import contextlib
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import signal
 import sys
@@ -19,7 +17,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,22 +25,17 @@ if TYPE_CHECKING:
 
     from .checkpoints.calibrate import Trial
     from .diffusion import DiffusionModel
-    from .edit import Candidate, EditOptions, EditResult, Models, Step
-    from .pictures import Picture, UInt8
+    from .edit import EditOptions, EditResult, Models
 
 from .errors import BlendedError, BlendedWarning
 from .files import sha256, write_bytes
+from .results import REPORT, SHEET, Writer, as_json, library_versions, old_results, own_version, precision_of, sentence_of
 
-REPORT = "report.json"
-SHEET = "contact_sheet.png"
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 FAILED = 2
 MACHINE = ("device", "dtype", "checkpointing", "threads")  # of a request; the only part that --from may change
 DEMO_PROMPT = "an apple"
 DEMO_BACKGROUND = "lake"
-TEXT_KEY = "blended-diffusion"
-OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")  # of candidates and animations, with their rank or not yet
-SMALLER = "try --batch 1, --dtype bf16 or --device cpu."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="blended-diffusion",
         description="Edit a region of a real picture from a text prompt; every other pixel stays as it is.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="make a scene of the embedded world and edit it; needs no files")
@@ -195,23 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{stop}" if str(stop) else "\nstopped before a result was finished; nothing was written.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # whatever a library raises, a person gets a sentence; --debug shows the rest
-        return _failed(_sentence(error), args.debug)
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, BlendedError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "Ctrl-C."
-    from .thrift import is_out_of_memory
-
-    if is_out_of_memory(error):
-        return f"the device ran out of memory; {SMALLER}"
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or 'file system'}."
-    if isinstance(error, RuntimeError):
-        return f"{type(error).__name__}: {error}. Run again with --debug for the place."
-    return f"something unexpected, {type(error).__name__}: {error}. Run again with --debug for the place."
+        return _failed(sentence_of(error), args.debug)
 
 
 def _failed(sentence: str, debug: bool) -> int:
@@ -233,15 +209,6 @@ def _told_warnings() -> Iterator[None]:
         warnings.simplefilter("always", BlendedWarning)
         warnings.showwarning = show
         yield
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("blended-diffusion")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -395,8 +362,14 @@ def evaluate_command(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; what is finished is kept in {out}, and the same command goes on from there.") from None
     table = finished(out, ROWS, cases, args.candidates, networks)  # with what earlier calls have measured of the same
-    about = {"pairs": len(cases), "candidates": args.candidates, "held_back": args.held_back, "networks": networks, "version": _version()}
-    write_bytes(out / "evaluation.json", _json({**about, "rows": table}, indent=2) + b"\n")
+    about = {
+        "pairs": len(cases),
+        "candidates": args.candidates,
+        "held_back": args.held_back,
+        "networks": networks,
+        "version": own_version(),
+    }
+    write_bytes(out / "evaluation.json", as_json({**about, "rows": table}, indent=2) + b"\n")
     write_bytes(out / "evaluation.md", f"{as_table(table)}\n".encode())
     plot(out / "evaluation.png", table)
     for name in (names := [row["name"] for row in table]):
@@ -519,7 +492,7 @@ def _claim(out: Path, command: str | None) -> None:
     if out.exists() and not out.is_dir():
         raise BlendedError(f"--out {out} is a file; name a folder.")
     report = out / REPORT
-    if command is None or not (report.exists() or _old_results(out)):
+    if command is None or not (report.exists() or old_results(out)):
         return
     if command == "demo":
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -530,14 +503,9 @@ def _claim(out: Path, command: str | None) -> None:
     )
 
 
-def _old_results(out: Path) -> set[Path]:
-    """Candidates and animations of an earlier run, which may have left no report. Other names are somebody else's files."""
-    return {path for path in (*out.glob("candidates/*.png"), *out.glob("animations/*.webp")) if OUR_NAME.fullmatch(path.stem)}
-
-
 def _spare_inputs(files: Mapping[str, Path], out: Path) -> None:
     """Refuses to read what the end of this run would delete or write over: no report could ever repeat that."""
-    doomed = {path.resolve() for path in (*_old_results(out), out / SHEET, out / REPORT)}
+    doomed = {path.resolve() for path in (*old_results(out), out / SHEET, out / REPORT)}
     for name, file in files.items():
         if file.resolve() in doomed:
             raise BlendedError(
@@ -591,7 +559,7 @@ def _request_from(path: Path) -> dict[str, Any]:
         (request["options"].get("guidance", {}), GUIDANCE_BEFORE_THERE_WAS_A_CHOICE),
     ):
         given.update({name: value for name, value in before.items() if name not in given})
-    present = {"blended-diffusion": _version(), **_versions()}
+    present = {"blended-diffusion": own_version(), **library_versions()}
     if others := [f"{name} {then} (now {present[name]})" for name, then in versions.items() if present.get(name, then) != then]:
         warnings.warn(f"that run had {', '.join(others)}; the result may differ from it.", BlendedWarning, stacklevel=2)
     return request
@@ -665,7 +633,9 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
     wish = "«" + "» + «".join(texts) + "»" if texts else "removal (no prompt)"
     width, height = picture.size
     where = f"{region.side}×{region.side} region of " if hasattr(region, "side") else ""
-    print(f"{wish} in a {where}{width}×{height} picture, {options.candidates} candidates, on {models.context.device}, {_precision(models)}")
+    print(
+        f"{wish} in a {where}{width}×{height} picture, {options.candidates} candidates, on {models.context.device}, {precision_of(models)}"
+    )
     writer = Writer(out, picture, request, options, models, animate, known, made or {})
     trouble: BaseException | None = None
     try:
@@ -684,7 +654,7 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
                 ]  # one may have been in the middle of being written
                 result.rank()
                 finished = f"{len(result.candidates)} of {options.candidates} candidates were finished"
-                result.notes.append(f"Stopped early, {finished}. The reason: {_sentence(trouble)}")
+                result.notes.append(f"Stopped early, {finished}. The reason: {sentence_of(trouble)}")
             result.seconds = {"load": loading, **result.seconds}
             failures = writer.finish(result, trouble is not None)
             _tell(result, out, trouble is not None, time.perf_counter() - began)
@@ -732,10 +702,6 @@ def _networks(request: Mapping[str, Any], models: Models) -> dict[str, Any]:
     }
 
 
-def _precision(models: Models) -> str:
-    return str(models.context.dtype).removeprefix("torch.")
-
-
 def _short_dtype(models: Models) -> str:
     from .context import DTYPES
 
@@ -775,205 +741,9 @@ def _tell(result: EditResult, out: Path, interrupted: bool, seconds: float) -> N
     print(out / SHEET if (out / SHEET).exists() else out / REPORT)
 
 
-class Writer:
-    """Writes results as they come: a picture the moment it is finished, the rest at the end."""
-
-    def __init__(
-        self,
-        out: Path,
-        picture: Picture,
-        request: dict[str, Any],
-        options: EditOptions,
-        models: Models,
-        animate: bool,
-        known: dict[str, Any],
-        made: Mapping[str, Path],
-    ) -> None:
-        """``known`` is what the report says of things before the run, ``made`` as in :func:`run`."""
-        self.out = out
-        self.picture = picture
-        self.request = request
-        self.options = options
-        self.models = models
-        self.animate = animate
-        self.known = known
-        self.made = made
-        self.result: EditResult | None = None
-        self.frames: dict[int, list[Any]] = {}
-        self.files: dict[int, Path] = {}
-        self.thumbnails: dict[int, UInt8] = {}
-        self.stale = {*_old_results(out), out / SHEET}
-
-    @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[Step], None]]:
-        """A bar over all steps of all batches, with the time left; silent where nobody watches."""
-        from tqdm import tqdm
-
-        schedule = self.models.ddpm.config.respaced(self.options.steps)
-        batches = -(-self.options.candidates // self.options.batch)
-        total = batches * (schedule.start_index(self.options.strength) + 1)
-        with tqdm(total=total, unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
-
-            def on_step(step: Step) -> None:
-                first, last = step.images[0], step.images[-1]
-                bar.set_description(f"candidate {first}" if first == last else f"candidates {first}–{last}", refresh=False)
-                if step.clip_distance is not None:
-                    bar.set_postfix(clip=f"{float(step.clip_distance.mean()):.3f}", refresh=False)
-                bar.update()
-                if self.animate:
-                    for row, image in enumerate(step.images):
-                        small = ((step.x0[row : row + 1].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-                        self.frames.setdefault(image, []).append(small)
-
-            yield on_step
-
-    def _alpha(self) -> Any:
-        """The picture's own alpha; where it was the mask, the edited part becomes opaque."""
-        import numpy as np
-
-        alpha = self.picture.alpha
-        if alpha is None or self.request["mask"] is not None or self.result is None:
-            return alpha
-        return np.where(self.result.mask[0, 0].numpy() > 0, np.uint8(255), alpha)
-
-    def candidate(self, candidate: Candidate, result: EditResult) -> None:
-        """Writes one result under its number."""
-        from .pictures import to_uint8, write_png
-        from .sheet import thumbnail
-
-        self.result = result
-        path = self.out / "candidates" / f"candidate_{candidate.index:02d}.png"
-        # A picture is passed on, so it tells the names of files, but not whose folders they are in.
-        about = {
-            "candidate": candidate.index,
-            "score": candidate.score.to_dict(),
-            "request": _without_folders(self.request),
-            "version": _version(),
-        }
-        pixels = to_uint8(result.picture(candidate))
-        self.thumbnails[candidate.index] = thumbnail(pixels)
-        write_png(path, pixels, self._alpha(), {TEXT_KEY: _json(about).decode()}, self.picture.icc)
-        self.files[candidate.index] = path
-
-    def finish(self, result: EditResult, interrupted: bool) -> list[BlendedError]:
-        """Names the results by rank, and writes report, contact sheet and animations; returns what the last two failed of."""
-
-        for candidate in result.candidates:
-            old = self.files[candidate.index]
-            new = old.with_name(f"{candidate.rank:02d}_{old.name}")
-            os.replace(old, new)
-            self.files[candidate.index] = new
-        for key, file in self.made.items():
-            write_bytes(Path(self.request[key]), file.read_bytes())
-        self._report(result, interrupted)
-        for path in self.stale - set(self.files.values()):
-            path.unlink(missing_ok=True)
-        failures = []
-        for what, write in {"contact sheet": self._sheet, **({"animations": self._animations} if self.animate else {})}.items():
-            try:
-                write(result)
-            except Exception as error:
-                failure = BlendedError(f"the results and {REPORT} are in {self.out}, but not the {what}: {_sentence(error)}")
-                failure.__cause__ = error
-                failures.append(failure)
-        return failures
-
-    def _animations(self, result: EditResult) -> None:
-        from .edit import finished_frame
-        from .sheet import animation
-
-        for candidate in result.candidates:
-            frames = [finished_frame(f.float() / 127.5 - 1, result) for f in self.frames.get(candidate.index, [])]
-            frames.append(finished_frame(candidate.edited, result))
-            animation(self.out / "animations" / f"{self.files[candidate.index].stem}.webp", frames)
-
-    def _sheet(self, result: EditResult) -> None:
-        from .sheet import contact_sheet
-
-        tiles = []
-        for c in result.candidates[:30]:
-            first = f"#{c.rank}" if c.score.clip_distance is None else f"#{c.rank} · CLIP {c.score.clip_distance:.3f}"
-            second = (
-                f"candidate {c.index}"
-                + ("" if c.score.gain is None else f" · gain {c.score.gain:+.3f}")
-                + f" · seam {c.score.seam_energy:.3f}"
-            )
-            tiles.append((self.thumbnails[c.index], first, second))
-        texts = [t for t in self.request["prompts"] if t.strip()]
-        title = " + ".join(texts) if texts else "removal"
-        o = self.options
-        subtitle = f"blended diffusion · {o.preset} · {o.steps} steps, strength {o.strength:g} · seed {o.seed} · {len(result.candidates)} candidates, best first"
-        contact_sheet(self.out / SHEET, self.picture.rgb, result.mask, tiles, title, subtitle)
-
-    def _report(self, result: EditResult, interrupted: bool) -> None:
-
-        report = {
-            "version": _version(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "interrupted": interrupted,
-            "repeat": "blended-diffusion edit --from report.json --out DIR",
-            "request": self.request,
-            **self.known,
-            "versions": _versions(),
-            "machine": {
-                "device": str(self.models.context.device),
-                "dtype": _precision(self.models),
-                "platform": platform.platform(),
-            },
-            "picture": {"width": self.picture.size[0], "height": self.picture.size[1], "notes": self.picture.notes},
-            "region": {f.name: getattr(result.region, f.name) for f in fields(result.region)},
-            "source_distance": result.source_distance,
-            "notes": result.notes,
-            "seconds": {k: round(v, 3) for k, v in result.seconds.items()},
-            "candidates": [
-                {
-                    "file": self.files[c.index].relative_to(self.out).as_posix(),
-                    "rank": c.rank,
-                    "candidate": c.index,
-                    "seed": self.options.seed,
-                    **c.score.to_dict(),
-                }
-                for c in result.candidates
-            ],
-        }
-        write_bytes(self.out / REPORT, _json(report, indent=2) + b"\n")
-
-
-def _json(value: object, indent: int | None = None) -> bytes:
-    """JSON that every reader takes: no NaN, and what a file name has beside Unicode as an escape."""
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that are none as None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _without_folders(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The request with file names in place of paths."""
-    names = {key: Path(request[key]).name for key in ("image", "mask", "ddpm") if request[key]}
-    model, colon, weights = request["clip"].partition(":")
-    return {**request, **names, "clip": model + colon + (Path(weights).name if Path(weights).is_absolute() else weights)}
-
-
 def _described(models: Models) -> dict[str, Any]:
     config = getattr(models.ddpm.network, "config", None)
     return {"unet": config.to_dict() if config is not None else None, "diffusion": models.ddpm.config.to_dict()}
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("torch", "open_clip_torch", "lpips", "kornia", "numpy", "safetensors", "pillow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor, nn
 
+from ..blended_core.checkpoints.frugal import works_on
 from ..blended_core.checkpoints.load import may_be_checkpoint
 from ..blended_core.clip import ClipModel, Prompt
 from ..blended_core.context import DTYPES, DeviceContext
@@ -177,7 +178,8 @@ ALL = 1e32
 
 BACKWARD, FORWARD = 32, 12
 """Values that a UNet keeps for each pixel and unit of width, with and without the way back. Width: the root of its convolutions' outputs.
-Measured (benchmarks.measure.peak_bytes): 27 and 11 at 64 px and 64 channels, 30 and 8 at 128 px and 128 channels."""
+Measured (benchmarks.measure.peak_bytes): 27 and 11 at 64 px and 64 channels, 30 and 8 at 128 px and 128 channels; twice as
+many with the way back by plain autograd."""
 CLIP_VALUES = 17
 """Values that a vision transformer keeps for each token, unit of width and layer. Measured: 17 in a tiny one, 11 in ViT-B/16."""
 OTHER_CLIP = 500
@@ -190,7 +192,8 @@ def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, opt
     guided = clip is not None and options.scale > 0
     backward = clip is not None and options.gradient == "unet" and (guided or options.range_scale > 0 or options.needs_perceptual)
     width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
-    needed = pixels * width * itemsize * (BACKWARD if backward else FORWARD)
+    kept = BACKWARD * (1 if works_on(mm.get_torch_device()) else 2)
+    needed = pixels * width * itemsize * (kept if backward else FORWARD)
     if guided and clip is not None:
         rows = pixels / ddpm.image_size**2
         most = max(options.views, options.early_views)

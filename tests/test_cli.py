@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blended_core import cli, pictures, sheet
+from blended_core import cli, pictures, results, sheet
 from blended_core import clip as clip_module
 from blended_core import edit as edit_module
 from blended_core.checkpoints import load
@@ -250,7 +250,10 @@ def test_scores_that_are_no_numbers(tmp_path: Path, inputs: list[str], small_net
 
 def test_names_that_are_no_unicode(tmp_path: Path) -> None:
     """Of a file in Latin-1, as Python has it."""
-    assert json.loads(cli._json({"image": "caf\udce9 λ", "weights": (1.0, math.inf)})) == {"image": "caf\udce9 λ", "weights": [1.0, None]}
+    assert json.loads(results.as_json({"image": "caf\udce9 λ", "weights": (1.0, math.inf)})) == {
+        "image": "caf\udce9 λ",
+        "weights": [1.0, None],
+    }
 
 
 def test_pictures_do_not_tell_folders(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
@@ -662,7 +665,7 @@ def test_what_ctrl_c_leaves_is_told_truly(
     def refuse(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Writer, "_report", refuse)
+    monkeypatch.setattr(results.Writer, "_report", refuse)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
     said = capsys.readouterr().err
     assert "nothing was written" not in said and f"2 finished results are in {tmp_path / 'out' / 'candidates'}" in said

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import peak_bytes
+from blended_core.checkpoints import frugal
 from blended_core.checkpoints.adm import UNet, UNetConfig
 from blended_core.context import DeviceContext
 from blended_core.draws import Draws
@@ -140,24 +141,34 @@ def there_and_back(unet: UNet) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_made_again_is_what_was_there(name: str) -> None:
     unet = unet_of(LAYERS[name])
-    frugal, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
-    for found, wanted in zip(frugal, plain, strict=True):
+    little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    for found, wanted in zip(little, plain, strict=True):
         assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_it_is_as_near_to_the_truth(dtype: torch.dtype) -> None:
     unet, exact = unet_of(LAYERS["blocks resample"], dtype), there_and_back(unet_of(LAYERS["blocks resample"]))
-    frugal, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
-    for found, wanted, truth in zip(frugal, plain, exact, strict=True):
+    little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    for found, wanted, truth in zip(little, plain, exact, strict=True):
         assert float((found - truth).norm()) <= 1.2 * float((wanted - truth).norm()) + 1e-3 * float(truth.norm())
 
 
 def test_less_than_half_is_kept() -> None:
     unet, cpu = unet_of(tiny.CONFIG), torch.device("cpu")
-    frugal = peak_bytes(lambda: there_and_back(unet), cpu)
+    little = peak_bytes(lambda: there_and_back(unet), cpu)
     unet.set_frugal(False)
-    assert frugal < 0.55 * peak_bytes(lambda: there_and_back(unet), cpu)
+    assert little < 0.55 * peak_bytes(lambda: there_and_back(unet), cpu)
+
+
+def test_where_a_kernel_is_missing_the_plain_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = unet_of(tiny.CONFIG)
+    plain = there_and_back(unet.set_frugal(False))
+    unet.set_frugal(True)
+    assert not torch.equal(there_and_back(unet)[1], plain[1]), "sums in another order tell the two apart"
+    monkeypatch.setattr(frugal, "works_on", lambda _device: False)
+    for found, wanted in zip(there_and_back(unet), plain, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_weights_that_are_trained_get_their_gradients() -> None:

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+def works_on(device: torch.device) -> bool:
+    """Whether torch has the kernels there that are called below; elsewhere the plain layers run."""
+    return device.type in ("cpu", "cuda")
+
+
 def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, frugal: bool = True) -> Tensor:
     """silu(norm(x)·scale + shift), normalised in float32.
 
@@ -29,7 +34,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
         [B, C, H, W] in the type of ``x``.
     """
     turned = x.device.type == "cpu" and not x.is_contiguous()  # channels last, which torch's own layers keep and these would turn back
-    if not frugal or turned or norm.weight.requires_grad:
+    if not frugal or turned or not works_on(x.device) or norm.weight.requires_grad:
         h = norm(x)
         if scale is not None and shift is not None:
             h = torch.addcmul(shift.to(h.dtype)[:, :, None, None], h, scale.to(h.dtype)[:, :, None, None])
@@ -73,7 +78,7 @@ def _wide(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 def convolve(layer: nn.Conv2d, x: Tensor, frugal: bool = True) -> Tensor:
     """``layer(x)``, without keeping x."""
-    if not frugal or layer.weight.requires_grad:
+    if not frugal or not works_on(x.device) or layer.weight.requires_grad:
         out: Tensor = layer(x)
         return out
     out = _Convolve.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
