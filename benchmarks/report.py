@@ -78,7 +78,7 @@ def figures(found: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[flo
             (
                 ("full", f"loading as {name} / reading the file from the system's cache"),
                 value,
-                (1.2, "most") if name.startswith("float32") else None,
+                (1.2, "most") if name == "float32" else None,
             )
         )
     for name, value in load.get("memory_over_float32_weights", {}).items():
@@ -93,26 +93,31 @@ def reached(value: Any, bar: tuple[float, str]) -> bool:
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:
-    """Bars of all ratios of a step to the floor, and of every figure that has a bar to reach."""
-    rows = [row for row in figures(found) if row[2] is not None or "/ floor" in row[0][1]]
+    """Two groups of bars: the times of a step, beside that of the floor; and every figure that has something to reach, as a share of that."""
+    rows = figures(found)
+    times = [(name, value, 1.0, None) for name, value, _ in rows if isinstance(value, dict) and name[1].endswith("/ floor")]
+    aims = [(name, value, bar[0], bar) for name, value, bar in rows if bar is not None]
+    groups = {"time of a step, the floor is 1": times, "what was to reach, as a share of it": aims}
     height, left, width = 30, 520, 1220
-    image = Image.new("RGB", (width, 60 + height * len(rows)), "white")
+    image = Image.new("RGB", (width, 40 + sum(56 + height * len(group) for group in groups.values())), "white")
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(14)
-    draw.text((16, 16), "ratios: median, quartiles, and the bar to reach", INK, font=ImageFont.load_default(18))
-    for line, ((network, what), value, bar) in enumerate(rows):
-        top = 54 + line * height
-        middle = value["median"] if isinstance(value, dict) else value
-        largest = 1.25 * max(middle, value["high"] if isinstance(value, dict) else middle, bar[0] if bar else 0)
-        scale = (width - left - 190) / largest
-        colour = BAR if bar is None else GOOD if reached(value, bar) else BAD
-        draw.text((left - 12, top + 12), f"{network}: {what}", INK, font=font, anchor="rm")
-        draw.rectangle((left, top + 3, left + middle * scale, top + 21), colour)
-        if isinstance(value, dict):
-            draw.line((left + value["low"] * scale, top + 12, left + value["high"] * scale, top + 12), INK, 2)
-        if bar:
-            x = left + bar[0] * scale
-            draw.line((x, top, x, top + 24), INK, 2)
-        text = f"{middle:.2f}" + (f"  (at {bar[1]} {bar[0]:g})" if bar else "")
-        draw.text((width - 180, top + 12), text, INK, font=font, anchor="lm")
+    font, top = ImageFont.load_default(14), 16
+    for title, group in groups.items():
+        draw.text((16, top), title, INK, font=ImageFont.load_default(18))
+        top += 38
+        largest = max([1.0, *((value["high"] if isinstance(value, dict) else value) / whole for _, value, whole, _ in group)])
+        scale = (width - left - 210) / largest
+        for (network, what), value, whole, bar in group:
+            ends = (value["low"], value["median"], value["high"]) if isinstance(value, dict) else (value, value, value)
+            low, middle, high = (left + end / whole * scale for end in ends)
+            colour = BAR if bar is None else GOOD if reached(value, bar) else BAD
+            draw.text((left - 12, top + 12), f"{network}: {what}", INK, font=font, anchor="rm")
+            draw.rectangle((left, top + 3, middle, top + 21), colour)
+            if high > low:
+                draw.line((low, top + 12, high, top + 12), INK, 2)
+            draw.line((left + scale, top - 3, left + scale, top + 27), INK, 2)
+            text = f"{ends[1]:.2f}" + (f"  (at {bar[1]} {bar[0]:g})" if bar else "")
+            draw.text((width - 190, top + 12), text, INK, font=font, anchor="lm")
+            top += height
+        top += 18
     image.save(path)
