@@ -36,6 +36,7 @@ FAILED = 2
 MACHINE = ("device", "dtype", "checkpointing", "threads")  # of a request; the only part that --from may change
 DEMO_PROMPT = "an apple"
 DEMO_BACKGROUND = "lake"
+DEMO_SEED = 6  # three of its four candidates are apples, as many as of all pairs that were judged (docs/quality.md); of seed 0 it is one
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--prompt", default=DEMO_PROMPT, help="what to draw (%(default)r)")
     demo.add_argument("--background", default=DEMO_BACKGROUND, help="scene to draw it into (%(default)s)")
     demo.add_argument("--candidates", type=int, default=4, metavar="N")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=int, default=DEMO_SEED)
     _shared(demo)
 
     edit = commands.add_parser("edit", help="edit a picture of yours", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
