@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .measure import Ratio
 from .step import BARS
 
+# Of the plot: network and what was measured, a ratio or a number, what counts as 1, and what was to reach.
+Row = tuple[tuple[str, str], Any, float, tuple[float, str] | None]
 INK, PALE, BAR, GOOD, BAD = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
 
 
@@ -95,8 +97,8 @@ def reached(value: Any, bar: tuple[float, str]) -> bool:
 def plot(path: Path, found: dict[str, Any]) -> None:
     """Two groups of bars: the times of a step, beside that of the floor; and every figure that has something to reach, as a share of that."""
     rows = figures(found)
-    times = [(name, value, 1.0, None) for name, value, _ in rows if isinstance(value, dict) and name[1].endswith("/ floor")]
-    aims = [(name, value, bar[0], bar) for name, value, bar in rows if bar is not None]
+    times: list[Row] = [(name, value, 1.0, None) for name, value, _ in rows if isinstance(value, dict) and name[1].endswith("/ floor")]
+    aims: list[Row] = [(name, value, bar[0], bar) for name, value, bar in rows if bar is not None]
     groups = {"time of a step, the floor is 1": times, "what was to reach, as a share of it": aims}
     height, left, width = 30, 520, 1220
     image = Image.new("RGB", (width, 40 + sum(56 + height * len(group) for group in groups.values())), "white")
