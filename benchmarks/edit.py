@@ -78,5 +78,5 @@ def measure_candidates(context: DeviceContext, say: Say, size: Size = WHOLE, can
             taken = edit_picture(picture, mask, setting.prompt, setting.models, options).seconds
             floors += side_by_side({"floor": partial(floor, setting)}, 2, context.device, warm=False)["floor"]
             seconds = sum(taken.values())
-            found[gradient] = {"seconds": seconds, "parts": taken, "over the floor": seconds / (whole * median(floors))}
+            found[gradient] = {"seconds": seconds, "parts": taken, "floors": floors, "over the floor": seconds / (whole * median(floors))}
     return found

@@ -60,7 +60,7 @@ SIZES = {
         VIT_B_16, batch=1, views=8,
     ),
 }  # fmt: skip
-"""small: 64 px, 7.2 M parameters, CLIP of 32 px. medium: 128 px, ViT-B/16. full: the 256 px ADM, ViT-B/16."""
+"""small: 64 px, 9.9 M parameters, CLIP of 32 px. medium: 128 px, ViT-B/16. full: the 256 px ADM, ViT-B/16."""
 
 
 def random_unet(config: UNetConfig, seed: int = 0) -> UNet:

@@ -43,7 +43,7 @@ def table(found: dict[str, Any]) -> str:
         text = ", ".join(f"{n}: {mib:.1f}" for n, mib in memory.items())
         lines.append(f"| peak memory by views, {kind}, MiB | small | {text} | |")
     many = found.get("candidates", {})
-    for gradient in {"unet", "x0"} & many.keys():
+    for gradient in (g for g in ("unet", "x0") if g in many):
         what = f"{many['candidates']} candidates, {many['steps']} steps, {many['views']} views, gradient {gradient}"
         lines.append(f"| {what} | full | {many[gradient]['seconds']:.0f} s, {many[gradient]['over the floor']:.2f} of the floor | |")
     if "import" in found:

@@ -31,6 +31,8 @@ BARS = {
 }
 
 
+WARM = 3
+"""Calls before anything is measured on a GPU."""
 INEXACT = ("reference", "floor", "forward", "x0", "fp32", "bf16", "fp16")
 """Ways that are not compared with the plain one: they are it, give nothing, or give another picture. (Half precision is beside float32, or
 the other way round.)"""
@@ -68,6 +70,11 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
     say(f"{name}: {', '.join(ways)}, {rounds} rounds")
     results: dict[str, Any] = {}
     with context.autograd():
+        if context.device.type == "cuda":
+            # A compiled network with CUDA graphs is compiled by its first call and recorded by its second; libraries take their workspaces.
+            for work in ways.values():
+                for _ in range(WARM):
+                    work()
         # The round that warms up is the one whose memory is measured: rounds of the full network take minutes.
         memory = {way: peak_bytes(partial(kept, results, way, work), context.device) / MIB for way, work in ways.items()}
         memory["clip"] = peak_bytes(lambda: clip(setting), context.device) / MIB

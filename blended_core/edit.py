@@ -21,7 +21,7 @@ from .clip import ClipModel, Prompt
 from .context import DeviceContext
 from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
 from .draws import Draws, Source
-from .errors import BlendedError
+from .errors import BlendedError, MemoryRanOut
 from .guidance import GuidanceOptions, guided_prediction
 from .losses import PerceptualDistance
 from .rank import RANKINGS, Score, background_error, ranking, seam_energy
@@ -616,7 +616,16 @@ def edit_picture(
             def work(rows: int) -> Tensor:
                 return torch.cat([score(part, seen, clip, prompt) for part in torch.split(pictures, rows)])
 
-            scored = fewer_at_once(work, models.thrift.rows or len(pictures), models.context, "pictures are scored")
+            at_once = min(models.thrift.scored or models.thrift.rows or len(pictures), len(pictures))
+            try:
+                scored, fitted = fewer_at_once(work, at_once, models.context, "pictures are scored")
+            except MemoryRanOut as error:
+                # The pictures are there, or can still be made; an order of them is not worth losing them.
+                if not any(UNSCORED in note for note in notes):
+                    notes.append(f"{UNSCORED}: {error}")
+                return [None] * len(pictures)
+            if fitted < at_once:
+                models.thrift.scored = fitted
             return [float(d) if d.isfinite() else None for d in scored]
 
         lap("prepare")
@@ -638,8 +647,8 @@ def edit_picture(
                 continue
             edited = finished(step, options)
             lap("diffusion")
-            if guided and not notes and models.thrift.applied(options.guidance).gradient != options.guidance.gradient:
-                notes.append("Memory did not suffice for the gradient through the UNet; it was taken at x̂0, as you allowed.")
+            if guided and WITHOUT_UNET not in notes and models.thrift.applied(options.guidance).gradient != options.guidance.gradient:
+                notes.append(WITHOUT_UNET)
             scored = distances(edited)
             lap("score")
             for row, (index, distance) in enumerate(zip(images, scored, strict=True)):
@@ -668,6 +677,8 @@ def edit_picture(
     return result
 
 
+WITHOUT_UNET = "Memory did not suffice for the gradient through the UNet; it was taken at x̂0, as you allowed."
+UNSCORED = "Pictures without a score come last, in the order in which they were made"
 NEGLIGIBLE_SHIFT = 0.01
 NEGLIGIBLE_GAIN = 0.1
 

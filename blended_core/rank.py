@@ -53,12 +53,19 @@ VIEWS_AT_ONCE = 8
 
 @torch.no_grad()
 def clip_distance_of_views(
-    pictures: Tensor, mask: Tensor, clip: ClipModel, prompt: Prompt, distance: str = "spherical", views: int = RANKING_VIEWS
+    pictures: Tensor,
+    mask: Tensor,
+    clip: ClipModel,
+    prompt: Prompt,
+    distance: str = "spherical",
+    views: int = RANKING_VIEWS,
+    at_once: int = VIEWS_AT_ONCE,
 ) -> Tensor:
     """Mean of :func:`clip_distance` over the picture and warped views of it, the same ones for every picture; [B, 3, H, W] in −1..1 → [B].
 
     Guidance has pushed each candidate until CLIP is content with the views that it saw, so that one view more of the same kind hardly
-    tells a good candidate from an adversarial one; from many others only what is really there looks right.
+    tells a good candidate from an adversarial one; from many others only what is really there looks right. ``at_once``: views of each
+    picture that go through CLIP together; changes memory, not the result.
     """
     seen = seen_by_clip(pictures, mask, clip.image_size)
     if views <= 1:
@@ -67,8 +74,8 @@ def clip_distance_of_views(
     total = prompt_distance(clip.encode_image(seen), prompt, distance)
     # MPS lacks the warp's padding in some versions of torch; these few small pictures are warped as fast on the processor.
     small = seen.cpu() if seen.device.type == "mps" else seen
-    for first in range(0, views - 1, VIEWS_AT_ONCE):
-        some = parameters.rows(first, min(first + VIEWS_AT_ONCE, views - 1))
+    for first in range(0, views - 1, at_once):
+        some = parameters.rows(first, min(first + at_once, views - 1))
         warped = warp_views(small.repeat(len(some), 1, 1, 1), ViewParameters.interleave([some] * len(small))).to(seen.device)
         total = total + prompt_distance(clip.encode_image(warped), prompt, distance).view(len(some), len(seen)).sum(0)
     return total / views

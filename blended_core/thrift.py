@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .context import DeviceContext
-from .errors import BlendedError, BlendedWarning
+from .errors import BlendedWarning, MemoryRanOut
 from .guidance import GuidanceOptions
 
 Result = TypeVar("Result")
@@ -42,16 +42,18 @@ class Thrift:
     Attributes:
         rows: images at once, or None for the whole batch; view_chunk: views at once, or None for what the options say.
         checkpointing: make activations again on the way back. x0: the gradient stops at x̂0.
+        scored: pictures that are scored at once, or None for the whole batch.
     """
 
     rows: int | None = None
     view_chunk: int | None = None
     checkpointing: bool = False
     x0: bool = False
+    scored: int | None = None
 
     def forget(self) -> None:
         """Begins anew: what was too much for one edit may fit the next, when another program has ended."""
-        self.rows, self.view_chunk, self.checkpointing, self.x0 = None, None, False, False
+        self.rows, self.view_chunk, self.checkpointing, self.x0, self.scored = None, None, False, False, None
 
     def applied(self, options: GuidanceOptions) -> GuidanceOptions:
         """The options of a step under these limits."""
@@ -114,7 +116,7 @@ def sparing(
 ) -> list[Result]:
     """Does ``work(rows, options)``, again with less where memory runs out.
 
-    Warns (BlendedWarning) with one line for each measure. Raises BlendedError when there is none left.
+    Warns (BlendedWarning) with one line for each measure. Raises MemoryRanOut when there is none left.
     """
     while True:
         try:
@@ -131,18 +133,18 @@ def sparing(
             continue
         measure = thrift.less(batch, options, network, guided)
         if not measure:
-            raise BlendedError(nothing_left(reason, batch, options, context, guided))
+            raise MemoryRanOut(nothing_left(reason, batch, options, context, guided))
         warnings.warn(f"memory ran out; {measure}.", BlendedWarning, stacklevel=2)
 
 
-def fewer_at_once(work: Callable[[int], Result], rows: int, context: DeviceContext, what: str) -> Result:
-    """``work(rows)`` for as many rows at once as memory allows, beginning with ``rows``; the result must not depend on their number.
+def fewer_at_once(work: Callable[[int], Result], rows: int, context: DeviceContext, what: str) -> tuple[Result, int]:
+    """``work(rows)`` for as many rows at once as memory allows, beginning with ``rows``, and how many that was; the result must not depend on it.
 
-    Warns (BlendedWarning) with one line for each halving; ``what`` is what goes on ('pictures are scored'). Raises BlendedError when one alone does not fit.
+    Warns (BlendedWarning) with one line for each halving; ``what`` is what goes on ('pictures are scored'). Raises MemoryRanOut when one alone does not fit.
     """
     while True:
         try:
-            return work(rows)
+            return work(rows), rows
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -152,7 +154,7 @@ def fewer_at_once(work: Callable[[int], Result], rows: int, context: DeviceConte
             warnings.warn("memory ran out; networks that are not needed were unloaded.", BlendedWarning, stacklevel=2)
             continue
         if rows <= 1:
-            raise BlendedError(f"memory ran out while {what}, one at a time ({reason}); close other programs, or run on --device cpu.")
+            raise MemoryRanOut(f"memory ran out while {what}, one at a time ({reason}); close other programs, or run on --device cpu.")
         rows //= 2
         warnings.warn(f"memory ran out; {what}, {rows} at once.", BlendedWarning, stacklevel=2)
 

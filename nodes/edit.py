@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from ..blended_core.clip import Prompt
 from ..blended_core.demo.world import BACKGROUNDS, OBJECTS, demo_scene
 from ..blended_core.edit import PRESETS, Candidate, EditOptions, EditResult, Models, Step, edit_picture, finished_frame, preset
 from ..blended_core.errors import BlendedError
-from ..blended_core.rank import clip_distance_of_views, ranking
+from ..blended_core.rank import VIEWS_AT_ONCE, clip_distance_of_views, ranking
 from ..blended_core.region import region_around
+from ..blended_core.thrift import fewer_at_once
 from . import glue, inputs
 from .latent import fit_mask
 
@@ -283,13 +285,20 @@ class RankByCLIP(io.ComfyNode):
             clip = prompt.clip
             progress = glue.Progress(len(colours))
             distances: list[float | None] = []
-            context = glue.on_device(None, clip)
-            size = clip.model.image_size
+            context = glue.on_device(None, clip, looks=VIEWS_AT_ONCE)
+            size, at_once = clip.model.image_size, VIEWS_AT_ONCE
             for i, picture in enumerate(colours):
                 region = region_around(full[i], size)
                 seen = region.cut_mask(full[i : i + 1], size)
-                square = context.put(region.cut(picture[None], size) * 2 - 1)
-                distances.append(float(clip_distance_of_views(square, context.put(seen), clip.model, prompt.prompt)))
+                look = partial(
+                    clip_distance_of_views,
+                    context.put(region.cut(picture[None], size) * 2 - 1),
+                    context.put(seen),
+                    clip.model,
+                    prompt.prompt,
+                )
+                distance, at_once = fewer_at_once(lambda count, look=look: look(at_once=count), at_once, context, "views are looked at")
+                distances.append(float(distance))
                 progress.update(i + 1)
             order = ranking(distances)[: keep or None]
             table = "\n".join(f"{rank}. picture {i + 1}: CLIP distance {glue.text(distances[i])}" for rank, i in enumerate(order, 1))

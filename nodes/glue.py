@@ -156,30 +156,41 @@ def on_device(
     perceptual: LoadedPerceptual | None = None,
     pixels: int = 0,
     options: GuidanceOptions | None = None,
-) -> DeviceContext:
+    looks: int = 0,
+) -> ManagedContext:
     """Brings networks to ComfyUI's device, whole; inside :func:`engine`.
 
-    ``pixels``: of all rows of a batch together; ``options``: how they are guided. The memory that a step needs is told to the manager.
+    ``pixels``: of all rows of a batch together; ``options``: how they are guided; ``looks``: without a diffusion model, the pictures that CLIP
+    sees at once. The memory that a step needs is told to the manager.
     """
     context = ddpm.context if ddpm is not None else device_context("fp32")
-    needed = 0 if ddpm is None else memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize)
+    if ddpm is not None:
+        needed = memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize)
+    else:
+        needed = looks * 4 * values_of_a_view(clip.model) if clip is not None else 0
     patchers = managed(ddpm, clip, perceptual)
     mm.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
     for patcher in patchers:
-        # With --novram the manager leaves weights where they are, for layers that fetch their own at each call; these do not.
+        # With --novram the manager leaves weights where they are, or takes a part of them away, for layers that fetch their own at each call;
+        # these do not. (Its own way to load the rest, partially_load, believes a network whole of which a part was taken away.)
         if patcher.loaded_size() < patcher.model_size():
-            patcher.partially_load(patcher.load_device, ALL)
-    return context
+            try:
+                patcher.patch_model(patcher.load_device)
+            except Exception:
+                patcher.detach()
+                raise
+    return ManagedContext(context.device, context.dtype, context.channels_last, tuple(patchers))
 
 
 ALL = 1e32
 """Bytes: more than any network has."""
 
 
-BACKWARD, FORWARD = 32, 12
-"""Values that a UNet keeps for each pixel and unit of width, with and without the way back. Width: the root of its convolutions' outputs.
-Measured (benchmarks.measure.peak_bytes): 27 and 11 at 64 px and 64 channels, 30 and 8 at 128 px and 128 channels; twice as
-many with the way back by plain autograd."""
+BACKWARD, FORWARD = {4: 128, 2: 88}, {4: 48, 2: 62}
+"""Bytes that a UNet keeps for each pixel and unit of width, with and without the way back, by the size of its numbers. Width: the root of its
+convolutions' outputs. Half precision takes more than half, for normalisation and the last layers are float32 beside it.
+Measured (benchmarks.measure.peak_bytes): 110 and 43 at 64 px and 64 channels, 120 and 32 at 128 px and 128 channels, in half precision 80 and 57
+at 64 px; twice as many with the way back by plain autograd."""
 CLIP_VALUES = 17
 """Values that a vision transformer keeps for each token, unit of width and layer. Measured: 17 in a tiny one, 11 in ViT-B/16."""
 OTHER_CLIP = 500
@@ -192,8 +203,8 @@ def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, opt
     guided = clip is not None and options.scale > 0
     backward = clip is not None and options.gradient == "unet" and (guided or options.range_scale > 0 or options.needs_perceptual)
     width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
-    kept = BACKWARD * (1 if works_on(mm.get_torch_device()) else 2)
-    needed = pixels * width * itemsize * (kept if backward else FORWARD)
+    kept = BACKWARD[itemsize] * (1 if works_on(mm.get_torch_device()) else 2)
+    needed = pixels * width * (kept if backward else FORWARD[itemsize])
     if guided and clip is not None:
         rows = pixels / ddpm.image_size**2
         most = max(options.views, options.early_views)

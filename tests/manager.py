@@ -64,8 +64,8 @@ def main() -> None:
         state.name: guided_in(glue, *wrapped, state) for state in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
     }
     told = {
-        "modes": modes, "before": before, "unloaded": unloaded, "after": after, "again": again, "lines": lines, "during": during, "others": others, "error": said,
-        "needed": needed,
+        "modes": modes, "taken apart": taken_apart(glue, wrapped[0]), "before": before, "unloaded": unloaded, "after": after, "again": again, "lines": lines, "during": during, "others": others, "error": said,
+        "needed": needed, "told and taken": told_and_taken(glue, load, clip),
         "processor gives up nothing": context.make_room(), "context": type(context).__name__,
     }  # fmt: skip
     print(json.dumps(told))
@@ -102,8 +102,66 @@ def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
             glue.models(ddpm, clip, None), x, 5, ddpm.model.config.respaced("10"), options, clip.model.prompt("an apple"),
             torch.ones(1, 1, 64, 64), draws.Draws(0), range(1),
         )  # fmt: skip
-    placed = [part.patcher.loaded_size() == part.patcher.model_size() for part in (ddpm, clip)]
-    return {"allowed": allowed, "placed": placed, "x": step.x.double().sum().item(), "gradient": step.gradient.double().abs().sum().item()}
+    return {
+        "allowed": allowed, "placed": [whole(part) for part in (ddpm, clip)], "x": step.x.double().sum().item(),
+        "gradient": step.gradient.double().abs().sum().item(),
+    }  # fmt: skip
+
+
+def told_and_taken(glue: Any, load: Any, clip: Any) -> dict[str, list[float]]:
+    """For each precision and direction: the bytes that the manager is told of, and those that the network takes."""
+    measure = importlib.import_module(f"{NAME}.benchmarks.measure")
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        context = glue.DeviceContext(dtype=dtype)
+        with context.autograd():
+            model = load.load_ddpm(context)
+            x, times = torch.zeros(1, 3, 64, 64), torch.tensor([500.0])
+
+            def back(network: Any = model.network, x: Any = x, times: Any = times) -> None:
+                with torch.enable_grad():
+                    there = x.clone().requires_grad_()
+                    torch.autograd.grad(network(there, times).sum(), there)
+
+            for name, work, gradient in (("forward", lambda network=model.network: network(x, times), "x0"), ("back", back, "unet")):
+                options = glue.GuidanceOptions(gradient=gradient, scale=0.0)
+                needed = glue.memory_needed(model, clip, 64**2, options, dtype.itemsize)
+                found[f"{dtype} {name}"] = [needed, measure.peak_bytes(work, context.device)]
+    return found
+
+
+def whole(part: Any) -> bool:
+    """Whether the manager holds all of a network to be on its device."""
+    return bool(part.patcher.loaded_size() == part.patcher.model_size())
+
+
+def taken_apart(glue: Any, ddpm: Any) -> dict[str, Any]:
+    """A part of a network is taken away for another one's sake, as with --novram, and the network is used again.
+
+    Both places are the processor here, so what tells them apart is which layers were moved.
+    """
+    mm, moved = glue.mm, []
+    before, to = (mm.vram_state, mm.is_device_cpu), torch.nn.Module.to
+
+    def watched(self: Any, *where: Any, **how: Any) -> Any:
+        moved.extend(id(module) for module in self.modules())
+        return to(self, *where, **how)
+
+    mm.unload_all_models()
+    try:
+        mm.vram_state, mm.is_device_cpu = mm.VRAMState.NO_VRAM, lambda _device: False
+        with glue.engine():
+            glue.on_device(ddpm, None)
+            (entry,) = (e for e in mm.current_loaded_models if e.model is ddpm.patcher)
+            torch.nn.Module.to = watched
+            entry.model_unload(ddpm.patcher.model_size() // 4)
+            away, apart = set(moved), whole(ddpm)
+            moved.clear()
+            glue.on_device(ddpm, None)
+    finally:
+        mm.vram_state, mm.is_device_cpu = before
+        torch.nn.Module.to = to
+    return {"apart": not apart, "away": len(away), "left behind": len(away - set(moved)), "whole again": whole(ddpm)}
 
 
 main()

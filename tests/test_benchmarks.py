@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -132,10 +133,13 @@ def test_another_precision_or_layout_stands_beside(setting: Setting) -> None:
 
 def test_a_whole_edit_is_a_multiple_of_its_floor(setting: Setting) -> None:
     said: list[str] = []
-    found = measure_candidates(CPU, said.append, setting.size, candidates=4, steps=2)
+    found = measure_candidates(CPU, said.append, setting.size, candidates=6, steps=2)
     assert (WHOLE.batch, WHOLE.views, WHOLE.unet.image_size) == (8, 16, 256) and len(said) == 2
-    assert found["unet"]["over the floor"] > found["x0"]["over the floor"] * 0.5 > 0
-    assert f"4 candidates, 2 steps, 3 views, gradient x0 | full | {found['x0']['seconds']:.0f} s" in table({"candidates": found})
+    for way in (found["unet"], found["x0"]):
+        # Six candidates in batches of two are three batches of two steps each.
+        assert len(way["floors"]) == 4 and way["over the floor"] == pytest.approx(way["seconds"] / (6 * median(way["floors"])))
+        assert way["seconds"] == pytest.approx(sum(way["parts"].values())) and way["parts"]["diffusion"] > 0
+    assert f"6 candidates, 2 steps, 3 views, gradient x0 | full | {found['x0']['seconds']:.0f} s" in table({"candidates": found})
 
 
 def test_sizes_are_those_of_the_table() -> None:

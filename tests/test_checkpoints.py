@@ -454,6 +454,7 @@ def test_values(tmp_path: Path) -> None:
     for value, says in (
         (torch.full((192, 64, 1), float("nan")), f"12288 of the 12288 values of {key}"),
         (torch.zeros(192, 64, 1).index_fill_(0, torch.tensor([3]), float("inf")), "64 of the 12288"),
+        (torch.full((192, 64, 1), 1e39, dtype=torch.float64), r"values up to 1e\+39, too large for torch\.float32"),
         (torch.zeros(192, 64, 1, dtype=torch.int8), "quantised"),
         (torch.zeros(192, 64, 1, dtype=torch.complex64), "quantised"),
         (torch.zeros(192, 64, 1).to_sparse(), "no plain"),

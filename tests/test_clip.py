@@ -177,6 +177,7 @@ def test_ranking_by_views_is_not_taken_in_by_what_pleases_one(embedded: ClipMode
     assert many[0] < many[2], "by many it is not"
     again = [float(clip_distance_of_views(picture[None], mask, embedded, prompt)) for picture in pictures]
     assert again == pytest.approx(many, abs=1e-5), "a picture's score does not depend on those beside it"
+    assert clip_distance_of_views(pictures, mask, embedded, prompt, at_once=3).tolist() == pytest.approx(many, abs=1e-5)
 
 
 REAL = {

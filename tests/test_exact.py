@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import peak_bytes
 from blended_core.checkpoints import frugal
-from blended_core.checkpoints.adm import UNet, UNetConfig
+from blended_core.checkpoints.adm import ResBlock, UNet, UNetConfig
 from blended_core.context import DeviceContext
 from blended_core.draws import Draws
 from blended_core.edit import Models, Step, guided_step, preset
@@ -154,7 +154,7 @@ def test_in_half_precision_it_is_as_near_to_the_truth(dtype: torch.dtype) -> Non
         assert float((found - truth).norm()) <= 1.2 * float((wanted - truth).norm()) + 1e-3 * float(truth.norm())
 
 
-def test_less_than_half_is_kept() -> None:
+def test_half_is_kept() -> None:
     unet, cpu = unet_of(tiny.CONFIG), torch.device("cpu")
     little = peak_bytes(lambda: there_and_back(unet), cpu)
     unet.set_frugal(False)
@@ -171,10 +171,79 @@ def test_where_a_kernel_is_missing_the_plain_layers_run(monkeypatch: pytest.Monk
         assert torch.equal(found, wanted)
 
 
-def test_weights_that_are_trained_get_their_gradients() -> None:
-    unet = unet_of(LAYERS["blocks resample"]).requires_grad_(True)
-    unet(torch.randn(1, 3, SIZE, SIZE), torch.tensor([30.0])).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in unet.parameters())
+TRAINED = {
+    "everything": "",
+    "time": "time_embed",
+    "conditioning": "emb_layers",
+    "biases": ".bias",
+    "one bias": "input_blocks.1.0.out_layers.3.bias",
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("layers", ["blocks resample", "convolutions resample"])
+def test_weights_that_are_trained_get_their_gradients(name: str, layers: str) -> None:
+    found = []
+    for frugal_ in (True, False):
+        unet = unet_of(LAYERS[layers]).set_frugal(frugal_)
+        trained = [p.requires_grad_() for key, p in unet.named_parameters() if TRAINED[name] in key]
+        output = unet(torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6)), torch.tensor([30.0]))
+        found.append(torch.autograd.grad(output.square().sum(), trained))
+    for little, plain in zip(*found, strict=True):
+        assert plain.any() and float((little - plain).abs().max()) <= 1e-4 * float(plain.abs().max())
+
+
+def test_a_class_embedding_that_is_searched_for_gets_its_gradient() -> None:
+    found = []
+    for frugal_ in (True, False):
+        unet = unet_of(LAYERS["classes"]).set_frugal(frugal_)
+        label = torch.zeros(1, 4 * unet.config.model_channels).requires_grad_()
+        output = unet(torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6)), torch.tensor([30.0]), label)
+        found.append(torch.autograd.grad(output.square().sum(), label)[0])
+    assert found[1].any() and torch.allclose(*found, rtol=1e-4)
+
+
+def changed_layer(unet: UNet, change: str) -> None:
+    """What other code does to a network that it was given."""
+    block = next(m for m in unet.modules() if isinstance(m, ResBlock))
+    norm, convolution = block.out_layers[0], block.out_layers[3]  # those of in_layers are followed by a normalisation, which hides much
+    if change == "hooked convolution":
+        convolution.register_forward_hook(lambda _layer, _args, output: 2 * output)
+    elif change == "hooked normalisation":
+        norm.register_forward_hook(lambda _layer, _args, output: 2 * output)
+    elif change == "circular padding":  # how people make tiles
+        convolution.padding_mode, convolution._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    else:
+        block.out_layers[3] = Doubled(convolution)
+
+
+class Doubled(torch.nn.Module):
+    """A layer in the place of another."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("change", ["hooked convolution", "hooked normalisation", "circular padding", "a wrapper"])
+def test_a_layer_that_somebody_changed_does_what_it_was_changed_to(change: str) -> None:
+    unet = unet_of(tiny.CONFIG)
+    before = there_and_back(unet)
+    changed_layer(unet, change)
+    little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    for found, wanted, old in zip(little, plain, before, strict=True):
+        assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+        assert float((old - wanted).abs().max()) > 1e-3 * float(wanted.abs().max())
+
+
+def test_under_autocast_the_plain_layers_run() -> None:
+    unet = unet_of(tiny.CONFIG)
+    with torch.autocast("cpu", torch.bfloat16):
+        little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    assert torch.equal(little[0], plain[0]) and torch.equal(little[1], plain[1])
 
 
 def test_a_way_back_of_the_way_back_is_refused() -> None:

@@ -149,14 +149,20 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
     assert told["again"] is False, "what is in use stays, so that a second failure goes on to the next measure"
     assert told["context"] == "ManagedContext" and told["processor gives up nothing"] is False
     whole, low, none = (told["modes"][mode] for mode in ("NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"))
-    assert none["allowed"] == [0.1, 0.1, 1e32, 1e32], "with --novram the manager brings nothing itself"
+    assert none["allowed"] == [0.1, 0.1], "with --novram the manager brings nothing itself"
     assert whole["allowed"] == low["allowed"] == [1e32, 1e32]
+    apart = told["taken apart"]
+    assert apart["apart"] and apart["away"] > 10, "something was taken away"
+    assert apart["whole again"] and apart["left behind"] == 0
     for mode in (whole, low, none):
         assert mode["placed"] == [True, True]
         assert mode["gradient"] == whole["gradient"] > 0 and mode["x"] == whole["x"]
     needed = told["needed"]
     assert needed["unguided"] < needed["x0"] == needed["x0, 64 in chunks"] < needed["x0, 64 views"]
     assert needed["x0"] < needed["unet"]
+    assert len(told["told and taken"]) == 4
+    for way, (said, taken) in told["told and taken"].items():
+        assert taken <= said <= 2.5 * taken, (way, said / taken)
     assert told["lines"] == ["Blended Diffusion: memory ran out; use “view chunk”."] and told["during"] == 1, "said at once, not at the end"
     assert told["others"] == ["of another library"] and told["error"] == "try “dtype” bf16"
 

@@ -192,8 +192,8 @@ class ResBlock(nn.Module):
         else:
             h = norm_silu(self.out_layers[0], h + shift.to(h.dtype)[:, :, None, None], frugal=self.frugal)  # type: ignore[arg-type]
         h = convolve(self.out_layers[3], h, self.frugal)  # type: ignore[arg-type]
-        if isinstance(self.skip_connection, nn.Conv2d):
-            x = convolve(self.skip_connection, x, self.frugal)
+        if not isinstance(self.skip_connection, nn.Identity):
+            x = convolve(self.skip_connection, x, self.frugal)  # type: ignore[arg-type]
         return x + h
 
 

@@ -2,9 +2,11 @@
 
 Plain autograd keeps the input of every operation: of a residual block's normalisation, of its SiLU, and of its convolution, though the gradient of a
 convolution's input needs only the weights. Here normalisation, scale and shift, and SiLU are one operation that keeps its input and two numbers a
-group, and convolutions keep nothing but their size: a third of the memory, and less time, for the way back reads what it makes anew from the cache.
+group, and convolutions keep nothing but their size: less than half of the memory, and no more time, for the way back reads what it makes anew from
+the cache.
 
-The numbers are those of the plain layers up to rounding. Where weights want gradients (training), the plain layers run.
+The numbers are those of the plain layers up to rounding. The plain layers run where anything but the picture wants a gradient (training, a class
+embedding that is searched for), under autocast, and where somebody has changed a layer: hooks, circular padding, a wrapper in its place.
 """
 
 from __future__ import annotations
@@ -15,6 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def stands_in(layer: nn.Module, *others: Tensor | None) -> bool:
+    """Whether the functions below do what calling the layer would; ``others``: what else goes into it beside the picture."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if isinstance(layer, nn.GroupNorm):
+        known = True
+    else:
+        known = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
+    if not known or not torch.is_grad_enabled():
+        return known
+    return not any(value is not None and value.requires_grad for value in (*layer.parameters(), *others))
 
 
 def works_on(device: torch.device) -> bool:
@@ -34,7 +49,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
         [B, C, H, W] in the type of ``x``.
     """
     turned = x.device.type == "cpu" and not x.is_contiguous()  # channels last, which torch's own layers keep and these would turn back
-    if not frugal or turned or not works_on(x.device) or norm.weight.requires_grad:
+    if not frugal or turned or not works_on(x.device) or torch.is_autocast_enabled(x.device.type) or not stands_in(norm, scale, shift):
         h = norm(x)
         if scale is not None and shift is not None:
             h = torch.addcmul(shift.to(h.dtype)[:, :, None, None], h, scale.to(h.dtype)[:, :, None, None])
@@ -78,7 +93,7 @@ def _wide(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 def convolve(layer: nn.Conv2d, x: Tensor, frugal: bool = True) -> Tensor:
     """``layer(x)``, without keeping x."""
-    if not frugal or not works_on(x.device) or layer.weight.requires_grad:
+    if not frugal or not works_on(x.device) or torch.is_autocast_enabled(x.device.type) or not stands_in(layer):
         out: Tensor = layer(x)
         return out
     out = _Convolve.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)

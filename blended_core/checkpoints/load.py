@@ -347,11 +347,15 @@ def _blueprint(config: UNetConfig) -> UNet:
         return UNet(config)
 
 
+FILLS = frozenset({"normal_", "uniform_", "kaiming_uniform_", "zero_", "fill_"})
+"""What torch's layers and ours call for their initial values."""
+
+
 class _NoDraws(TorchFunctionMode):
-    """Leaves out random initial values: on the meta device drawing them imports a compiler, which takes seconds."""
+    """Leaves out initial values, which the file's replace: on the meta device drawing them imports a compiler, which takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+        if getattr(func, "__name__", "") in FILLS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
@@ -391,7 +395,8 @@ def _weights(tensor: Tensor, name: str, dtype: torch.dtype, channels_last: bool)
     rows = max(1, AT_ONCE * len(values) // values.numel())
     for begin in range(0, len(values), rows):
         where = slice(begin, begin + rows)
-        part = values[where].to(torch.float32)
+        # Of float64 as it is: a value that is too large for float32 is not infinite.
+        part = values[where] if values.dtype == torch.float64 else values[where].to(torch.float32)
         # The extremes tell of NaN and infinity in one vectorised pass over what the copy is about to read.
         least, most = (float(v) for v in part.aminmax())
         if not (math.isfinite(least) and math.isfinite(most)):
