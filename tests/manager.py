@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def told_and_taken(glue: Any, load: Any, clip: Any) -> dict[str, list[float]]:
                     there = x.clone().requires_grad_()
                     torch.autograd.grad(network(there, times).sum(), there)
 
-            for name, work, gradient in (("forward", lambda network=model.network: network(x, times), "x0"), ("back", back, "unet")):
+            for name, work, gradient in (("forward", partial(model.network, x, times), "x0"), ("back", back, "unet")):
                 options = glue.GuidanceOptions(gradient=gradient, scale=0.0)
                 needed = glue.memory_needed(model, clip, 64**2, options, dtype.itemsize)
                 found[f"{dtype} {name}"] = [needed, measure.peak_bytes(work, context.device)]
