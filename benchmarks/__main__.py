@@ -25,10 +25,11 @@ from blended_core.files import write_bytes
 
 from .edit import measure_candidates, measure_edit
 from .loading import measure_import, measure_load
+from .process import ROUNDS_OF_PROCESSES, measure_process
 from .report import plot, table
 from .step import measure_growth, measure_step
 
-PARTS = ("step", "edit", "load", "import")
+PARTS = ("step", "edit", "load", "import", "process")
 ROUNDS = {"small": 10, "medium": 6, "full": 4}
 
 
@@ -75,6 +76,11 @@ def main() -> int:
         found["load"] = measure_load(args.rounds or ROUNDS["full"], say)
     if "import" in args.only:
         found["import"] = measure_import(args.rounds or ROUNDS["medium"], say)
+    if "process" in args.only and sys.platform == "linux" and context.device.type == "cpu":
+        found["process"] = []
+        for name in args.networks:
+            found["process"].append(measure_process(name, args.rounds or ROUNDS_OF_PROCESSES[name], say))
+            keep()
     keep()
     plot(args.out / "benchmarks.png", found)
     print(table(found))

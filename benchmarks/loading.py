@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,10 +114,10 @@ def measure_import(rounds: int, say: Say) -> dict[str, Any]:
     return {"seconds": seconds, "median": {name: median(values) for name, values in seconds.items()}}
 
 
-def python(program: str, *arguments: str) -> list[str]:
-    """The lines that a fresh interpreter prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment, check=False)
+def python(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:
+    """The lines that a fresh interpreter prints, in this process's environment or another."""
+    variables = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=variables, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout.splitlines()

@@ -42,6 +42,9 @@ def table(found: dict[str, Any]) -> str:
     for kind, memory in found.get("growth", {}).get("views_memory_mib", {}).items():
         text = ", ".join(f"{n}: {mib:.1f}" for n, mib in memory.items())
         lines.append(f"| peak memory by views, {kind}, MiB | small | {text} | |")
+    for process in found.get("process", []):
+        text = ", ".join(f"{way} {mib:.0f}" for way, mib in process["memory_mib"].items())
+        lines.append(f"| largest memory of the process, MiB | {process['network']} | {text} | |")
     many = found.get("candidates", {})
     for gradient in (g for g in ("unet", "x0") if g in many):
         what = f"{many['candidates']} candidates, {many['steps']} steps, {many['views']} views, gradient {gradient}"
@@ -74,6 +77,10 @@ def figures(found: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[flo
         out.append((("small", f"cut, paste and score, picture of {n} px / 256"), value, None))
     if edit:
         out.append((("small", "cut, paste and score a pixel, 4096 px / 2048"), edit["a pixel, 4096 / 2048"], (1.1, "most")))
+    for process in found.get("process", []):
+        for what, value in process["ratios"].items():
+            out.append(((process["network"], f"x̂0 step, {what}"), value, None))
+        out.append(((process["network"], "x̂0 step, freed memory kept / given back"), process["kept"], None))
     load = found.get("load", {})
     for name, value in load.get("ratios", {}).items():
         out.append(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import process
 from benchmarks.edit import WHOLE, measure_candidates
 from benchmarks.measure import Ratio, peak_bytes, ratio, side_by_side, time_by_operation
 from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
@@ -140,6 +143,31 @@ def test_a_whole_edit_is_a_multiple_of_its_floor(setting: Setting) -> None:
         assert len(way["floors"]) == 4 and way["over the floor"] == pytest.approx(way["seconds"] / (6 * median(way["floors"])))
         assert way["seconds"] == pytest.approx(sum(way["parts"].values())) and way["parts"]["diffusion"] > 0
     assert f"6 candidates, 2 steps, 3 views, gradient x0 | full | {found['x0']['seconds']:.0f} s" in table({"candidates": found})
+
+
+def test_processes_take_turns_and_differ_in_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str | None, str | None]] = []
+
+    def python(_program: str, name: str, _steps: str, keep: str, environment: dict[str, str]) -> list[str]:
+        calls.append((keep, environment.get("OMP_WAIT_POLICY"), environment.get("GOMP_SPINCOUNT")))
+        assert name == "small" and environment["PATH"] == os.environ["PATH"]
+        return [str({"keep": 1.0}.get(keep, 2.0 if environment.get("GOMP_SPINCOUNT") else 4.0)), str(300 * 2**20)]
+
+    monkeypatch.setattr(process, "python", python)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # what this process is told does not count
+    found = process.measure_process("small", 2, lambda _line: None)
+    ways = [("", None, None), ("", "PASSIVE", None), ("", "PASSIVE", "1000"), ("keep", "PASSIVE", "1000")]
+    assert calls == [*reversed(ways), *ways]
+    assert found["kept"]["median"] == 0.5 and found["ratios"]["the terminal / as torch comes"]["median"] == 0.25
+    text = table({"process": [found]})
+    assert "| x̂0 step, the terminal / as torch comes | small | 0.25 (0.25–0.25) |" in text
+    assert "the terminal 300 | |" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is kept under Linux alone")
+def test_a_process_gives_seconds_and_bytes() -> None:
+    seconds, most = process.python(process.WORK, "small", "1", "keep")
+    assert 0 < float(seconds) < 600 and float(most) > 100 * 2**20
 
 
 def test_sizes_are_those_of_the_table() -> None:

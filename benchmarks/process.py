@@ -1,0 +1,63 @@
+"""What the terminal asks of its own process: that it keeps the memory that it frees, and that threads wait a little before they sleep."""
+
+from __future__ import annotations
+
+import os
+from statistics import median
+from typing import Any
+
+from .loading import python
+from .measure import ratio
+from .step import MIB, Say
+
+ROUNDS_OF_PROCESSES = {"small": 6, "medium": 2, "full": 2}
+STEPS = {"small": 12, "medium": 3, "full": 2}
+"""Steps of which each process gives the median, after one that warms up."""
+WORK = """
+import resource, sys, time
+name, steps, keep = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "keep"
+if keep:
+    from blended_core.allocator import keep_freed_memory
+    assert keep_freed_memory()
+from benchmarks.networks import SIZES
+from benchmarks.structure import DeviceContext, Setting, ours
+setting, seconds = Setting.build(SIZES[name], DeviceContext()), []
+with setting.context.autograd():
+    for _ in range(steps + 1):
+        begun = time.perf_counter()
+        ours(setting, "x0")
+        seconds.append(time.perf_counter() - begun)
+print(sorted(seconds[1:])[steps // 2])
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+WAYS: dict[str, tuple[dict[str, str], str]] = {
+    # name → (variables of the environment, whether memory is kept)
+    "as torch comes": ({}, ""),
+    "threads that sleep": ({"OMP_WAIT_POLICY": "PASSIVE"}, ""),
+    "threads that wait a little": ({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}, ""),
+    "the terminal": ({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}, "keep"),
+}
+
+
+def measure_process(name: str, rounds: int, say: Say) -> dict[str, Any]:
+    """Seconds of an x̂0 step, and the process's largest memory, in processes that are set up otherwise, by turns. On Linux with glibc alone."""
+    say(f"processes, {name}: {', '.join(WAYS)}, {rounds} rounds")
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    memory: dict[str, list[float]] = {way: [] for way in WAYS}
+    others = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    for number in range(rounds):
+        for way in list(WAYS) if number % 2 else list(reversed(WAYS)):
+            variables, keep = WAYS[way]
+            taken, most = python(WORK, name, str(STEPS[name]), keep, environment={**others, **variables})
+            seconds[way].append(float(taken))
+            memory[way].append(float(most) / MIB)
+    return {
+        "network": name,
+        "seconds": seconds,
+        "memory_mib": {way: median(values) for way, values in memory.items()},
+        "ratios": {
+            f"{way} / as torch comes": vars(ratio(seconds[way], seconds["as torch comes"])) for way in WAYS if way != "as torch comes"
+        },
+        "kept": vars(ratio(seconds["the terminal"], seconds["threads that wait a little"])),
+    }
