@@ -212,6 +212,25 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, models: Models) -> None:
     assert first[0]["candidates"] == 9 and first[0]["background_error"] == 0.0 and first[0]["diversity"] > 0
 
 
+@pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
+def test_two_names_for_the_same_options_are_measured_once(tmp_path: Path, models: Models) -> None:
+    options = replace(ROWS["best"], steps="4")
+    rows = {"best": options, "other": replace(options, seed=options.seed + 1), "again": options}
+    taken: dict[str, bool] = {}
+
+    def run() -> list[dict[str, Any]]:
+        judge: Any = EverySecond()
+        return evaluation.evaluate(
+            tmp_path, models, distance, judge, rows, pairs(1), 2, on_pair=lambda name, _pair, over: taken.update({name: over})
+        )
+
+    best, other, again = run()
+    assert taken == {"best": False, "other": False, "again": True}
+    assert {**again, "name": "best"} == best and other["clip_gain"] != best["clip_gain"]
+    files = [evaluation.record_of(tmp_path, name, pairs(1)[0]).with_suffix(".png").read_bytes() for name in rows]
+    assert files[2] == files[0] != files[1]
+
+
 def test_the_command_writes_table_plot_and_sheets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,7 +115,7 @@ def evaluate(
     """Edits every pair by every row, pair by pair, and measures.
 
     Args:
-        out: the run's folder; what it holds of the same pairs, options and networks is taken over.
+        out: the run's folder; what it holds of the same pairs, options and networks is taken over, of another row too.
         models: the networks to edit with; perceptual: for diversity; judge: for the verdicts.
         rows: name → options; ``candidates`` replaces their number.
         networks: what tells them from others, such as their files' hashes; measurements with others are made anew.
@@ -131,7 +131,7 @@ def evaluate(
         for name, options in rows.items():
             options = _with_candidates(options, candidates)
             file, asked = record_of(out, name, case), _asked(case, options, networks)
-            taken_over = recorded(file, asked) is not None
+            taken_over = recorded(file, asked) is not None or _copied(file, asked)
             if not taken_over:
                 record, strip = _edited(models, clip, perceptual, judge, case, options, on_step)
                 write_png(file.with_suffix(".png"), strip)
@@ -177,6 +177,16 @@ def recorded(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         return None
     same = isinstance(found, dict) and found.get("asked") == json.loads(json.dumps(asked)) and file.with_suffix(".png").is_file()
     return found if same else None
+
+
+def _copied(file: Path, asked: dict[str, Any]) -> bool:
+    """Takes over what another row measured of the same: two names may be given to the same options."""
+    for other in sorted(file.parents[1].glob(f"*/{file.name}")):
+        if recorded(other, asked) is not None:
+            write_bytes(file.with_suffix(".png"), other.with_suffix(".png").read_bytes())
+            write_bytes(file, other.read_bytes())
+            return True
+    return False
 
 
 def _edited(
