@@ -175,8 +175,8 @@ def _shared(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for an error, 130 after Ctrl-C."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Two spinning threads on a busy machine are a hundred times slower than waiting ones, and on a free one a fifth faster; those that spin
-        # for some microseconds before they wait are nearly as good in both. Read when torch is imported.
+        # Two spinning threads on a busy machine are a hundred times slower than waiting ones, and on a free one a quarter faster; those that spin
+        # for some microseconds before they wait lose little there and win some of it here. Read when torch is imported.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
