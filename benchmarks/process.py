@@ -14,7 +14,7 @@ ROUNDS_OF_PROCESSES = {"small": 6, "medium": 2, "full": 2}
 STEPS = {"small": 12, "medium": 3, "full": 2}
 """Steps of which each process gives the median, after one that warms up."""
 WORK = """
-import resource, sys, time
+import resource, statistics, sys, time
 name, steps, keep = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "keep"
 if keep:
     from blended_core.allocator import keep_freed_memory
@@ -27,7 +27,7 @@ with setting.context.autograd():
         begun = time.perf_counter()
         ours(setting, "x0")
         seconds.append(time.perf_counter() - begun)
-print(sorted(seconds[1:])[steps // 2])
+print(statistics.median(seconds[1:]))
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -41,7 +41,8 @@ WAYS: dict[str, tuple[dict[str, str], str]] = {
 
 
 def measure_process(name: str, rounds: int, say: Say) -> dict[str, Any]:
-    """Seconds of an x̂0 step, and the process's largest memory, in processes that are set up otherwise, by turns. On Linux with glibc alone."""
+    """Seconds of an x̂0 step, and the process's largest memory, in processes that are set up otherwise, by turns: float32, as many threads as
+    torch takes. On Linux with glibc alone."""
     say(f"processes, {name}: {', '.join(WAYS)}, {rounds} rounds")
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     memory: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -37,7 +37,14 @@ FAILED = 2
 MACHINE = ("device", "dtype", "checkpointing", "threads")  # of a request; the only part that --from may change
 DEMO_PROMPT = "an apple"
 DEMO_BACKGROUND = "lake"
-DEMO_SEED = 6  # three of its four candidates are apples, as many as of all pairs that were judged (docs/quality.md); of seed 0 it is one
+DEMO_SEED = 6  # three of its four candidates are apples, as many as of the held-back pairs (docs/quality.md); of seed 0 it is one
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=DEMO_SEED)
     _shared(demo)
 
-    edit = commands.add_parser("edit", help="edit a picture of yours", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    edit = commands.add_parser("edit", help="edit a picture of yours", formatter_class=_Defaults)
     edit.add_argument("image", type=Path, nargs="?", help="the picture")
     edit.add_argument("--mask", type=Path, help="white where the picture should change (default: its transparent part)")
     edit.add_argument("--prompt", action="append", help="what to draw; '' removes; repeat for several texts at once")
@@ -175,7 +182,7 @@ def _shared(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for an error, 130 after Ctrl-C."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Two spinning threads on a busy machine are a hundred times slower than waiting ones, and on a free one a quarter faster; those that spin
+        # Two spinning threads on a busy machine are tens of times slower than waiting ones, and on a free one a quarter faster; those that spin
         # for some microseconds before they wait lose little there and win some of it here. Read when torch is imported.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
