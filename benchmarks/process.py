@@ -6,6 +6,8 @@ import os
 from statistics import median
 from typing import Any
 
+from blended_core.cli import WAITING_THREADS
+
 from .loading import python
 from .measure import ratio
 from .step import MIB, Say
@@ -30,13 +32,12 @@ with setting.context.autograd():
 print(statistics.median(seconds[1:]))
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 WAYS: dict[str, tuple[dict[str, str], str]] = {
     # name → (variables of the environment, whether memory is kept)
     "as torch comes": ({}, ""),
     "threads that sleep": ({"OMP_WAIT_POLICY": "PASSIVE"}, ""),
-    "threads that wait a little": ({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}, ""),
-    "the terminal": ({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}, "keep"),
+    "threads that wait a little": (WAITING_THREADS, ""),
+    "the terminal": (WAITING_THREADS, "keep"),
 }
 
 
@@ -46,7 +47,7 @@ def measure_process(name: str, rounds: int, say: Say) -> dict[str, Any]:
     say(f"processes, {name}: {', '.join(WAYS)}, {rounds} rounds")
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     memory: dict[str, list[float]] = {way: [] for way in WAYS}
-    others = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    others = {key: value for key, value in os.environ.items() if key not in WAITING_THREADS}
     for number in range(rounds):
         for way in list(WAYS) if number % 2 else list(reversed(WAYS)):
             variables, keep = WAYS[way]

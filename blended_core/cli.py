@@ -34,6 +34,7 @@ from .results import REPORT, SHEET, Writer, as_json, library_versions, old_resul
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 FAILED = 2
+WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 MACHINE = ("device", "dtype", "checkpointing", "threads")  # of a request; the only part that --from may change
 DEMO_PROMPT = "an apple"
 DEMO_BACKGROUND = "lake"
@@ -184,8 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Two spinning threads on a busy machine are tens of times slower than waiting ones, and on a free one a quarter faster; those that spin
         # for some microseconds before they wait lose little there and win some of it here. Read when torch is imported.
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.update({**WAITING_THREADS, **os.environ})
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without λ or x̂ is no reason to fail

@@ -105,6 +105,11 @@ class ManagedContext(DeviceContext):
         return unload_others(self.device, self.patchers) and mm.get_free_memory(self.device) > before
 
 
+def among(context: DeviceContext, patchers: Sequence[ModelPatcher]) -> ManagedContext:
+    """The context while these are in use."""
+    return ManagedContext(context.device, context.dtype, context.channels_last, tuple(patchers))
+
+
 def unload_others(device: torch.device, patchers: Sequence[ModelPatcher]) -> bool:
     """Has the manager unload every network but these; whether there was one."""
     kept = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
@@ -179,7 +184,7 @@ def on_device(
             except Exception:
                 patcher.detach()
                 raise
-    return ManagedContext(context.device, context.dtype, context.channels_last, tuple(patchers))
+    return among(context, patchers)
 
 
 ALL = 1e32
@@ -229,8 +234,7 @@ def managed(*parts: LoadedDDPM | LoadedCLIP | LoadedPerceptual | None) -> list[M
 
 def models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None) -> Models:
     """The engine's view of loaded networks; after :func:`on_device`."""
-    here = ddpm.context
-    context = ManagedContext(here.device, here.dtype, here.channels_last, tuple(managed(ddpm, clip, perceptual)))
+    context = among(ddpm.context, managed(ddpm, clip, perceptual))
     return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, context, ddpm.thrift)
 
 
