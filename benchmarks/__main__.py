@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from blended_core.context import DeviceContext
-from blended_core.files import write_bytes
+from blended_core.device import DeviceContext
+from blended_core.io.atomic import write_bytes
 
 from .edit import measure_candidates, measure_edit
 from .loading import measure_import, measure_load

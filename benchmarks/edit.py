@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blended_core.context import DeviceContext
+from blended_core.device import DeviceContext
 from blended_core.edit import EditOptions, edit_picture
 from blended_core.guidance import GuidanceOptions
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from blended_core.checkpoints.adm import UNet
+from blended_core.adm.unet import UNet
 
 from .measure import ratio
 from .networks import SIZES
@@ -32,8 +32,8 @@ print(time.perf_counter() - begun)
 SETUP = """
 import sys, time
 import torch
-from blended_core.checkpoints.load import load_ddpm
-from blended_core.context import DeviceContext
+from blended_core.adm.load import load_ddpm
+from blended_core.device import DeviceContext
 precision, _, layout = sys.argv[2].partition(" ")
 context = DeviceContext(dtype=getattr(torch, precision), channels_last=layout == "channels_last")
 """

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from blended_core.checkpoints.adm import UNet, UNetConfig
-from blended_core.clip import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
-from blended_core.context import DeviceContext
+from blended_core.adm.unet import UNet, UNetConfig
+from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig, DiffusionModel
 
 TINY_CLIP: dict[str, Any] = {

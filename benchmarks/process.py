@@ -6,7 +6,7 @@ import os
 from statistics import median
 from typing import Any
 
-from blended_core.cli import WAITING_THREADS
+from blended_core.cli.app import WAITING_THREADS
 
 from .loading import python
 from .measure import ratio
@@ -19,7 +19,7 @@ WORK = """
 import resource, statistics, sys, time
 name, steps, keep = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "keep"
 if keep:
-    from blended_core.allocator import keep_freed_memory
+    from blended_core.cli.process import keep_freed_memory
     assert keep_freed_memory()
 from benchmarks.networks import SIZES
 from benchmarks.structure import DeviceContext, Setting, ours

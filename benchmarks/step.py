@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from blended_core.context import DeviceContext
+from blended_core.device import DeviceContext
 
 from .measure import Work, peak_bytes, ratio, side_by_side, time_by_operation
 from .networks import SIZES

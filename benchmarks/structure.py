@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from blended_core.adm.unet import AttentionBlock, UNet
 from blended_core.augment import ViewParameters, warp_views
-from blended_core.checkpoints.adm import AttentionBlock, UNet
-from blended_core.clip import ClipModel, Prompt
-from blended_core.context import DeviceContext
+from blended_core.clip.model import ClipModel, Prompt
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionModel, ddpm_step
-from blended_core.draws import Draws
 from blended_core.edit import EditOptions, Models, guided_step
 from blended_core.guidance import GuidanceOptions, clip_gradient, prompt_distance, seen_by_clip
 from blended_core.losses import range_loss
+from blended_core.random import SeededRandom
 from blended_core.schedule import Schedule
 
 from .networks import Size, clip_model, diffusion_model, random_prompt
@@ -40,7 +40,7 @@ class Setting:
     x: Tensor
     mask: Tensor
     schedule: Schedule
-    draws: Draws
+    draws: SeededRandom
 
     @classmethod
     def build(cls, size: Size, context: DeviceContext, clip: ClipModel | None = None) -> Setting:
@@ -53,7 +53,7 @@ class Setting:
         clip = clip or clip_model(size, context)
         return cls(
             size, context, model, clip, random_prompt(size, context), context.put(x), context.put(mask),
-            model.config.respaced("100"), Draws(0),
+            model.config.respaced("100"), SeededRandom(0),
         )  # fmt: skip
 
     @property

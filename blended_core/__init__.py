@@ -9,12 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoints.calibrate import Trial
-    from .checkpoints.load import load_ddpm
-    from .clip import ClipModel, Prompt, load_clip
-    from .context import DeviceContext
+    from .adm.load import load_ddpm
+    from .adm.probe import ProbeOptions
+    from .clip.model import ClipModel, Prompt, load_clip
+    from .device import DeviceContext
     from .diffusion import DiffusionConfig, DiffusionModel
-    from .draws import Draws
     from .edit import (
         PRESETS,
         Candidate,
@@ -29,8 +28,9 @@ if TYPE_CHECKING:
     )
     from .errors import BlendedError, BlendedWarning
     from .guidance import GuidanceOptions
+    from .io.images import Picture, read_mask, read_picture, to_uint8, write_png
     from .perceptual import load_perceptual
-    from .pictures import Picture, read_mask, read_picture, to_uint8, write_png
+    from .random import SeededRandom
     from .schedule import Schedule
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "DeviceContext",
     "DiffusionConfig",
     "DiffusionModel",
-    "Draws",
+    "SeededRandom",
     "EditOptions",
     "EditResult",
     "GuidanceOptions",
@@ -51,7 +51,7 @@ __all__ = [
     "Prompt",
     "Schedule",
     "Step",
-    "Trial",
+    "ProbeOptions",
     "blended_diffusion",
     "edit_picture",
     "load_clip",
@@ -66,12 +66,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoints.calibrate": ("Trial",),
-    "checkpoints.load": ("load_ddpm",),
-    "clip": ("ClipModel", "Prompt", "load_clip"),
-    "context": ("DeviceContext",),
+    "adm.probe": ("ProbeOptions",),
+    "adm.load": ("load_ddpm",),
+    "clip.model": ("ClipModel", "Prompt", "load_clip"),
+    "device": ("DeviceContext",),
     "diffusion": ("DiffusionConfig", "DiffusionModel"),
-    "draws": ("Draws",),
+    "random": ("SeededRandom",),
     "edit": (
         "PRESETS",
         "Candidate",
@@ -87,7 +87,7 @@ _HOMES = {
     "errors": ("BlendedError", "BlendedWarning"),
     "guidance": ("GuidanceOptions",),
     "perceptual": ("load_perceptual",),
-    "pictures": ("Picture", "read_mask", "read_picture", "to_uint8", "write_png"),
+    "io.images": ("Picture", "read_mask", "read_picture", "to_uint8", "write_png"),
     "schedule": ("Schedule",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

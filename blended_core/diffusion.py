@@ -18,7 +18,7 @@ from .errors import BlendedError
 from .schedule import BETAS, CLEAN, Float64, Schedule, cached_schedule
 
 if TYPE_CHECKING:
-    from .checkpoints.detect import Detection
+    from .adm.detect import Detection
 
 OBJECTIVES = ("eps", "v", "x0")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
@@ -203,7 +203,7 @@ class DiffusionModel:
 
     @classmethod
     def from_unet(cls, unet: Any, config: DiffusionConfig) -> DiffusionModel:
-        """Wraps a :class:`~blended_core.checkpoints.adm.UNet`; a variance that does not fit its outputs is an error."""
+        """Wraps a :class:`~blended_core.adm.unet.UNet`; a variance that does not fit its outputs is an error."""
         if unet.config.learn_sigma != (config.variance == "learned_range"):
             has = "predicts a variance" if unet.config.learn_sigma else "predicts no variance"
             raise BlendedError(f"variance is set to {config.variance!r}, but the network {has}.")

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blend import binary_mask, blend, final_paste, mask_at_level, mask_for_clip, soft_mask
-from .clip import ClipModel, Prompt
-from .context import DeviceContext
+from .clip.model import ClipModel, Prompt
+from .device import DeviceContext
 from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
-from .draws import Draws, Source
 from .errors import BlendedError, MemoryRanOut
 from .guidance import GuidanceOptions, guided_prediction
 from .losses import PerceptualDistance
+from .mask import binary_mask, blend, final_paste, mask_at_level, mask_for_clip, soft_mask
+from .memory import MemoryLimits, fewer_at_once, run_within_memory
+from .random import SeededRandom, Source
 from .rank import RANKINGS, Score, background_error, ranking, seam_energy
 from .region import Region, WholePicture, bounds, region_around
 from .schedule import CLEAN, Schedule, check_respacing
-from .thrift import Thrift, fewer_at_once, sparing
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class EditOptions:
         if not self.context >= 1:
             raise BlendedError(f"context is {self.context}; give 1 (the mask alone) or more, 1.6 is usual.")
         check_respacing(self.steps)
-        Draws(self.seed)
+        SeededRandom(self.seed)
 
     @property
     def soft(self) -> bool:
@@ -120,7 +120,7 @@ class EditOptions:
         return self.mask_rule == "soft"
 
     @property
-    def pastes(self) -> bool:
+    def keeps_background(self) -> bool:
         """Whether the original is put back outside the mask."""
         return self.algorithm == "blended" if self.enforce_background is None else self.enforce_background
 
@@ -210,7 +210,7 @@ class Models:
     clip: ClipModel | None = None
     perceptual: PerceptualDistance | None = None
     context: DeviceContext = field(default_factory=DeviceContext)
-    thrift: Thrift = field(default_factory=Thrift)
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
 
     def __post_init__(self) -> None:
         first = next(self.ddpm.network.parameters(), None)
@@ -311,7 +311,7 @@ def guided_step(
 ) -> Step:
     """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a DDPM or DDIM step. Nothing is blended.
 
-    Where memory runs out, the same is done with less at once (:mod:`~blended_core.thrift`).
+    Where memory runs out, the same is done with less at once (:mod:`~blended_core.memory`).
 
     Args:
         models, schedule, options, draws: the edit that this is a step of.
@@ -341,7 +341,7 @@ def guided_step(
             for i in range(0, len(x), rows)
         ]  # fmt: skip
 
-    return joined(sparing(work, len(x), guidance, models.thrift, models.ddpm.network, models.context, guided))
+    return concat_steps(run_within_memory(work, len(x), guidance, models.limits, models.ddpm.network, models.context, guided))
 
 
 def _rows_of(tensor: Tensor, first: int, count: int) -> Tensor:
@@ -349,7 +349,7 @@ def _rows_of(tensor: Tensor, first: int, count: int) -> Tensor:
     return tensor if len(tensor) == 1 else tensor[first : first + count]
 
 
-def joined(parts: Sequence[Step]) -> Step:
+def concat_steps(parts: Sequence[Step]) -> Step:
     """One step of those of parts of a batch."""
     first = parts[0]
     if len(parts) == 1:
@@ -466,7 +466,7 @@ def edit_steps(
     return loop(models, source, mask, prompt, options, draws, images)
 
 
-def finished(step: Step, options: EditOptions) -> Tensor:
+def final_image(step: Step, options: EditOptions) -> Tensor:
     """The picture that an edit ends with, from its last step; [B, C, H, W], nominally −1..1."""
     return step.x0 if options.output == "x0" else step.x
 
@@ -518,9 +518,11 @@ class EditResult:
 def paste(edited: Tensor, original: Tensor, mask: Tensor, region: Region | WholePicture, options: EditOptions) -> Tensor:
     """Puts an edited region [B, C, S, S] in −1..1 back into the original [1, C, H, W] in 0..1."""
     values = (edited.to(original) + 1) / 2
-    if isinstance(region, WholePicture) or not options.pastes:
+    if isinstance(region, WholePicture) or not options.keeps_background:
         full = region.put_back(values, original)
-        return final_paste(full, original, mask, soft=options.soft, feather=options.feather) if options.pastes else full.clamp(0, 1)
+        return (
+            final_paste(full, original, mask, soft=options.soft, feather=options.feather) if options.keeps_background else full.clamp(0, 1)
+        )
     # The mask lies in the region, so nothing else of a large picture is computed; the feather looks a little beyond.
     around = region.inner().grown(options.feather + 1, region.width, region.height)
     part = original[around.slices]
@@ -616,7 +618,7 @@ def edit_picture(
             def work(rows: int) -> Tensor:
                 return torch.cat([score(part, seen, clip, prompt) for part in torch.split(pictures, rows)])
 
-            at_once = min(models.thrift.scored or models.thrift.rows or len(pictures), len(pictures))
+            at_once = min(models.limits.scored or models.limits.rows or len(pictures), len(pictures))
             try:
                 scored, fitted = fewer_at_once(work, at_once, models.context, "pictures are scored")
             except MemoryRanOut as error:
@@ -625,7 +627,7 @@ def edit_picture(
                     notes.append(f"{UNSCORED}: {error}")
                 return [None] * len(pictures)
             if fitted < at_once:
-                models.thrift.scored = fitted
+                models.limits.scored = fitted
             return [float(d) if d.isfinite() else None for d in scored]
 
         lap("prepare")
@@ -634,7 +636,7 @@ def edit_picture(
         lap("score")
         if on_start is not None:
             on_start(result)
-        draws = Draws(options.seed)
+        draws = SeededRandom(options.seed)
         strongest, broken = 0.0, 0
         for first in range(0, options.candidates, options.batch):
             images = range(first, min(first + options.batch, options.candidates))
@@ -645,9 +647,9 @@ def edit_picture(
                     on_step(step)
             if step is None:
                 continue
-            edited = finished(step, options)
+            edited = final_image(step, options)
             lap("diffusion")
-            if guided and WITHOUT_UNET not in notes and models.thrift.applied(options.guidance).gradient != options.guidance.gradient:
+            if guided and WITHOUT_UNET not in notes and models.limits.applied(options.guidance).gradient != options.guidance.gradient:
                 notes.append(WITHOUT_UNET)
             scored = distances(edited)
             lap("score")
@@ -708,8 +710,8 @@ def explain(
     idle = options.guidance.scale == 0 or strongest < NEGLIGIBLE_SHIFT
     if gain is None or before is None or (gain >= NEGLIGIBLE_GAIN * abs(before) and not idle):
         return notes
-    (last,) = deque(edit_steps(models, source, mask, None, options, Draws(options.seed), [best.index]), maxlen=1)
-    unguided = distances(finished(last, options))[0]
+    (last,) = deque(edit_steps(models, source, mask, None, options, SeededRandom(options.seed), [best.index]), maxlen=1)
+    unguided = distances(final_image(last, options))[0]
     if unguided is not None and best.score.clip_distance is not None and best.score.clip_distance < unguided - 0.02 * abs(before):
         return notes
     reasons = []
@@ -750,6 +752,6 @@ def finished_frame(x0: Tensor, result: EditResult) -> Tensor:
     size = x0.shape[-1]
     original = result.region.cut(result.original, size).clamp(0, 1)
     edited = ((x0 + 1) / 2).clamp(0, 1)
-    if not result.options.pastes:
+    if not result.options.keeps_background:
         return edited
     return final_paste(edited, original, result.region.cut_mask(result.mask, size, result.options.soft), soft=result.options.soft)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import ViewParameters, warp_views
-from .clip import ClipModel, Prompt
+from .clip.model import ClipModel, Prompt
 from .diffusion import DiffusionModel, Prediction
 from .errors import BlendedError
 from .losses import DISTANCES, PerceptualDistance, clamp_rows, d_background, d_background_reference, d_clip, finite_rows, range_loss
@@ -106,7 +106,7 @@ def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class Guided:
+class GuidedPrediction:
     """A prediction and where guidance wants it.
 
     ``gradient`` [B, C, H, W] is that of minus the loss, or None without guidance; ``clip_distance`` [B] the mean distance
@@ -220,7 +220,7 @@ def guided_prediction(
     perceptual: PerceptualDistance | None = None,
     views: ViewParameters | None = None,
     labels: Tensor | None = None,
-) -> Guided:
+) -> GuidedPrediction:
     """Predicts x_{t−1} and the gradient of minus the loss in one forward of the network.
 
     loss = scale · D_CLIP + range_scale · range + background_scale · D_bg, summed over the images; its gradient is brought to
@@ -240,7 +240,7 @@ def guided_prediction(
     """
     if prompt is None or not len(prompt):
         with torch.no_grad():
-            return Guided(model.predict(x_t, index, schedule, labels), None)
+            return GuidedPrediction(model.predict(x_t, index, schedule, labels), None)
     if clip is None:
         raise BlendedError("a prompt was given without a CLIP model to judge it.")
     if options.scale > 0 and options.views > 1 and (views is None or len(views) != (options.views - 1) * len(x_t)):
@@ -289,10 +289,10 @@ def guided_prediction(
             gradient = -sum(direct, start=gradient)
     prediction = Prediction(*(getattr(prediction, f).detach() for f in ("x0", "mean", "variance", "log_variance")))
     if gradient is None:
-        return Guided(prediction, None)
+        return GuidedPrediction(prediction, None)
     if options.reference_size:
         gradient = gradient * (x_t.shape[-1] * x_t.shape[-2] / options.reference_size**2)
     gradient, broken = finite_rows(gradient)
     if options.clamp is not None:
         gradient = clamp_rows(gradient, options.clamp)
-    return Guided(prediction, gradient, distances, broken)
+    return GuidedPrediction(prediction, gradient, distances, broken)

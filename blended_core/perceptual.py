@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .context import DeviceContext
+from .device import DeviceContext
 from .errors import BlendedError
+from .toy.models import LPIPS
 
-EMBEDDED = Path(__file__).with_name("demo") / "data" / "lpips.safetensors"
 # File names under which torchvision keeps the backbones that lpips was published with.
 BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
@@ -99,5 +99,5 @@ def _embedded(context: DeviceContext) -> Perceptual:
     from safetensors.torch import load_file
 
     network = _network("squeeze", heads=False)
-    network.load_state_dict({k: v.float() for k, v in load_file(EMBEDDED).items()})
+    network.load_state_dict({k: v.float() for k, v in load_file(LPIPS).items()})
     return Perceptual(context.place(network), "embedded")

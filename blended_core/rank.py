@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import ViewParameters, draw_views, warp_views
-from .blend import THRESHOLD
-from .clip import ClipModel, Prompt
+from .clip.model import ClipModel, Prompt
 from .guidance import prompt_distance, seen_by_clip
+from .mask import THRESHOLD
 from .region import bounds
 
 

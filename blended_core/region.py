@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blend import THRESHOLD
 from .errors import BlendedError
+from .mask import THRESHOLD
 
 SMALLEST = 4
 """A region is at least 1/SMALLEST of the model's side, however small the mask: beyond that enlarging shows CLIP a blur."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from blended_core.demo.world import GUIDANCE_SCALE
+from blended_core.toy.world import GUIDANCE_SCALE
 
 WIDTH = 300
 NOTE = ("#432", "#653")

@@ -1,4 +1,4 @@
-"""Draws the pack's icon and banner: ``uv run python docs/make_brand.py``. A scene of the embedded world, and an object coming out of noise."""
+"""SeededRandom the pack's icon and banner: ``uv run python docs/make_brand.py``. A scene of the embedded world, and an object coming out of noise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from blended_core.demo.world import Scene, draw_background, sprite
+from blended_core.toy.world import Scene, draw_background, sprite
 
 HERE = Path(__file__).parent / "images"
 INK = (250, 249, 246)

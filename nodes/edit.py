@@ -10,13 +10,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..blended_core.clip import Prompt
-from ..blended_core.demo.world import BACKGROUNDS, OBJECTS, demo_scene
+from ..blended_core.clip.model import Prompt
 from ..blended_core.edit import PRESETS, Candidate, EditOptions, EditResult, Models, Step, edit_picture, finished_frame, preset
 from ..blended_core.errors import BlendedError
+from ..blended_core.memory import fewer_at_once
 from ..blended_core.rank import VIEWS_AT_ONCE, clip_distance_of_views, ranking
 from ..blended_core.region import region_around
-from ..blended_core.thrift import fewer_at_once
+from ..blended_core.toy.world import BACKGROUNDS, OBJECTS, demo_scene
 from . import glue, inputs
 from .latent import fit_mask
 
@@ -167,7 +167,7 @@ class BlendedSampler(io.ComfyNode):
         if options is not None:
             changes["guidance"] = options.options
         with glue.engine():
-            chosen = settled(preset, changes)
+            chosen = resolve_options(preset, changes)
             picture, alpha = glue.pictures(image)
             areas = glue.masks(mask)
             count = max(len(picture), len(areas))
@@ -181,7 +181,7 @@ class BlendedSampler(io.ComfyNode):
             clip = prompt.clip if prompt is not None else None
             size = ddpm.model.image_size
             glue.on_device(ddpm, clip, perceptual, pixels=min(batch, candidates) * size**2, options=chosen.guidance)
-            ddpm.thrift.forget()
+            ddpm.limits.forget()
             results = run(glue.models(ddpm, clip, perceptual), picture[of], areas, prompt.prompt if prompt is not None else None, chosen)
             images = [
                 glue.image(result.picture(c), None if alpha is None else alpha[of[i]][None])
@@ -192,14 +192,14 @@ class BlendedSampler(io.ComfyNode):
             return io.NodeOutput(torch.cat(images), torch.cat(squares), scores(results))
 
 
-def settled(name: str, changes: dict[str, Any]) -> EditOptions:
+def resolve_options(name: str, changes: dict[str, Any]) -> EditOptions:
     """The options of a preset with what the node sets; guidance that was wired in replaces the preset's as a whole."""
     guidance = changes.pop("guidance", None)
     options = preset(name, **changes)
     return options if guidance is None else replace(options, guidance=guidance)
 
 
-class Watch:
+class EditProgress:
     """One bar, with previews, for several edits one after the other."""
 
     def __init__(self, edits: int) -> None:
@@ -222,7 +222,7 @@ class Watch:
 
 def run(models: Models, pictures: Tensor, areas: Tensor, prompt: Prompt | None, options: EditOptions) -> list[EditResult]:
     """One edit for each picture."""
-    watch = Watch(len(pictures))
+    watch = EditProgress(len(pictures))
     results = []
     for picture, area in zip(pictures, areas, strict=True):
         mask = fit_mask(area[None], *picture.shape[-2:], soft=True)  # thresholded by the edit itself, as its options say
@@ -285,7 +285,7 @@ class RankByCLIP(io.ComfyNode):
             clip = prompt.clip
             progress = glue.Progress(len(colours))
             distances: list[float | None] = []
-            context = glue.on_device(None, clip, looks=VIEWS_AT_ONCE)
+            context = glue.on_device(None, clip, images_per_pass=VIEWS_AT_ONCE)
             size, at_once = clip.model.image_size, VIEWS_AT_ONCE
             for i, picture in enumerate(colours):
                 region = region_around(full[i], size)
@@ -334,7 +334,7 @@ class DemoScene(io.ComfyNode):
                     max=inputs.MAX_SEED,
                     control_after_generate=True,
                     optional=True,
-                    tooltip="Draws clouds, hills and stars.",
+                    tooltip="SeededRandom clouds, hills and stars.",
                 ),
             ],
             outputs=[

@@ -24,16 +24,16 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor, nn
 
-from ..blended_core.checkpoints.frugal import works_on
-from ..blended_core.checkpoints.load import may_be_checkpoint
-from ..blended_core.clip import ClipModel, Prompt
-from ..blended_core.context import DTYPES, DeviceContext
+from ..blended_core.adm.load import may_be_checkpoint
+from ..blended_core.adm.recompute import works_on
+from ..blended_core.clip.model import ClipModel, Prompt
+from ..blended_core.device import DTYPES, DeviceContext
 from ..blended_core.diffusion import DiffusionModel
 from ..blended_core.edit import Models
 from ..blended_core.errors import BlendedError, BlendedWarning
 from ..blended_core.guidance import GuidanceOptions
+from ..blended_core.memory import MemoryLimits
 from ..blended_core.perceptual import Perceptual, load_perceptual
-from ..blended_core.thrift import Thrift
 from .latent import four_dimensional, shape_of
 
 CATEGORY = "Blended Diffusion"
@@ -56,7 +56,7 @@ class LoadedDDPM:
     model: DiffusionModel
     patcher: ModelPatcher
     context: DeviceContext
-    thrift: Thrift = field(default_factory=Thrift)
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class ManagedContext(DeviceContext):
         return unload_others(self.device, self.patchers) and mm.get_free_memory(self.device) > before
 
 
-def among(context: DeviceContext, patchers: Sequence[ModelPatcher]) -> ManagedContext:
+def with_patchers(context: DeviceContext, patchers: Sequence[ModelPatcher]) -> ManagedContext:
     """The context while these are in use."""
     return ManagedContext(context.device, context.dtype, context.channels_last, tuple(patchers))
 
@@ -125,19 +125,19 @@ def device_context(dtype: str = "auto") -> DeviceContext:
     return ManagedContext(device, precision, channels_last=device.type == "cuda")
 
 
-def resting(context: DeviceContext) -> DeviceContext:
+def offload_context(context: DeviceContext) -> DeviceContext:
     """The same where ComfyUI keeps networks that are not in use; networks are loaded there and moved by its manager."""
     return DeviceContext(mm.unet_offload_device(), context.dtype, context.channels_last)
 
 
-def trying(context: DeviceContext, path: Path) -> DeviceContext:
+def probe_context(context: DeviceContext, path: Path) -> DeviceContext:
     """Where a network of that file's size can be tried out: on the device that computes, with room made for it."""
     size = path.stat().st_size
     mm.free_memory(2 * size + 2**30, context.device)
     return context
 
 
-def tell(node: str, text: str) -> None:
+def show_text(node: str, text: str) -> None:
     """Shows text on a node in the page."""
     if PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(text, node)
@@ -151,7 +151,7 @@ def manage(network: nn.Module) -> ModelPatcher:
 
 def managed_perceptual() -> LoadedPerceptual:
     """The LPIPS network of this computer: the user's backbone, else the embedded one."""
-    perceptual = load_perceptual(resting(device_context("fp32")))
+    perceptual = load_perceptual(offload_context(device_context("fp32")))
     return LoadedPerceptual(perceptual, manage(perceptual.network))
 
 
@@ -161,18 +161,18 @@ def on_device(
     perceptual: LoadedPerceptual | None = None,
     pixels: int = 0,
     options: GuidanceOptions | None = None,
-    looks: int = 0,
+    images_per_pass: int = 0,
 ) -> ManagedContext:
     """Brings networks to ComfyUI's device, whole; inside :func:`engine`.
 
-    ``pixels``: of all rows of a batch together; ``options``: how they are guided; ``looks``: without a diffusion model, the pictures that CLIP
+    ``pixels``: of all rows of a batch together; ``options``: how they are guided; ``images_per_pass``: without a diffusion model, the pictures that CLIP
     sees at once. The memory that a step needs is told to the manager.
     """
     context = ddpm.context if ddpm is not None else device_context("fp32")
     if ddpm is not None:
         needed = memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize)
     else:
-        needed = looks * 4 * values_of_a_view(clip.model) if clip is not None else 0
+        needed = images_per_pass * 4 * values_of_a_view(clip.model) if clip is not None else 0
     patchers = managed(ddpm, clip, perceptual)
     mm.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
     for patcher in patchers:
@@ -184,7 +184,7 @@ def on_device(
             except Exception:
                 patcher.detach()
                 raise
-    return among(context, patchers)
+    return with_patchers(context, patchers)
 
 
 ALL = 1e32
@@ -234,8 +234,8 @@ def managed(*parts: LoadedDDPM | LoadedCLIP | LoadedPerceptual | None) -> list[M
 
 def models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None) -> Models:
     """The engine's view of loaded networks; after :func:`on_device`."""
-    context = among(ddpm.context, managed(ddpm, clip, perceptual))
-    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, context, ddpm.thrift)
+    context = with_patchers(ddpm.context, managed(ddpm, clip, perceptual))
+    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, context, ddpm.limits)
 
 
 # --- progress, preview, interrupt ---------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def as_image(x: Tensor) -> Tensor:
     return image(((x.float() + 1) / 2).clamp(0, 1))
 
 
-def kept(x: Tensor) -> Tensor:
+def to_intermediate(x: Tensor) -> Tensor:
     """Samples as a LATENT holds them: float32, where ComfyUI keeps what travels between nodes."""
     return x.detach().to(mm.intermediate_device(), torch.float32)
 

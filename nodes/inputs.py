@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..blended_core.draws import MAX_SEED as MAX_SEED
 from ..blended_core.errors import BlendedError
+from ..blended_core.random import MAX_SEED as MAX_SEED
 
 
 def context() -> io.Float.Input:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blended_core.blend import binary_mask, soft_mask
 from ..blended_core.diffusion import DiffusionConfig
 from ..blended_core.errors import BlendedError
+from ..blended_core.mask import binary_mask, soft_mask
 from ..blended_core.region import Region
 from ..blended_core.schedule import CLEAN, Schedule
 

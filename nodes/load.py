@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..blended_core.checkpoints.calibrate import Trial
-from ..blended_core.checkpoints.describe import summary
-from ..blended_core.checkpoints.load import load_ddpm
-from ..blended_core.clip import load_clip
-from ..blended_core.clip_files import architecture_of
+from ..blended_core.adm.describe import summary
+from ..blended_core.adm.load import load_ddpm
+from ..blended_core.adm.probe import ProbeOptions
+from ..blended_core.clip.files import architecture_of
+from ..blended_core.clip.model import load_clip
 from ..blended_core.errors import BlendedError
 from . import glue
 
@@ -90,11 +90,12 @@ class LoadDDPM(io.ComfyNode):
         with glue.engine():
             path: Path | str = EMBEDDED if checkpoint == EMBEDDED else glue.path_of(glue.DDPM_FOLDER, checkpoint)
             context, stated = glue.device_context(precision), settings(overrides)
-            trial = Trial(
-                place=lambda: glue.trying(context, Path(path)), on_forward=lambda done, expected: glue.Progress(expected).update(done)
+            trial = ProbeOptions(
+                place=lambda: glue.probe_context(context, Path(path)),
+                on_forward=lambda done, expected: glue.Progress(expected).update(done),
             )
-            model = load_ddpm(glue.resting(context), path, stated, trial=trial)
-            glue.tell(cls.hidden.unique_id, summary(model.detection))
+            model = load_ddpm(glue.offload_context(context), path, stated, trial=trial)
+            glue.show_text(cls.hidden.unique_id, summary(model.detection))
             return io.NodeOutput(glue.LoadedDDPM(model, glue.manage(model.network), context))
 
 
@@ -163,5 +164,5 @@ class LoadCLIP(io.ComfyNode):
             if not other_tag.strip() and weights != EMBEDDED and not weights.endswith(FETCHED):
                 path = glue.path_of(glue.CLIP_FOLDER, weights)
                 spec = f"{architecture.strip() or architecture_of(path)}:{path}"
-            clip = load_clip(glue.resting(glue.device_context("fp32")), spec, folder=glue.folder_of(glue.CLIP_FOLDER))
+            clip = load_clip(glue.offload_context(glue.device_context("fp32")), spec, folder=glue.folder_of(glue.CLIP_FOLDER))
             return io.NodeOutput(glue.LoadedCLIP(clip, glue.manage(clip.model)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..blended_core.clip import Prompt
+from ..blended_core.clip.model import Prompt
 from ..blended_core.errors import BlendedError
 from ..blended_core.guidance import GuidanceOptions
 from . import glue

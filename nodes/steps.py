@@ -10,12 +10,12 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder, is_link
 from torch import Tensor
 
-from ..blended_core.blend import blend, final_paste, mask_at_level, mask_for_clip
 from ..blended_core.diffusion import DiffusionConfig
-from ..blended_core.draws import Draws
 from ..blended_core.edit import EditOptions, guided_step, noise_background
 from ..blended_core.errors import BlendedError
 from ..blended_core.guidance import GuidanceOptions
+from ..blended_core.mask import blend, final_paste, mask_at_level, mask_for_clip
+from ..blended_core.random import SeededRandom
 from ..blended_core.region import region_around, resize
 from . import glue, inputs
 from .latent import KEY, Latent, Level, Noisy, fit_mask, pack, same_level, shape_of, unpack
@@ -132,12 +132,12 @@ def begin(
     )  # fmt: skip
     of = [i for i in range(len(picture)) for _ in range(batch)]
     numbers = [i for _ in range(len(picture)) for i in range(batch)]
-    x = noise_background(level.sources[of], level.index, schedule, Draws(seed), numbers, "start")
+    x = noise_background(level.sources[of], level.index, schedule, SeededRandom(seed), numbers, "start")
     base = {}
     if full is not None:
         small = region.cut_mask(full, size, soft_mask)
         base["noise_mask"] = small if len(small) == 1 else small[of]
-    return pack(glue.kept(x), level, tuple(of), tuple(numbers), base)
+    return pack(glue.to_intermediate(x), level, tuple(of), tuple(numbers), base)
 
 
 def match(picture: Tensor, latent: Latent) -> Latent:
@@ -150,8 +150,8 @@ def match(picture: Tensor, latent: Latent) -> Latent:
             f"{level.region.height}; scale it to that with Upscale Image."
         )
     sources = noisy.rows_of(level.region.cut(picture, level.size) * 2 - 1, "pictures").expand(len(noisy), -1, -1, -1)
-    x = noise_background(sources, level.index, level.schedule, Draws(level.seed), noisy.candidates)
-    return noisy.moved(glue.kept(x.clone()), level.index)
+    x = noise_background(sources, level.index, level.schedule, SeededRandom(level.seed), noisy.candidates)
+    return noisy.moved(glue.to_intermediate(x.clone()), level.index)
 
 
 class CLIPGuidanceStep(io.ComfyNode):
@@ -243,13 +243,13 @@ class CLIPGuidanceStep(io.ComfyNode):
             perceptual = options.perceptual if options is not None else None
             context = glue.on_device(ddpm, clip, perceptual, pixels=len(noisy) * level.size**2, options=guidance)
             if not done:
-                ddpm.thrift.forget()
+                ddpm.limits.forget()
             seen = torch.ones(1, 1, level.size, level.size) if area is None else mask_for_clip(area, level.soft)
             step = guided_step(
                 glue.models(ddpm, clip, perceptual), context.put(noisy.samples.clone()), level.index, level.schedule, edit,
-                prompt.prompt if guided else None, context.put(seen), Draws(level.seed), noisy.candidates, context.put(sources.clone()),
+                prompt.prompt if guided else None, context.put(seen), SeededRandom(level.seed), noisy.candidates, context.put(sources.clone()),
             )  # fmt: skip
-            x, x0 = glue.kept(step.x), glue.kept(step.x0)
+            x, x0 = glue.to_intermediate(step.x), glue.to_intermediate(step.x0)
             shown = x0 if area is None else blend(x0, sources.to(x0), mask_for_clip(area, level.soft).to(x0))
             progress.update(done + 1, shown)
             return io.NodeOutput(noisy.moved(x, level.index - 1), glue.as_image(x0))
@@ -316,7 +316,7 @@ class BlendLatents(io.ComfyNode):
             level = ours.level
             weights = mask_at_level(area, level.index + 1, level.start, level.soft)
             x = blend(ours.samples, other.samples, weights.to(ours.samples))
-            return io.NodeOutput(ours.moved(glue.kept(x), level.index))
+            return io.NodeOutput(ours.moved(glue.to_intermediate(x), level.index))
 
 
 def plain_blend(foreground: Latent, background: Latent, mask: Tensor | None) -> Latent:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from blended_core.clip import ClipModel
-from blended_core.context import DeviceContext
+from blended_core.clip.model import ClipModel
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionModel
 from blended_core.edit import Models
 
@@ -57,8 +57,8 @@ def models() -> Models:
 @pytest.fixture(scope="session")
 def embedded() -> Models:
     """The networks of the package."""
-    from blended_core.checkpoints.load import load_ddpm
-    from blended_core.clip import load_clip
+    from blended_core.adm.load import load_ddpm
+    from blended_core.clip.model import load_clip
 
     context = DeviceContext()
     with context.autograd():

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from blended_core.checkpoints.load import load_ddpm, may_be_checkpoint
-from blended_core.context import DeviceContext
+from blended_core.adm.load import load_ddpm, may_be_checkpoint
+from blended_core.device import DeviceContext
 from blended_core.errors import BlendedError
 
 from .tiny import CONFIG, tiny_unet

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from blended_core.checkpoints import calibrate
-from blended_core.checkpoints.adm import UNet, UNetConfig
-from blended_core.checkpoints.load import EMBEDDED, load_ddpm
-from blended_core.context import DeviceContext
-from blended_core.demo.world import random_scene, render
+from blended_core.adm import probe as calibrate
+from blended_core.adm.load import load_ddpm
+from blended_core.adm.unet import UNet, UNetConfig
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig, q_sample
 from blended_core.errors import BlendedWarning
+from blended_core.toy.models import DDPM as EMBEDDED
+from blended_core.toy.world import random_scene, render
 
 SIDE = 16
 BASE = UNetConfig(

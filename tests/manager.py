@@ -53,7 +53,7 @@ def main() -> None:
         except errors.BlendedError as error:
             said = str(error)
     context = glue.device_context()
-    ddpm, clip = load.load_ddpm(glue.resting(context)), load.load_clip(glue.resting(context))
+    ddpm, clip = load.load_ddpm(glue.offload_context(context)), load.load_clip(glue.offload_context(context))
     options = glue.GuidanceOptions
     ways = {
         "unguided": (None, options()), "x0": (clip, options()), "x0, 64 views": (clip, options(views=64)),
@@ -78,7 +78,7 @@ def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
     A mode has no effect on a processor, so for the time of loading the manager takes it for a card.
     """
     edit = importlib.import_module(f"{NAME}.blended_core.edit")
-    draws = importlib.import_module(f"{NAME}.blended_core.draws")
+    draws = importlib.import_module(f"{NAME}.blended_core.random")
     mm, allowed = glue.mm, []
     load = glue.ModelPatcher.partially_load
 
@@ -101,7 +101,7 @@ def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
         x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         step = edit.guided_step(
             glue.models(ddpm, clip, None), x, 5, ddpm.model.config.respaced("10"), options, clip.model.prompt("an apple"),
-            torch.ones(1, 1, 64, 64), draws.Draws(0), range(1),
+            torch.ones(1, 1, 64, 64), draws.SeededRandom(0), range(1),
         )  # fmt: skip
     return {
         "allowed": allowed, "placed": [whole(part) for part in (ddpm, clip)], "x": step.x.double().sum().item(),

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blended_core import edit
+from blended_core.adm.unet import UNet, UNetConfig, timestep_embedding
 from blended_core.augment import ViewParameters, affine_matrices, perspective_matrices, warp_views
-from blended_core.checkpoints.adm import UNet, UNetConfig, timestep_embedding
-from blended_core.clip import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
-from blended_core.context import DeviceContext
+from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
+from blended_core.device import DeviceContext
 from blended_core.diffusion import (
     DiffusionConfig,
     DiffusionModel,
@@ -786,7 +786,7 @@ def replay_loop(case: Case) -> None:
     case.compare_if_recorded("timesteps", EXACT, "cond_t", lambda: torch.tensor(told))
     case.compare_if_recorded("D_CLIP", DISTANCE, "clip_loss", lambda: torch.tensor(losses))
 
-    edited = edit.finished(step, options)
+    edited = edit.final_image(step, options)
     whole = WholePicture(edited.shape[3], edited.shape[2])
     final = edit.paste(edited, (source + 1) / 2, mask, whole, options)
     case.compare("final", FINAL, final, "final_pil_in")

@@ -21,8 +21,8 @@ from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
 from benchmarks.report import as_text, figures, plot, reached, table
 from benchmarks.step import above, attention_kernels, beside, differences, kept, largest
 from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, ours, plain_attention, reference
-from blended_core.checkpoints.adm import AttentionBlock
-from blended_core.context import DeviceContext
+from blended_core.adm.unet import AttentionBlock
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionModel
 
 from .tiny import CONFIG
@@ -177,7 +177,7 @@ def test_sizes_are_those_of_the_table() -> None:
     model = diffusion_model(replace(small, unet=replace(small.unet, model_channels=32)), CPU)
     assert isinstance(model, DiffusionModel)
     with torch.device("meta"):
-        from blended_core.checkpoints.adm import UNet
+        from blended_core.adm.unet import UNet
 
         assert round(sum(p.numel() for p in UNet(full.unet).parameters()) / 1e6, 1) == 552.8
 

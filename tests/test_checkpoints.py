@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blended_core.checkpoints.adm import UNet, UNetConfig
-from blended_core.checkpoints.detect import detect, find_prefix, read_settings
-from blended_core.checkpoints.load import inspect_checkpoint, load_ddpm
+from blended_core.adm.detect import detect, find_prefix, read_settings
+from blended_core.adm.load import inspect_checkpoint, load_ddpm
+from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.cli import main
-from blended_core.context import DeviceContext
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
 

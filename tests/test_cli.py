@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blended_core import cli, pictures, results, sheet
-from blended_core import clip as clip_module
 from blended_core import edit as edit_module
-from blended_core.checkpoints import load
-from blended_core.demo.world import Placed, Scene, render
+from blended_core.cli import app as cli
 from blended_core.edit import Models, Step
 from blended_core.errors import BlendedError, BlendedWarning
+from blended_core.io import contact_sheet as sheet
+from blended_core.io import images as pictures
+from blended_core.io import results
+from blended_core.toy.models import CLIP, DDPM
+from blended_core.toy.world import Placed, Scene, render
 
 from . import tiny
 
@@ -108,7 +110,7 @@ def test_an_edit_keeps_its_promises(
     assert report["picture"] == {"width": WIDTH, "height": HEIGHT, "notes": []}
     assert report["region"]["side"] == 64 and set(report["seconds"]) >= {"load", "diffusion", "paste and score"}
     assert report["inputs"] == {"image": sha256(Path(inputs[0])), "mask": sha256(Path(inputs[2]))}
-    assert report["networks"]["sha256"] == {"ddpm": sha256(load.EMBEDDED), "clip": sha256(clip_module.EMBEDDED)}
+    assert report["networks"]["sha256"] == {"ddpm": sha256(DDPM), "clip": sha256(CLIP)}
 
     source, mask = pixels(Path(inputs[0])), pixels(Path(inputs[2])) >= 128
     for entry in candidates:

@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blended_core import BlendedError, BlendedWarning, ClipModel, DeviceContext, clip_files, load_clip
-from blended_core.clip_files import architecture_of, known_signatures, signature
-from blended_core.demo.world import OBJECTS, Placed, Scene, render
+from blended_core import BlendedError, BlendedWarning, ClipModel, DeviceContext, load_clip
+from blended_core.clip import files as clip_files
+from blended_core.clip.files import architecture_of, known_signatures, signature
 from blended_core.rank import clip_distance, clip_distance_of_views
-from blended_core.torchscript import is_torchscript, read_torchscript
+from blended_core.toy.world import OBJECTS, Placed, Scene, render
+from blended_core.weights.torchscript import is_torchscript, read_torchscript
 
 CONTEXT = DeviceContext.choose("cpu")
 TINY = {
@@ -85,7 +86,7 @@ def test_weights_keep_the_activation_they_were_trained_with(monkeypatch: pytest.
         raise RuntimeError("no download in tests")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", stop)
-    monkeypatch.setattr("blended_core.clip.unreachable", lambda address: "")
+    monkeypatch.setattr("blended_core.clip.model.unreachable", lambda address: "")
     for tag in ("openai", "dfn2b", "laion2b_s34b_b88k"):
         with pytest.raises(BlendedError, match="no download in tests"):
             load_clip(CONTEXT, f"ViT-B-16:{tag}")

@@ -15,23 +15,25 @@ import pytest
 import torch
 from PIL import Image
 
-from blended_core.checkpoints.load import EMBEDDED as DDPM
-from blended_core.cli import _options, build_parser, main
-from blended_core.clip import EMBEDDED as CLIP
-from blended_core.demo import evaluation, evaluation_pictures, spoil, train_judge
-from blended_core.demo.captions import describe
-from blended_core.demo.evaluation import ROWS, STEPS, as_table, pairs, rank_auc, summary
-from blended_core.demo.judge import ANSWERS, FILE, NONE, Judge, Verdict
-from blended_core.demo.train_clip import SPOILED, Examples, estimator, matching_loss, soft_mask, truth_matrix
-from blended_core.demo.world import BACKGROUNDS, OBJECTS, Placed, Scene, draw_background, random_scene, render
+from blended_core.cli.app import _options, build_parser, main
 from blended_core.edit import PRESETS, Models
 from blended_core.errors import BlendedError
-from blended_core.files import sha256
+from blended_core.evaluation import metrics as evaluation
+from blended_core.evaluation import plots as evaluation_pictures
+from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
+from blended_core.evaluation.metrics import ROWS, STEPS, as_table, pairs, rank_auc, summary
+from blended_core.io.atomic import sha256
+from blended_core.toy import spoil
+from blended_core.toy.captions import describe
+from blended_core.toy.models import CLIP, DDPM, JUDGE
+from blended_core.toy.world import BACKGROUNDS, OBJECTS, Placed, Scene, draw_background, random_scene, render
+from blended_core.training import judge as train_judge
+from blended_core.training.clip import SPOILED, Examples, estimator, matching_loss, soft_mask, truth_matrix
 
 from .tiny import tiny_models
 
 ROOT = Path(__file__).parent.parent
-EMBEDDED = {"ddpm": DDPM, "clip": CLIP, "judge": FILE}
+EMBEDDED = {"ddpm": DDPM, "clip": CLIP, "judge": JUDGE}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_the_judge_wants_pictures_and_masks(judge: Judge) -> None:
     for masks in (torch.zeros(2, 1, 64, 64), torch.zeros(1, 1, 32, 64)):
         with pytest.raises(BlendedError, match="the judge takes"):
             judge(torch.zeros(3, 3, 64, 64), masks)
-    assert (*OBJECTS, NONE) == ANSWERS and FILE.stat().st_size < 2_000_000
+    assert (*OBJECTS, NONE) == ANSWERS and JUDGE.stat().st_size < 2_000_000
 
 
 def test_the_judge_guides_nothing() -> None:
@@ -98,7 +100,7 @@ def test_the_judge_guides_nothing() -> None:
         for p in (ROOT / folder).rglob("*.py")
         if re.search(r"^\s*(from|import)\b.*\bjudge\b", p.read_text("utf-8"), re.MULTILINE)
     }
-    assert users == {"blended_core/demo/train_judge.py", "blended_core/demo/evaluation.py", "blended_core/cli.py"}
+    assert users == {"blended_core/training/judge.py", "blended_core/evaluation/metrics.py", "blended_core/cli/app.py"}
 
 
 def test_pairs_are_fixed_and_the_lists_share_nothing() -> None:
@@ -143,10 +145,14 @@ def test_what_a_row_comes_to() -> None:
 
 
 def test_rows_are_what_their_names_say() -> None:
-    assert ROWS["naive-paste"].algorithm == "local" and ROWS["naive-paste"].pastes and not ROWS["naive-paste"].guidance.needs_perceptual
+    assert (
+        ROWS["naive-paste"].algorithm == "local"
+        and ROWS["naive-paste"].keeps_background
+        and not ROWS["naive-paste"].guidance.needs_perceptual
+    )
     for weight in (100, 1000, 10000):
         row = ROWS[f"local-{weight}"]
-        assert row.guidance.background_scale == weight and not row.pastes
+        assert row.guidance.background_scale == weight and not row.keeps_background
     assert ROWS["no-augmentation"].guidance.views == 1 and ROWS["x0-gradient"].guidance.gradient == "x0"
     assert ROWS["unet-gradient"] == replace(ROWS["best"], guidance=replace(ROWS["best"].guidance, gradient="unet"))
     assert all(ROWS[f"ddim-{n}"].steps == f"ddim{n}" and ROWS[f"ddim-{n}"].sampler == "ddim" for n in (10, 20, 25, 30, 50))

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import peak_bytes
-from blended_core.checkpoints import frugal
-from blended_core.checkpoints.adm import ResBlock, UNet, UNetConfig
-from blended_core.context import DeviceContext
-from blended_core.draws import Draws
+from blended_core.adm import recompute
+from blended_core.adm.unet import ResBlock, UNet, UNetConfig
+from blended_core.device import DeviceContext
 from blended_core.edit import Models, Step, guided_step, preset
 from blended_core.guidance import backward_to_input
-from blended_core.thrift import Thrift
+from blended_core.memory import MemoryLimits
+from blended_core.random import SeededRandom
 
 from . import tiny
 
@@ -37,7 +37,7 @@ def step(models: Models, chunk: int = 0) -> Step:
     x = torch.randn(len(IMAGES), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
     assert models.clip is not None
     put = models.context.put
-    return guided_step(models, put(x), 5, schedule, options, models.clip.prompt("a tree"), put(mask), Draws(0), IMAGES)
+    return guided_step(models, put(x), 5, schedule, options, models.clip.prompt("a tree"), put(mask), SeededRandom(0), IMAGES)
 
 
 def on(device: str, **changes: object) -> Models:
@@ -85,8 +85,8 @@ def path(name: str) -> Path:
         "one view at a time": (on, 1, nullcontext()),
         "uneven chunks of views": (on, 4, nullcontext()),
         "checkpointing": (checkpointed, 0, nullcontext()),
-        "batch split": (lambda device: replace(on(device), thrift=Thrift(rows=1)), 0, nullcontext()),
-        "batch split unevenly": (lambda device: replace(on(device), thrift=Thrift(rows=3)), 0, nullcontext()),
+        "batch split": (lambda device: replace(on(device), limits=MemoryLimits(rows=1)), 0, nullcontext()),
+        "batch split unevenly": (lambda device: replace(on(device), limits=MemoryLimits(rows=3)), 0, nullcontext()),
     }
     return paths[name]
 
@@ -166,7 +166,7 @@ def test_where_a_kernel_is_missing_the_plain_layers_run(monkeypatch: pytest.Monk
     plain = there_and_back(unet.set_frugal(False))
     unet.set_frugal(True)
     assert not torch.equal(there_and_back(unet)[1], plain[1]), "scale and shift are summed in another order, which tells the two apart"
-    monkeypatch.setattr(frugal, "works_on", lambda _device: False)
+    monkeypatch.setattr(recompute, "works_on", lambda _device: False)
     for found, wanted in zip(there_and_back(unet), plain, strict=True):
         assert torch.equal(found, wanted)
 

@@ -15,13 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from blended_core import cli
 from blended_core import edit as edit_module
-from blended_core.blend import blend, mask_at_level
-from blended_core.checkpoints.adm import AttentionBlock, ResBlock
-from blended_core.clip import ClipModel, Prompt
+from blended_core.adm.unet import AttentionBlock, ResBlock
+from blended_core.cli import app as cli
+from blended_core.clip.model import ClipModel, Prompt
 from blended_core.diffusion import DiffusionConfig, DiffusionModel, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
-from blended_core.draws import Draws
 from blended_core.edit import (
     PRESETS,
     EditOptions,
@@ -35,8 +33,10 @@ from blended_core.edit import (
     reference_index,
 )
 from blended_core.errors import BlendedError
-from blended_core.guidance import GuidanceOptions, Guided, guided_prediction
+from blended_core.guidance import GuidanceOptions, GuidedPrediction, guided_prediction
 from blended_core.losses import d_background, d_background_reference, d_clip, range_loss
+from blended_core.mask import blend, mask_at_level
+from blended_core.random import SeededRandom
 from blended_core.rank import clip_distance, clip_distance_of_views, ranking, seam_energy
 from blended_core.schedule import CLEAN, Schedule
 
@@ -76,11 +76,11 @@ def counted(model: DiffusionModel) -> tuple[DiffusionModel, Counted]:
 
 def noisy(batch: int, seed: int = 0) -> Tensor:
     schedule = tiny.tiny_model().config.respaced(100)
-    return q_sample(SOURCE, INDEX, Draws(seed).noise("start", INDEX, range(batch), (3, SIZE, SIZE)), schedule)
+    return q_sample(SOURCE, INDEX, SeededRandom(seed).noise("start", INDEX, range(batch), (3, SIZE, SIZE)), schedule)
 
 
 def guided(model: DiffusionModel, x: Tensor, options: GuidanceOptions, clip: ClipModel = CLIP, **changes: Any) -> Any:
-    views = Draws(0).views(INDEX, range(len(x)), options.views - 1, tiny.CLIP_SIZE, True) if options.views > 1 else None
+    views = SeededRandom(0).views(INDEX, range(len(x)), options.views - 1, tiny.CLIP_SIZE, True) if options.views > 1 else None
     arguments: dict[str, Any] = {
         "clip": clip, "prompt": PROMPT, "mask": MASK, "source": SOURCE, "perceptual": tiny.rough_perceptual, "views": views, **changes,
     }  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_whole_edit_runs_the_network_once_a_step(model: DiffusionModel) -> Non
     for gradient, backwards in (("unet", 3), ("x0", 0)):
         network.forwards = network.backwards = 0
         guided = replace(options, guidance=replace(options.guidance, gradient=gradient))
-        steps = list(edit_steps(tiny.tiny_models(watched), SOURCE, MASK, PROMPT, guided, Draws(0), [0, 1]))
+        steps = list(edit_steps(tiny.tiny_models(watched), SOURCE, MASK, PROMPT, guided, SeededRandom(0), [0, 1]))
         assert network.forwards == len(steps) == 3 and network.backwards == backwards
 
 
@@ -321,7 +321,7 @@ def test_a_half_grey_pixel_is_free_for_half_of_the_steps() -> None:
 
 
 def run_loop(options: EditOptions, mask: Tensor = MASK, prompt: Prompt | None = None, images: tuple[int, ...] = (0, 1)) -> Iterator[Step]:
-    return edit_steps(tiny.tiny_models(), SOURCE, mask, prompt, options, Draws(5), images)
+    return edit_steps(tiny.tiny_models(), SOURCE, mask, prompt, options, SeededRandom(5), images)
 
 
 @pytest.mark.parametrize(("level", "offset"), [("matched", 0), ("one_off", 1)])
@@ -335,7 +335,7 @@ def test_the_background_has_the_level_that_was_asked_for(level: str, offset: int
         if at == CLEAN:
             expected = SOURCE.expand(2, -1, -1, -1)
         else:
-            noise = Draws(5).noise("background", at, [0, 0] if shared else [0, 1], (3, SIZE, SIZE))
+            noise = SeededRandom(5).noise("background", at, [0, 0] if shared else [0, 1], (3, SIZE, SIZE))
             expected = math.sqrt(schedule.alphas_cumprod[at]) * SOURCE + math.sqrt(1 - schedule.alphas_cumprod[at]) * noise
         assert torch.allclose(step.x[outside], expected[outside], atol=1e-6)
         assert not torch.allclose(step.x[~outside], expected[~outside], atol=1e-2)
@@ -346,7 +346,7 @@ def test_the_background_has_the_level_that_was_asked_for(level: str, offset: int
 
 def test_algorithm_1_blends_nothing() -> None:
     """Its steps are the guided steps alone, and its background drifts unless it is put back."""
-    models, draws = tiny.tiny_models(), Draws(5)
+    models, draws = tiny.tiny_models(), SeededRandom(5)
     options = preset("best", algorithm="local", steps="4", views=1, candidates=1)
     schedule = models.ddpm.config.respaced("4")
     x = noise_background(SOURCE, 2, schedule, draws, [0], "start")
@@ -362,8 +362,8 @@ def test_algorithm_1_blends_nothing() -> None:
         assert bool((pasted[outside] == picture[outside]).all()) is kept
         assert (result.candidates[0].score.background_error == 0) is kept
     blended = replace(options, algorithm="blended", candidates=1)
-    assert blended.pastes and not options.pastes
-    assert EditOptions(algorithm="blended", enforce_background=False).pastes is False
+    assert blended.keeps_background and not options.keeps_background
+    assert EditOptions(algorithm="blended", enforce_background=False).keeps_background is False
 
 
 def test_algorithm_1_asks_for_the_background() -> None:
@@ -372,7 +372,7 @@ def test_algorithm_1_asks_for_the_background() -> None:
     away = []
     for scale in (0.0, 300.0, 3000.0):
         options = preset("best", algorithm="local", steps="50", strength=0.5, views=1, background_scale=scale, reference_size=0)
-        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0]))[-1]
+        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0]))[-1]
         away.append(float(((last.x - SOURCE) * (1 - MASK)).square().mean()))
     assert away[0] > 1.05 * away[1] > 1.1 * away[2]
     assert preset("best", algorithm="local").guidance.background_scale == 1000
@@ -384,7 +384,7 @@ def test_guidance_reaches_its_prompt() -> None:
     distances = {}
     for scale in (0.0, 1000.0):
         options = preset("best", steps="50", views=1, scale=scale)
-        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0, 1, 2]))[-1]
+        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0, 1, 2]))[-1]
         distances[scale] = clip_distance(last.x, MASK, CLIP, PROMPT)
     assert (distances[1000.0] < 0.7 * distances[0.0]).all()
 
@@ -397,7 +397,7 @@ def test_guidance_reaches_its_prompt() -> None:
 def test_every_objective_recovers_the_picture(objective: str, index: int) -> None:
     model = tiny.oracle_model(SOURCE, objective)
     schedule = model.config.respaced(100)
-    x = q_sample(SOURCE, index, Draws(1).noise("start", index, [0, 1], (3, SIZE, SIZE)), schedule)
+    x = q_sample(SOURCE, index, SeededRandom(1).noise("start", index, [0, 1], (3, SIZE, SIZE)), schedule)
     for which in (index, torch.tensor([index, index])):
         prediction = model.predict(x, which, schedule)
         assert torch.allclose(prediction.x0, SOURCE.expand_as(x), atol=2e-3)
@@ -465,7 +465,7 @@ def test_classes() -> None:
     cpu = torch.device("cpu")
 
     def labels(choice: str | int, index: int = 7, images: tuple[int, ...] = (0, 1, 2)) -> Tensor | None:
-        return class_labels(model, choice, index, Draws(1), images, cpu)
+        return class_labels(model, choice, index, SeededRandom(1), images, cpu)
 
     assert torch.equal(labels("zero"), torch.zeros(3, 4 * 32))
     assert labels(4).tolist() == [4, 4, 4]
@@ -475,13 +475,13 @@ def test_classes() -> None:
     for wrong in (5, -1):
         with pytest.raises(BlendedError, match=rf"class {wrong} does not exist; the model has classes 0 to 4"):
             labels(wrong)
-    assert class_labels(tiny.tiny_model(), "random", 0, Draws(1), [0], cpu) is None
+    assert class_labels(tiny.tiny_model(), "random", 0, SeededRandom(1), [0], cpu) is None
     with pytest.raises(BlendedError, match="class_choice"):
         EditOptions(class_choice="dog")
     results = {}
     for choice in ("zero", "random", 0, 3):
         options = preset("best", steps="3", class_choice=choice)
-        results[choice] = list(edit_steps(tiny.tiny_models(model), SOURCE, MASK, None, options, Draws(0), [0]))[-1].x
+        results[choice] = list(edit_steps(tiny.tiny_models(model), SOURCE, MASK, None, options, SeededRandom(0), [0]))[-1].x
     values = list(results.values())
     assert all(not torch.equal(values[i], values[j]) for i in range(4) for j in range(i)), "a class must reach the network"
 
@@ -530,8 +530,8 @@ def test_guidance_moves_a_ddim_step_as_far_as_a_ddpm_step(monkeypatch: pytest.Mo
     """One of 250 steps with a pull that is the same everywhere, and without."""
     pull = 0.0
 
-    def pulled(network: DiffusionModel, x: Tensor, index: int, schedule: Schedule, *_: Any, **__: Any) -> Guided:
-        return Guided(network.predict(x, index, schedule), torch.full_like(x, pull))
+    def pulled(network: DiffusionModel, x: Tensor, index: int, schedule: Schedule, *_: Any, **__: Any) -> GuidedPrediction:
+        return GuidedPrediction(network.predict(x, index, schedule), torch.full_like(x, pull))
 
     monkeypatch.setattr(edit_module, "guided_prediction", pulled)
     models = tiny.tiny_models(tiny.gaussian_model())
@@ -544,7 +544,9 @@ def test_guidance_moves_a_ddim_step_as_far_as_a_ddpm_step(monkeypatch: pytest.Mo
     }.items():
         ends = []
         for pull in (0.0, 1.0):  # noqa: B007 - read by pulled
-            ends.append(guided_step(models, x, index, models.ddpm.config.respaced("250"), options, PROMPT, MASK, Draws(0), range(1)).x)
+            ends.append(
+                guided_step(models, x, index, models.ddpm.config.respaced("250"), options, PROMPT, MASK, SeededRandom(0), range(1)).x
+            )
         moved[name] = float((ends[1] - ends[0]).mean())
     assert moved["matched"] == pytest.approx(moved["ddpm"], rel=0.1)
     assert moved["score"] == pytest.approx((1 + eta**2) / 2 * moved["ddpm"], rel=0.1)
@@ -624,7 +626,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     def run(**changes: Any) -> tuple[list[bool], list[int]]:
         asked.clear()
         options = preset("best", **{"steps": "10", "strength": 1.0, "views": 6, **changes})
-        steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0]))
+        steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0]))
         assert all((s.gradient is None) == (s.clip_distance is None) for s in steps)
         return [s.gradient is not None for s in steps], list(asked)
 
@@ -632,8 +634,8 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     assert run(start=0.2, end=0.7) == ([False] * 2 + [True] * 5 + [False] * 3, [6] * 5)
     assert run(early_views=2) == ([True] * 10, [2] * 5 + [6] * 5)
     unguided = preset("best", steps="10", strength=1.0, start=0.95, end=0.99)  # between two levels
-    parted = list(edit_steps(models, SOURCE, MASK, PROMPT, unguided, Draws(0), [0]))
-    removal = list(edit_steps(models, SOURCE, MASK, None, unguided, Draws(0), [0]))
+    parted = list(edit_steps(models, SOURCE, MASK, PROMPT, unguided, SeededRandom(0), [0]))
+    removal = list(edit_steps(models, SOURCE, MASK, None, unguided, SeededRandom(0), [0]))
     assert all(torch.equal(a.x, b.x) for a, b in zip(parted, removal, strict=True))
     for wrong in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.5}):
         with pytest.raises(BlendedError, match="--guide-from a number below --guide-to"):
@@ -646,7 +648,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     models = replace(models, perceptual=tiny.rough_perceptual)
     asked.clear()
     options = preset("best", algorithm="local", steps="10", strength=1.0, views=6, end=0.5)
-    steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, Draws(0), [0]))
+    steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0]))
     assert asked == [6] * 5 and all(s.gradient is not None for s in steps), "the background is kept at every level"
 
 

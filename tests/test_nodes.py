@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from blended_core.demo.world import demo_scene
 from blended_core.diffusion import DiffusionConfig
+from blended_core.toy.world import demo_scene
 
 from .server import COMFYUI, ROOT, Prompt, Server, environment, interpreter, needs_comfyui
 from .tiny import tiny_unet
@@ -317,7 +317,7 @@ def test_a_changed_seed_runs_only_what_depends_on_it(comfyui: Server) -> None:
 def test_an_overwritten_checkpoint_is_loaded_anew(comfyui: Server) -> None:
     folder = comfyui.folder / "models" / "ddpm"
     folder.mkdir(exist_ok=True)
-    data = (ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors").read_bytes()
+    data = (ROOT / "blended_core" / "toy" / "data" / "ddpm.safetensors").read_bytes()
     file = folder / "mine.safetensors"
     file.write_bytes(data)
     prompt = sampler(scene(seed=32))
@@ -359,7 +359,7 @@ def test_trying_out_a_checkpoint_shows_its_progress_and_can_be_cancelled(comfyui
 
     folder = comfyui.folder / "models" / "ddpm"
     folder.mkdir(exist_ok=True)
-    weights = load_file(ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors")
+    weights = load_file(ROOT / "blended_core" / "toy" / "data" / "ddpm.safetensors")
     # Under a prefix, so that no other test has had the same file tried out before.
     save_file({f"tried.{k}": v for k, v in weights.items()}, folder / "bare.safetensors")
     prompt = sampler(scene(), candidates=1, steps=2)
@@ -490,7 +490,7 @@ def test_a_class_conditional_model_takes_each_choice(comfyui: Server) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    embedded = ROOT / "blended_core" / "demo" / "data" / "ddpm.safetensors"
+    embedded = ROOT / "blended_core" / "toy" / "data" / "ddpm.safetensors"
     with safe_open(str(embedded), framework="np") as file:
         about = file.metadata()
     unet = json.loads(about["unet"])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blended_core.cli import build_parser
-from blended_core.demo.world import BACKGROUNDS, OBJECTS, demo_scene
+from blended_core.cli.app import build_parser
+from blended_core.toy.world import BACKGROUNDS, OBJECTS, demo_scene
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -86,7 +86,7 @@ def test_requirements_are_those_of_the_project_without_torch() -> None:
 
 @pytest.mark.parametrize("name", ["ddpm.safetensors", "clip.safetensors", "lpips.safetensors"])
 def test_embedded_weights_are_small_and_carded(name: str) -> None:
-    data = ROOT / "blended_core" / "demo" / "data"
+    data = ROOT / "blended_core" / "toy" / "data"
     assert (data / name).stat().st_size <= 12_000_000
     assert name in (data / "MODEL_CARDS.md").read_text("utf-8")
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.augment import ViewParameters
-from blended_core.checkpoints.adm import UNet, UNetConfig
-from blended_core.clip import ClipModel
+from blended_core.clip.model import ClipModel
 from blended_core.diffusion import DiffusionConfig, DiffusionModel, predict_eps
-from blended_core.draws import Draws
 from blended_core.edit import Models
+from blended_core.random import SeededRandom
 
 SIZE = 16
 CONFIG = UNetConfig(
@@ -139,10 +139,10 @@ def rough_perceptual(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Recorded:
-    """Draws that remember the names they were asked for."""
+    """SeededRandom that remember the names they were asked for."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.draws = Draws(seed)
+        self.draws = SeededRandom(seed)
         self.asked: list[tuple[str, int, tuple[int, ...]]] = []
 
     def noise(self, purpose: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,12 @@
+"""The terminal: ``blended-diffusion demo``, ``edit``, ``inspect``, ``convert`` and ``evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``blended-diffusion``; returns the exit code."""
+    from .app import main as run
+
+    return run(argv)

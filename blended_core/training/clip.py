@@ -1,0 +1,337 @@
+"""Trains the embedded CLIP, an open_clip model of a small own configuration, on the embedded world.
+
+    python -m blended_core.training.clip --out runs/clip --minutes 25
+
+It sees what guidance shows it: whole scenes and regions with grey outside, clean, noisy or blurred, and warped; with ``--estimates``
+also what the diffusion model makes of scenes in which noise has left only a hint of an object, which is all that x̂0 shows early on.
+Sentences are matched with every picture of the batch that they are true of, not with their own alone. The same command goes on
+where it stopped; ``--init FILE.safetensors`` begins from weights alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..adm.load import load_ddpm
+from ..device import DeviceContext
+from ..diffusion import q_sample
+from ..io.atomic import replacing
+from ..toy.captions import Caption, describe
+from ..toy.spoil import spoiled
+from ..toy.world import BACKGROUNDS, OBJECTS, SIDE, Placed, Scene, random_scene, render
+
+CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": SIDE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
+}
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+START, END = 49406, 49407
+SPOILED = "spoiled"
+"""What a spoiled object is: none of the things with a name, and not an empty scene either, or blobs would do for removal."""
+ESTIMATED_LEVELS = {True: (100, 760), False: (50, 600)}
+"""Of 1000, by whether the object is whole: from above the noise that leaves everything to see, to where an edit of strength 0.75
+begins. What is spoiled is noised less: from more noise the diffusion model would make something whole of it."""
+
+
+def vocabulary() -> list[int]:
+    """Token ids of the sentences of the world, ascending; padding, start and end included."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+    rng = np.random.default_rng(0)
+    used = {0, START, END}
+    for _ in range(3000):
+        for background in BACKGROUNDS:
+            for things in (frozenset(), frozenset({list(OBJECTS)[int(rng.integers(len(OBJECTS)))]})):
+                used.update(tokenizer.encode(describe(rng, things, background).text))
+    return sorted(used)
+
+
+def compact(tokens: Tensor, ids: list[int]) -> Tensor:
+    """Rows of the trained embedding for token ids: known ones in order, one shared row for all others before the end."""
+    table = torch.full((CONFIG["text_cfg"]["vocab_size"],), len(ids) - 2)
+    table[torch.tensor(ids[:-2])] = torch.arange(len(ids) - 2)
+    table[START], table[END] = len(ids) - 1, len(ids)
+    return table[tokens]
+
+
+def soft_mask(rng: np.random.Generator, box: tuple[float, float, float, float]) -> np.ndarray:
+    """[64, 64] float32, 1 inside an ellipse, rectangle or rounded rectangle with these bounds (fractions)."""
+    x0, y0, x1, y1 = box
+    yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE + 0.5 / SIDE
+    u, v = np.abs(2 * xx - x0 - x1) / max(x1 - x0, 1e-3), np.abs(2 * yy - y0 - y1) / max(y1 - y0, 1e-3)
+    power = float(rng.choice([2.0, 4.0, 16.0]))
+    inside: np.ndarray = ((u**power + v**power) <= 1).astype(np.float32)
+    return inside
+
+
+def coverage(mask: np.ndarray, placed: Placed) -> float:
+    """The share of an object's inner disc that a mask shows."""
+    yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE + 0.5 / SIDE
+    disc = (xx - placed.x) ** 2 + (yy - placed.y) ** 2 <= (0.4 * placed.size) ** 2
+    return float(mask[disc].mean()) if disc.any() else 0.0
+
+
+Shown = tuple[Scene, np.ndarray, bool]
+"""A scene, its picture [64, 64, 3] uint8, and whether its objects are whole."""
+
+
+Estimate = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(pictures [N, 64, 64, 3] uint8, noise levels [N] of 1000) → pictures."""
+
+
+def estimator(device: torch.device, rng: np.random.Generator) -> Estimate:
+    """What the embedded diffusion model takes noised pictures for: its x̂0 at each one's level."""
+    model = load_ddpm(DeviceContext(device), trial=None)
+    schedule = model.config.respaced("1000")
+
+    def estimate(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        index = torch.from_numpy(levels)
+        noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
+        with torch.no_grad():
+            x0 = model.predict(q_sample(x, index, noise, schedule).to(device), index, schedule).x0.cpu()
+        found: np.ndarray = (x0 * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return found
+
+    return estimate
+
+
+class Examples:
+    """An endless stream of (picture, what it shows), from a pool of scenes that is renewed slowly.
+
+    ``spoil``: share of single objects that are spoiled; such a picture shows :data:`SPOILED`, which no sentence is true of. ``estimates``: share of
+    pictures that are replaced by what ``estimate`` makes of them.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        spoil: float = 0.0,
+        estimates: float = 0.0,
+        estimate: Estimate | None = None,
+    ) -> None:
+        self.rng, self.spoil = rng, spoil
+        self.estimates, self.estimate = estimates if estimate else 0.0, estimate
+        self.pool: list[Shown] = []
+        while len(self.pool) < size:
+            self.pool += self._scenes(min(64, size - len(self.pool)))
+
+    def _scene(self) -> Shown:
+        scene = random_scene(self.rng, size=(26 / SIDE, 54 / SIDE))
+        if len(scene.objects) == 1 and self.rng.uniform() < self.spoil:
+            picture = (spoiled(self.rng, scene) * 255).round().clip(0, 255).astype(np.uint8)
+            return scene, picture, False
+        return scene, render(scene), True
+
+    def _scenes(self, count: int) -> list[Shown]:
+        scenes = [self._scene() for _ in range(count)]
+        noised = [i for i in range(count) if self.rng.uniform() < self.estimates]
+        if noised and self.estimate:
+            levels = np.array([self.rng.integers(*ESTIMATED_LEVELS[scenes[i][2]]) for i in noised])
+            for i, picture in zip(noised, self.estimate(np.stack([scenes[i][1] for i in noised]), levels), strict=True):
+                scenes[i] = (scenes[i][0], picture, scenes[i][2])
+        return scenes
+
+    def draw(self, batch: int, renew: int) -> tuple[Tensor, Tensor, list[tuple[frozenset[str], str]]]:
+        """(pictures [B,3,64,64] in −1..1, masks [B,1,64,64], truths)."""
+        rng = self.rng
+        for shown in self._scenes(renew):
+            self.pool[int(rng.integers(len(self.pool)))] = shown
+        pictures: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        truths: list[tuple[frozenset[str], str]] = []
+        while len(pictures) < batch:
+            scene, picture, whole = self.pool[int(rng.integers(len(self.pool)))]
+            mask = np.ones((SIDE, SIDE), np.float32)
+            if rng.uniform() < 0.75:
+                if scene.objects and rng.uniform() < 0.75:
+                    placed = scene.objects[int(rng.integers(len(scene.objects)))]
+                    half = placed.size / 2 * rng.uniform(0.85, 1.7, 2)
+                    cx, cy = placed.x + rng.normal(0, 0.04), placed.y + rng.normal(0, 0.04)
+                else:
+                    half, (cx, cy) = rng.uniform(0.15, 0.4, 2), rng.uniform(0.2, 0.8, 2)
+                mask = soft_mask(rng, (cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
+            shares = [coverage(mask, placed) for placed in scene.objects]
+            if mask.mean() < 0.03 or any(0.1 < share < 0.55 for share in shares):
+                continue  # too little to see, or neither shown nor hidden
+            things = frozenset(p.name if whole else SPOILED for p, share in zip(scene.objects, shares, strict=True) if share >= 0.55)
+            pictures.append(picture)
+            masks.append(mask)
+            truths.append((things, scene.background))
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return x, torch.from_numpy(np.stack(masks))[:, None], truths
+
+
+def degrade(x: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Makes pictures like those of guidance: contrast changed, blurred or noisy, grey outside the mask, warped."""
+    b = len(x)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(b, *shape, generator=generator) * (high - low) + low
+
+    def chance(p: float) -> Tensor:
+        return (torch.rand(b, 1, 1, 1, generator=generator) < p).float()
+
+    x = torch.where(chance(0.4) > 0, x * uniform(0.6, 1.25, 1, 1, 1) + uniform(-0.2, 0.2, 3, 1, 1), x)
+    for factor in (2, 4):
+        blurred = F.interpolate(F.avg_pool2d(x, factor), scale_factor=factor, mode="bilinear")
+        x = torch.where(chance(0.2) > 0, blurred, x)
+    sigma = uniform(0, 0.9, 1, 1, 1).square() * chance(0.6)
+    x = x + sigma * torch.randn(x.shape, generator=generator)
+    grid_noise = F.interpolate(torch.randn(b, 3, 8, 8, generator=generator), size=SIDE, mode="bicubic")
+    x = (x + 0.3 * uniform(0, 1, 1, 1, 1) * chance(0.4) * grid_noise) * mask
+    angle, scale = uniform(-0.3, 0.3), uniform(0.85, 1.3)
+    theta = torch.zeros(b, 3, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = angle.cos() * scale
+    theta[:, 0, 1], theta[:, 1, 0] = -angle.sin() * scale, angle.sin() * scale
+    theta[:, :2, 2] = uniform(-0.15, 0.15, 2)
+    theta[:, 2, :2] = uniform(-0.25, 0.25, 2)
+    theta[:, 2, 2] = 1
+    apply = chance(0.6)[:, :, 0]
+    theta = apply * theta + (1 - apply) * torch.eye(3)
+    base = F.affine_grid(torch.eye(2, 3)[None].repeat(b, 1, 1), [b, 1, SIDE, SIDE], align_corners=False)
+    points = torch.cat([base, torch.ones(b, SIDE, SIDE, 1)], -1) @ theta.transpose(1, 2)[:, None]
+    return F.grid_sample(x, points[..., :2] / points[..., 2:].clamp(min=0.2), align_corners=False)
+
+
+def truth_matrix(captions: list[Caption], truths: list[tuple[frozenset[str], str]]) -> Tensor:
+    """[captions, pictures] of 0 and 1."""
+    return torch.tensor([[float(c.is_true_of(*t)) for t in truths] for c in captions])
+
+
+def matching_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross entropy in both directions, each caption's (picture's) probability spread over all its true partners.
+
+    A picture without a true caption is only what captions have to be told from.
+    """
+    rows = -(truth / truth.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+    described = truth.sum(0) > 0
+    columns = -(truth[:, described] / truth.sum(0)[described] * logits.log_softmax(0)[:, described]).sum(0).mean()
+    return (rows + columns) / 2
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/clip"))
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--init", type=Path)
+    parser.add_argument("--spoil", type=float, default=0.0, help="share of objects that are spoiled until they are none (%(default)s)")
+    parser.add_argument("--estimates", type=float, default=0.0, help="share of pictures that are x̂0 of the diffusion model (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    ids = vocabulary()
+    if args.init:
+        with safe_open(str(args.init), "pt") as f:
+            ids = json.loads(f.metadata()["vocabulary"])
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "vocab_size": len(ids) + 1}}
+    model = open_clip.CLIP(**config).to(device)
+    if args.init:
+        model.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    step, elapsed = 0, 0.0
+    state_path = args.out / "state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
+
+    def tokens(texts: list[str]) -> Tensor:
+        return compact(tokenizer(texts), ids).to(device)
+
+    def save() -> None:
+        whole = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
+        with replacing(state_path) as part:
+            torch.save(whole, part)
+        meta = {
+            "format": "pt",
+            "config": json.dumps(CONFIG),
+            "mean": json.dumps(MEAN),
+            "std": json.dumps(STD),
+            "vocabulary": json.dumps(ids),
+            "trained_steps": str(step),
+        }
+        save_file({k: v.half().contiguous() for k, v in ema.items()}, str(args.out / "clip.safetensors"), metadata=meta)
+
+    def accuracy(noise: float) -> float:
+        """How often the right one of all objects is named for a masked region, sentences 'a dog'."""
+        rng = np.random.default_rng(999)
+        pictures, truth = [], []
+        for i in range(320):
+            scene = random_scene(rng, objects=1)
+            placed = scene.objects[0]
+            half = placed.size * 0.6
+            mask = soft_mask(rng, (placed.x - half, placed.y - half, placed.x + half, placed.y + half))
+            x = torch.from_numpy(render(scene)).permute(2, 0, 1).float() / 127.5 - 1
+            x = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+            pictures.append(x * torch.from_numpy(mask))
+            truth.append(list(OBJECTS).index(placed.name))
+        shadow = open_clip.CLIP(**config).to(device).eval()
+        shadow.load_state_dict(ema)
+        with torch.no_grad():
+            text = shadow.encode_text(tokens([f"a {name}" for name in OBJECTS]), normalize=True)
+            image = shadow.encode_image(torch.stack(pictures).to(device), normalize=True)
+        return float(((image @ text.T).argmax(1).cpu() == torch.tensor(truth)).float().mean())
+
+    estimate = estimator(device, np.random.default_rng((args.seed, step, 1))) if args.estimates else None
+    examples = Examples(np.random.default_rng((args.seed, step)), 6000, args.spoil, args.estimates, estimate)
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    average, last = None, time.monotonic()
+    while (progress := elapsed / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.6))
+        x, mask, truths = examples.draw(args.batch, renew=8)
+        captions = [describe(examples.rng, *t) for t in truths if SPOILED not in t[0]]
+        image = model.encode_image(degrade(x, mask, generator).to(device), normalize=True)
+        text = model.encode_text(tokens([c.text for c in captions]), normalize=True)
+        loss = matching_loss(model.logit_scale.exp() * text @ image.T, truth_matrix(captions, truths).to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=4.0)
+            decay = min(0.998, (1 + step) / (10 + step))
+            for k, v in model.state_dict().items():
+                ema[k].lerp_(v, 1 - decay)
+        step += 1
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        now = time.monotonic()
+        elapsed, last = elapsed + now - last, now
+        if step % 100 == 0:
+            print(f"step {step} {elapsed / 60:.1f} min  loss {average:.3f}", flush=True)
+        if step % 500 == 0:
+            print(f"  named: clean {accuracy(0.0):.3f}, noise 0.4 {accuracy(0.4):.3f}, noise 0.8 {accuracy(0.8):.3f}", flush=True)
+            save()
+    print(f"named: clean {accuracy(0.0):.3f}, noise 0.4 {accuracy(0.4):.3f}, noise 0.8 {accuracy(0.8):.3f}", flush=True)
+    save()
+
+
+if __name__ == "__main__":
+    main()
