@@ -19,7 +19,7 @@ from torch import Tensor
 from .clip.model import ClipModel, Prompt
 from .device import DeviceContext
 from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
-from .errors import BlendedError, MemoryRanOut
+from .errors import BlendedError, OutOfMemoryError
 from .guidance import GuidanceOptions, guided_prediction
 from .losses import PerceptualDistance
 from .mask import binary_mask, blend, final_paste, mask_at_level, mask_for_clip, soft_mask
@@ -621,7 +621,7 @@ def edit_picture(
             at_once = min(models.limits.scored or models.limits.rows or len(pictures), len(pictures))
             try:
                 scored, fitted = fewer_at_once(work, at_once, models.context, "pictures are scored")
-            except MemoryRanOut as error:
+            except OutOfMemoryError as error:
                 # The pictures are there, or can still be made; an order of them is not worth losing them.
                 if not any(UNSCORED in note for note in notes):
                     notes.append(f"{UNSCORED}: {error}")

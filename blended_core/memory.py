@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .device import DeviceContext
-from .errors import BlendedWarning, MemoryRanOut
+from .errors import BlendedWarning, OutOfMemoryError
 from .guidance import GuidanceOptions
 
 Result = TypeVar("Result")
@@ -116,7 +116,7 @@ def run_within_memory(
 ) -> list[Result]:
     """Does ``work(rows, options)``, again with less where memory runs out.
 
-    Warns (BlendedWarning) with one line for each measure. Raises MemoryRanOut when there is none left.
+    Warns (BlendedWarning) with one line for each measure. Raises OutOfMemoryError when there is none left.
     """
     while True:
         try:
@@ -133,14 +133,14 @@ def run_within_memory(
             continue
         measure = limits.less(batch, options, network, guided)
         if not measure:
-            raise MemoryRanOut(nothing_left(reason, batch, options, context, guided))
+            raise OutOfMemoryError(nothing_left(reason, batch, options, context, guided))
         warnings.warn(f"memory ran out; {measure}.", BlendedWarning, stacklevel=2)
 
 
 def fewer_at_once(work: Callable[[int], Result], rows: int, context: DeviceContext, what: str) -> tuple[Result, int]:
     """``work(rows)`` for as many rows at once as memory allows, beginning with ``rows``, and how many that was; the result must not depend on it.
 
-    Warns (BlendedWarning) with one line for each halving; ``what`` is what goes on ('pictures are scored'). Raises MemoryRanOut when one alone does not fit.
+    Warns (BlendedWarning) with one line for each halving; ``what`` is what goes on ('pictures are scored'). Raises OutOfMemoryError when one alone does not fit.
     """
     while True:
         try:
@@ -154,7 +154,7 @@ def fewer_at_once(work: Callable[[int], Result], rows: int, context: DeviceConte
             warnings.warn("memory ran out; networks that are not needed were unloaded.", BlendedWarning, stacklevel=2)
             continue
         if rows <= 1:
-            raise MemoryRanOut(f"memory ran out while {what}, one at a time ({reason}); close other programs, or run on --device cpu.")
+            raise OutOfMemoryError(f"memory ran out while {what}, one at a time ({reason}); close other programs, or run on --device cpu.")
         rows //= 2
         warnings.warn(f"memory ran out; {what}, {rows} at once.", BlendedWarning, stacklevel=2)
 
