@@ -17,9 +17,10 @@ from blended_core.augment import ViewParameters, warp_views
 from blended_core.clip.model import ClipModel, Prompt
 from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionModel, ddpm_step
-from blended_core.edit import EditOptions, Models, guided_step
-from blended_core.guidance import GuidanceOptions, clip_gradient, prompt_distance, seen_by_clip
+from blended_core.edit import Models, guided_step
+from blended_core.guidance import clip_gradient, prompt_distance, seen_by_clip
 from blended_core.losses import range_loss
+from blended_core.options import EditOptions, GuidanceOptions
 from blended_core.random import SeededRandom
 from blended_core.schedule import Schedule
 

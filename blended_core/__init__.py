@@ -14,21 +14,10 @@ if TYPE_CHECKING:
     from .clip.model import ClipModel, Prompt, load_clip
     from .device import DeviceContext
     from .diffusion import DiffusionConfig, DiffusionModel
-    from .edit import (
-        PRESETS,
-        Candidate,
-        EditOptions,
-        EditResult,
-        Models,
-        Step,
-        blended_diffusion,
-        edit_picture,
-        local_clip_guided_diffusion,
-        preset,
-    )
+    from .edit import Candidate, EditResult, Models, Step, blended_diffusion, edit_picture, local_clip_guided_diffusion
     from .errors import BlendedError, BlendedWarning
-    from .guidance import GuidanceOptions
     from .io.images import Picture, read_mask, read_picture, to_uint8, write_png
+    from .options import PRESETS, EditOptions, GuidanceOptions, preset
     from .perceptual import load_perceptual
     from .random import SeededRandom
     from .schedule import Schedule
@@ -73,19 +62,16 @@ _HOMES = {
     "diffusion": ("DiffusionConfig", "DiffusionModel"),
     "random": ("SeededRandom",),
     "edit": (
-        "PRESETS",
         "Candidate",
-        "EditOptions",
         "EditResult",
         "Models",
         "Step",
         "blended_diffusion",
         "edit_picture",
         "local_clip_guided_diffusion",
-        "preset",
     ),
     "errors": ("BlendedError", "BlendedWarning"),
-    "guidance": ("GuidanceOptions",),
+    "options": ("PRESETS", "EditOptions", "GuidanceOptions", "preset"),
     "perceptual": ("load_perceptual",),
     "io.images": ("Picture", "read_mask", "read_picture", "to_uint8", "write_png"),
     "schedule": ("Schedule",),

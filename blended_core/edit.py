@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,183 +19,15 @@ from .clip.model import ClipModel, Prompt
 from .device import DeviceContext
 from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
 from .errors import BlendedError, OutOfMemoryError
-from .guidance import GuidanceOptions, guided_prediction
+from .guidance import guided_prediction
 from .losses import PerceptualDistance
 from .mask import binary_mask, blend, final_paste, mask_at_level, mask_for_clip, soft_mask
 from .memory import MemoryLimits, fewer_at_once, run_within_memory
+from .options import PRESETS, EditOptions, GuidanceOptions
 from .random import SeededRandom, Source
 from .rank import RANKINGS, Score, background_error, ranking, seam_energy
 from .region import Region, WholePicture, bounds, region_around
-from .schedule import CLEAN, Schedule, check_respacing
-
-
-@dataclass(frozen=True)
-class EditOptions:
-    """Everything that decides an edit besides picture, mask, prompt and networks (METHOD §2).
-
-    Attributes:
-        preset: the name these options began from; says nothing by itself.
-        algorithm: 'blended' (Algorithm 2) or 'local' (Algorithm 1, whose background drifts).
-        steps: respacing of the process: '100', 'ddim25', '50,25,10'.
-        strength: share of the steps that is denoised, 0 < s ≤ 1.
-        sampler, eta: 'ddpm', or 'ddim' with its η.
-        ddim_guidance: how far guidance moves a DDIM step: 'matched': as far as a DDPM step, so that one scale suits both; 'score': as the
-            score's own formula has it (Dhariwal & Nichol 2021, Algorithm 2), which is half as far at η 0.
-        seed, candidates, batch: candidate i depends on seed and i, not on the batch.
-        guidance: the losses.
-        background_level: 'matched': the source is noised to the level of x_{t−1}; 'one_off': to that of x_t.
-        background_noise: 'per_image' or 'shared' by all candidates; fresh every step.
-        output: 'sample', or 'x0': x̂0 of the last step.
-        class_choice: of a class-conditional model: 'zero' (no class), 'random' (a new one every step), or a number.
-        index_lookup: 'exact', or 'reference': the reference's wrong index for sectioned respacing.
-        enforce_background: put the original back outside the mask. Off by default in Algorithm 1.
-        invert_mask: edit the outside of the mask.
-        mask_rule: 'binary' (m ≥ 0.5), 'soft', or 'nonzero' (any grey).
-        crop: 'region' (a square around the mask), or 'squash' (the whole picture as a square).
-        context: side of the region over that of the mask.
-        feather: pixels over which the paste fades in, inwards.
-        ranking: by CLIP's distance of what guidance shows it, 'views': averaged over the view that is not warped and 31 others, 'corrected':
-            of the first alone; or 'reference', as its code has it (METHOD row 7).
-    """
-
-    preset: str = "best"
-    algorithm: str = "blended"
-    steps: str = "100"
-    strength: float = 0.75
-    sampler: str = "ddpm"
-    eta: float = 0.0
-    ddim_guidance: str = "matched"
-    seed: int = 0
-    candidates: int = 8
-    batch: int = 4
-    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
-    background_level: str = "matched"
-    background_noise: str = "per_image"
-    output: str = "sample"
-    class_choice: str | int = "zero"
-    index_lookup: str = "exact"
-    enforce_background: bool | None = None
-    invert_mask: bool = False
-    mask_rule: str = "binary"
-    crop: str = "region"
-    context: float = 1.6
-    feather: int = 0
-    ranking: str = "views"
-
-    def __post_init__(self) -> None:
-        choices = {
-            "algorithm": ("blended", "local"),
-            "sampler": ("ddpm", "ddim"),
-            "ddim_guidance": ("matched", "score"),
-            "background_level": ("matched", "one_off"),
-            "background_noise": ("per_image", "shared"),
-            "output": ("sample", "x0"),
-            "index_lookup": ("exact", "reference"),
-            "mask_rule": ("binary", "soft", "nonzero"),
-            "crop": ("region", "squash"),
-            "ranking": tuple(RANKINGS),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise BlendedError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}.")
-        if not isinstance(self.class_choice, int) and self.class_choice not in ("zero", "random"):
-            raise BlendedError(f"class_choice is {self.class_choice!r}; give 'zero', 'random' or the number of a class.")
-        if not 0 < self.strength <= 1:
-            raise BlendedError(f"strength is {self.strength}; give a number above 0 and at most 1 (0.75 is usual).")
-        if self.candidates < 1 or self.batch < 1:
-            raise BlendedError(f"candidates is {self.candidates} and batch {self.batch}; both must be at least 1.")
-        if not 0 <= self.eta <= 1:
-            raise BlendedError(f"eta is {self.eta}; give a number from 0 (deterministic) to 1.")
-        if self.feather < 0:
-            raise BlendedError(f"feather is {self.feather}; give a number of pixels, 0 for none.")
-        if not self.context >= 1:
-            raise BlendedError(f"context is {self.context}; give 1 (the mask alone) or more, 1.6 is usual.")
-        check_respacing(self.steps)
-        SeededRandom(self.seed)
-
-    @property
-    def soft(self) -> bool:
-        """Whether the mask's greys matter."""
-        return self.mask_rule == "soft"
-
-    @property
-    def keeps_background(self) -> bool:
-        """Whether the original is put back outside the mask."""
-        return self.algorithm == "blended" if self.enforce_background is None else self.enforce_background
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, the guidance nested."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EditOptions:
-        """The inverse of :meth:`to_dict`."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise BlendedError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-        guidance = values.get("guidance", {})
-        unknown = sorted(set(guidance) - {f.name for f in fields(GuidanceOptions)})
-        if unknown:
-            raise BlendedError(f"unknown guidance option {', '.join(unknown)}.")
-        return cls(**{**values, "guidance": GuidanceOptions(**guidance)})
-
-
-PRESETS: dict[str, EditOptions] = {
-    "best": EditOptions(),
-    "fast": EditOptions(preset="fast", steps="40", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
-    "paper": EditOptions(
-        preset="paper",
-        guidance=GuidanceOptions(distance="cosine", range_scale=0.0, views=16),
-        ddim_guidance="score",
-        ranking="corrected",
-    ),
-    "official": EditOptions(
-        preset="official",
-        guidance=GuidanceOptions(
-            gradient="unet",
-            clip_input="mixed",
-            distance="spherical_unclamped",
-            background_loss="reference",
-            symmetric_views=False,
-            reference_size=0,
-        ),
-        ddim_guidance="score",
-        background_level="one_off",
-        background_noise="shared",
-        output="x0",
-        class_choice="random",
-        index_lookup="reference",
-        mask_rule="nonzero",
-        crop="squash",
-        ranking="reference",
-    ),
-}
-"""`official`: the reference code draw by draw. `paper`: as its text has it. `best`: our recommendation. `fast`: what of it can be left out at
-the least loss (docs/quality.md)."""
-
-LOCAL_BACKGROUND_SCALE = 1000.0
-"""λ of Algorithm 1 that the paper finds usable: 100 changes the whole picture, 10000 changes nothing."""
-
-
-def preset(name: str, **changes: Any) -> EditOptions:
-    """The options of a preset, with changes; those of :class:`GuidanceOptions` may be given by name too."""
-    if name not in PRESETS:
-        raise BlendedError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}.")
-    options = PRESETS[name]
-    if changes.get("algorithm") == "local" and name != "official":
-        # Without D_bg Algorithm 1 has no reason to keep anything; the reference code leaves it off nevertheless.
-        changes = {"background_scale": LOCAL_BACKGROUND_SCALE, **changes}
-    guiding = {f.name for f in fields(GuidanceOptions)}
-    inner = {k: v for k, v in changes.items() if k in guiding}
-    outer = {k: v for k, v in changes.items() if k not in guiding}
-    if inner:
-        outer["guidance"] = replace(options.guidance, **inner)
-    try:
-        return replace(options, **outer)
-    except TypeError:
-        unknown = sorted(set(outer) - {f.name for f in fields(EditOptions)})
-        raise BlendedError(f"unknown option {', '.join(unknown)}.") from None
+from .schedule import CLEAN, Schedule
 
 
 @dataclass(frozen=True)
@@ -425,7 +256,7 @@ def blended_diffusion(
 
     Args:
         models: the networks.
-        source: [1, C, H, W] in −1..1; mask: [1, 1, H, W], binary, or soft if ``options.soft``.
+        source: [1, C, H, W] in −1..1; mask: [1, 1, H, W], binary, or soft if ``(options.mask_rule == "soft")``.
         prompt: None or empty: removal.
         options, draws, images: which candidates, and their randomness.
 
@@ -435,12 +266,12 @@ def blended_diffusion(
     schedule = models.ddpm.config.respaced(options.steps)
     start = schedule.start_index(options.strength)
     x = noise_background(source, start, schedule, draws, images, "start")
-    seen = mask_for_clip(mask, options.soft)
+    seen = mask_for_clip(mask, (options.mask_rule == "soft"))
     for index in range(start, -1, -1):
         step = guided_step(models, x, index, schedule, options, prompt, seen, draws, images, source)
         level = index - 1 if options.background_level == "matched" else index
         background = noise_background(source, level, schedule, draws, images, shared=options.background_noise == "shared")
-        x = blend(step.x, background, mask_at_level(mask, index, start, options.soft))
+        x = blend(step.x, background, mask_at_level(mask, index, start, (options.mask_rule == "soft")))
         yield replace(step, x=x, done=start - index + 1, total=start + 1)
 
 
@@ -451,7 +282,7 @@ def local_clip_guided_diffusion(
     schedule = models.ddpm.config.respaced(options.steps)
     start = schedule.start_index(options.strength)
     x = noise_background(source, start, schedule, draws, images, "start")
-    seen = mask_for_clip(mask, options.soft)
+    seen = mask_for_clip(mask, (options.mask_rule == "soft"))
     for index in range(start, -1, -1):
         step = guided_step(models, x, index, schedule, options, prompt, seen, draws, images, source)
         x = step.x
@@ -521,13 +352,15 @@ def paste(edited: Tensor, original: Tensor, mask: Tensor, region: Region | Whole
     if isinstance(region, WholePicture) or not options.keeps_background:
         full = region.put_back(values, original)
         return (
-            final_paste(full, original, mask, soft=options.soft, feather=options.feather) if options.keeps_background else full.clamp(0, 1)
+            final_paste(full, original, mask, soft=(options.mask_rule == "soft"), feather=options.feather)
+            if options.keeps_background
+            else full.clamp(0, 1)
         )
     # The mask lies in the region, so nothing else of a large picture is computed; the feather looks a little beyond.
     around = region.inner().grown(options.feather + 1, region.width, region.height)
     part = original[around.slices]
     pasted = final_paste(
-        region.within(around).put_back(values, part), part, mask[around.slices], soft=options.soft, feather=options.feather
+        region.within(around).put_back(values, part), part, mask[around.slices], soft=(options.mask_rule == "soft"), feather=options.feather
     )
     out = original.expand(len(pasted), -1, -1, -1).clone()
     out[around.slices] = pasted
@@ -536,7 +369,7 @@ def paste(edited: Tensor, original: Tensor, mask: Tensor, region: Region | Whole
 
 def prepared_mask(mask: Tensor, options: EditOptions) -> Tensor:
     """The mask as the edit uses it: inverted and thresholded as the options say; [1, 1, H, W]."""
-    if options.soft:
+    if options.mask_rule == "soft":
         return soft_mask(mask, options.invert_mask)
     if options.mask_rule == "nonzero":
         return binary_mask(torch.where(mask > 0, 1.0, mask), options.invert_mask)
@@ -546,9 +379,9 @@ def prepared_mask(mask: Tensor, options: EditOptions) -> Tensor:
 def choose_region(mask: Tensor, options: EditOptions, model: DiffusionModel) -> Region | WholePicture:
     """The part of the picture that an edit works on; an empty mask is a BlendedError."""
     if options.crop == "squash":
-        bounds(mask, options.soft)
+        bounds(mask, (options.mask_rule == "soft"))
         return WholePicture(int(mask.shape[-1]), int(mask.shape[-2]))
-    return region_around(mask, model.image_size, options.context, options.soft)
+    return region_around(mask, model.image_size, options.context, (options.mask_rule == "soft"))
 
 
 def edit_picture(
@@ -601,12 +434,12 @@ def edit_picture(
         region = choose_region(used, options, models.ddpm)
         size = models.ddpm.image_size
         source = context.put(region.cut(original, size) * 2 - 1)
-        region_mask = context.put(region.cut_mask(used, size, options.soft))
+        region_mask = context.put(region.cut_mask(used, size, (options.mask_rule == "soft")))
         if not bool((region_mask > 0).any()):
             raise BlendedError(
                 f"nothing of the mask is left when the whole picture is squashed to {size}×{size}; use the crop 'region' (--crop region)."
             )
-        seen = mask_for_clip(region_mask, options.soft)
+        seen = mask_for_clip(region_mask, (options.mask_rule == "soft"))
         notes: list[str] = []
         guided = prompt is not None and len(prompt) > 0
 
@@ -659,8 +492,8 @@ def edit_picture(
                 candidate.score = Score(
                     distance,
                     None if distance is None or source_distance is None else source_distance - distance,
-                    background_error(full, original, used, options.soft),
-                    seam_energy(full, used, options.soft),
+                    background_error(full, original, used, (options.mask_rule == "soft")),
+                    seam_energy(full, used, (options.mask_rule == "soft")),
                 )
                 result.candidates.append(candidate)
                 lap("paste and score")
@@ -754,4 +587,9 @@ def finished_frame(x0: Tensor, result: EditResult) -> Tensor:
     edited = ((x0 + 1) / 2).clamp(0, 1)
     if not result.options.keeps_background:
         return edited
-    return final_paste(edited, original, result.region.cut_mask(result.mask, size, result.options.soft), soft=result.options.soft)
+    return final_paste(
+        edited,
+        original,
+        result.region.cut_mask(result.mask, size, (result.options.mask_rule == "soft")),
+        soft=(result.options.mask_rule == "soft"),
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,96 +12,9 @@ from .augment import ViewParameters, warp_views
 from .clip.model import ClipModel, Prompt
 from .diffusion import DiffusionModel, Prediction
 from .errors import BlendedError
-from .losses import DISTANCES, PerceptualDistance, clamp_rows, d_background, d_background_reference, d_clip, finite_rows, range_loss
+from .losses import PerceptualDistance, clamp_rows, d_background, d_background_reference, d_clip, finite_rows, range_loss
+from .options import GuidanceOptions
 from .schedule import Schedule
-
-
-@dataclass(frozen=True)
-class GuidanceOptions:
-    """How the losses steer a step (METHOD rows 2–6 and 14).
-
-    Attributes:
-        scale: weight of D_CLIP.
-        range_scale: weight of the range loss.
-        background_scale: weight λ of D_bg (Algorithm 1).
-        gradient: 'x0': with respect to x̂0, as the paper has it; 'unet': with respect to x_t, through the UNet, as its code does
-            (a backward pass more, judged no better: docs/quality.md).
-        clip_input: 'x0': CLIP sees x̂0; 'mixed': x̂0·f + x_t·(1−f) with f = √(1−ᾱ).
-        distance: of CLIP embeddings, see :func:`~blended_core.losses.d_clip`.
-        background_loss: 'paper', per image; or 'reference', with the next two weights instead of ``background_scale``.
-        lpips_scale, l2_scale: weights of 'reference'.
-        views: N, pictures that CLIP sees for one x̂0; the first is not warped, so 1 turns the augmentations off.
-        symmetric_views: shift views along both axes, not along y alone.
-        view_chunk: views that go through CLIP at once (0: all); changes memory, not the result.
-        clamp: largest root mean square of an image's gradient, or None.
-        reference_size: side of the pictures that the weights are meant for. The losses are means over a picture, so their
-            gradient at a pixel falls with the number of pixels; it is brought to what it would be at this size, and one scale suits
-            models of 64 and of 512 pixels. 0: weights as they are, which is the same at 256.
-        start, end: the part of the noise levels in which guidance works, 0 being the noisiest of the process and 1 the clean picture.
-            Outside of it a step costs one forward of the network; D_bg alone works everywhere, since nothing else keeps the background.
-        early_views: views in the noisier half of the process, where x̂0 is a blur; 0: as many as ``views``.
-        x0_if_needed: where memory runs out and nothing else helps, go on with the gradient at x̂0, which is another picture.
-    """
-
-    scale: float = 1000.0
-    range_scale: float = 50.0
-    background_scale: float = 0.0
-    gradient: str = "x0"
-    clip_input: str = "x0"
-    distance: str = "spherical"
-    background_loss: str = "paper"
-    lpips_scale: float = 1000.0
-    l2_scale: float = 10000.0
-    views: int = 8
-    symmetric_views: bool = True
-    view_chunk: int = 0
-    clamp: float | None = None
-    reference_size: int = 256
-    x0_if_needed: bool = False
-    start: float = 0.0
-    end: float = 1.0
-    early_views: int = 0
-
-    def __post_init__(self) -> None:
-        _choice("gradient", self.gradient, ("unet", "x0"))
-        _choice("clip_input", self.clip_input, ("x0", "mixed"))
-        _choice("distance", self.distance, DISTANCES)
-        _choice("background_loss", self.background_loss, ("paper", "reference"))
-        for name in ("scale", "range_scale", "background_scale", "lpips_scale", "l2_scale"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise BlendedError(f"guidance {name} is {value}; give a number of at least 0.")
-        if not 0 <= self.start < self.end <= 1:
-            raise BlendedError(
-                f"guidance from {self.start} to {self.end} is empty or outside of 0 to 1; give --guide-from a number below --guide-to, such as 0 and 0.8."
-            )
-        if self.early_views < 0:
-            raise BlendedError(f"early_views is {self.early_views}; give a number of views, or 0 for as many as later.")
-        if self.views < 1:
-            raise BlendedError(f"views is {self.views}; CLIP has to see at least 1 (1 turns the augmentations off).")
-        if self.view_chunk < 0:
-            raise BlendedError(f"view_chunk is {self.view_chunk}; give a number of views, or 0 for all at once.")
-        if self.reference_size < 0:
-            raise BlendedError(f"reference_size is {self.reference_size}; give a side in pixels (256 is usual), or 0 for none.")
-        if self.clamp is not None and not self.clamp > 0:
-            raise BlendedError(f"the gradient clamp is {self.clamp}; give a number above 0, or none.")
-
-    def at(self, index: int, levels: int) -> GuidanceOptions | None:
-        """The options of the step at ``index`` of that many levels; None where guidance is off."""
-        share = (levels - 1 - index) / levels
-        if share < self.start or (share >= self.end and self.end < 1):
-            return replace(self, scale=0.0, range_scale=0.0) if self.needs_perceptual else None
-        return replace(self, views=self.early_views) if self.early_views and share < 0.5 else self
-
-    @property
-    def needs_perceptual(self) -> bool:
-        """Whether D_bg, and so an LPIPS network, takes part."""
-        return self.background_scale > 0
-
-
-def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise BlendedError(f"{name} is {value!r}; known are {', '.join(options)}.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 
 from .device import DeviceContext
 from .errors import BlendedWarning, OutOfMemoryError
-from .guidance import GuidanceOptions
+from .options import GuidanceOptions
 
 Result = TypeVar("Result")
 

@@ -31,8 +31,8 @@ from ..blended_core.device import DTYPES, DeviceContext
 from ..blended_core.diffusion import DiffusionModel
 from ..blended_core.edit import Models
 from ..blended_core.errors import BlendedError, BlendedWarning
-from ..blended_core.guidance import GuidanceOptions
 from ..blended_core.memory import MemoryLimits
+from ..blended_core.options import GuidanceOptions
 from ..blended_core.perceptual import Perceptual, load_perceptual
 from .latent import four_dimensional, shape_of
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..blended_core.clip.model import Prompt
 from ..blended_core.errors import BlendedError
-from ..blended_core.guidance import GuidanceOptions
+from ..blended_core.options import GuidanceOptions
 from . import glue
 
 DEFAULTS = GuidanceOptions()

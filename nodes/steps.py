@@ -11,10 +11,10 @@ from comfy_execution.graph_utils import GraphBuilder, is_link
 from torch import Tensor
 
 from ..blended_core.diffusion import DiffusionConfig
-from ..blended_core.edit import EditOptions, guided_step, noise_background
+from ..blended_core.edit import guided_step, noise_background
 from ..blended_core.errors import BlendedError
-from ..blended_core.guidance import GuidanceOptions
 from ..blended_core.mask import blend, final_paste, mask_at_level, mask_for_clip
+from ..blended_core.options import EditOptions, GuidanceOptions
 from ..blended_core.random import SeededRandom
 from ..blended_core.region import region_around, resize
 from . import glue, inputs

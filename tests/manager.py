@@ -88,7 +88,7 @@ def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
 
     mm.unload_all_models()
     before = mm.vram_state, mm.is_device_cpu
-    options = edit.preset("best", steps="10", batch=1)
+    options = importlib.import_module(f"{NAME}.blended_core.options").preset("best", steps="10", batch=1)
     try:
         mm.vram_state, mm.is_device_cpu = state, lambda _device: False
         glue.ModelPatcher.partially_load = watched

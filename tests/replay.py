@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blended_core import edit
+from blended_core import options as options_module
 from blended_core.adm.unet import UNet, UNetConfig, timestep_embedding
 from blended_core.augment import ViewParameters, affine_matrices, perspective_matrices, warp_views
 from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
@@ -37,8 +38,9 @@ from blended_core.diffusion import (
     posterior_mean,
     q_sample,
 )
-from blended_core.guidance import GuidanceOptions, clip_gradient, guided_prediction, mixed_estimate, seen_by_clip
+from blended_core.guidance import clip_gradient, guided_prediction, mixed_estimate, seen_by_clip
 from blended_core.losses import d_background_reference, d_clip, range_loss
+from blended_core.options import GuidanceOptions
 from blended_core.perceptual import Perceptual
 from blended_core.rank import clip_distance_reference
 from blended_core.region import WholePicture
@@ -648,7 +650,7 @@ def replay_augment(case: Case) -> None:
     case.compare("grad_x", GRADIENT, torch.autograd.grad((out * case["w"]).sum(), x)[0], "grad_x")
 
 
-def prepared(case: Case, image: str, mask: str, options: edit.EditOptions) -> tuple[Tensor, Tensor]:
+def prepared(case: Case, image: str, mask: str, options: options_module.EditOptions) -> tuple[Tensor, Tensor]:
     """Source [1, 3, S, S] in −1..1 and mask [1, 1, S, S] from the recorded files, by the rules of the options."""
     size = int(case.config["size"])
     pixels = case[image]
@@ -663,17 +665,17 @@ def prepared(case: Case, image: str, mask: str, options: edit.EditOptions) -> tu
 
 
 def replay_preprocess(case: Case) -> None:
-    options = edit.preset("official", invert_mask=bool(case.config["invert_mask"]))
+    options = options_module.preset("official", invert_mask=bool(case.config["invert_mask"]))
     source, mask = prepared(case, "image_u8", "mask_u8", options)
     case.compare("init_image", PIXEL, source, "init_image")
     case.compare("mask", EXACT, mask, "mask")
 
 
-def official(case: Case, **changes: Any) -> edit.EditOptions:
+def official(case: Case, **changes: Any) -> options_module.EditOptions:
     """The preset ``official`` with the recorded command line."""
     args = case.config["editor_args"]
     local = bool(args["local_clip_guided_diffusion"])
-    return edit.preset(
+    return options_module.preset(
         "official",
         algorithm="local" if local else "blended",
         steps=str(case.config["diffusion"]["timestep_respacing"]),

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from ..adm.probe import ProbeOptions
     from ..diffusion import DiffusionModel
-    from ..edit import EditOptions, EditResult, Models
+    from ..edit import EditResult, Models
+    from ..options import EditOptions
 
 from ..errors import BlendedError, BlendedWarning
 from ..io.atomic import sha256, write_bytes
@@ -228,8 +229,8 @@ def _told_warnings() -> Iterator[None]:
 
 def demo(args: argparse.Namespace) -> int:
     """Makes a scene, edits it, writes everything that ``edit`` does."""
-    from ..edit import preset
     from ..io.images import write_png
+    from ..options import preset
     from ..toy.world import GUIDANCE_SCALE, demo_scene
 
     out: Path = args.out
@@ -455,8 +456,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace) -> EditOptions:
-    from ..edit import PRESETS, EditOptions, preset
-    from ..guidance import GuidanceOptions
+    from ..options import PRESETS, EditOptions, GuidanceOptions, preset
 
     names = {f.name for f in fields(EditOptions)} | {f.name for f in fields(GuidanceOptions)}
     names -= {"preset", "guidance"}
@@ -610,8 +610,9 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
     """
     import torch
 
-    from ..edit import EditOptions, choose_region, edit_picture, prepared_mask
+    from ..edit import choose_region, edit_picture, prepared_mask
     from ..io.images import mask_from_alpha, read_mask, read_picture
+    from ..options import EditOptions
 
     began = time.perf_counter()
     options = EditOptions.from_dict(request["options"])
@@ -701,7 +702,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _note_classes(options: EditOptions, models: Models) -> None:
-    from ..edit import PRESETS
+    from ..options import PRESETS
 
     usual = PRESETS[options.preset].class_choice if options.preset in PRESETS else "zero"
     if models.ddpm.num_classes is None and options.class_choice != usual:

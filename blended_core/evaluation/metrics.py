@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..clip.model import ClipModel
-from ..edit import PRESETS, EditOptions, EditResult, Models, Step, edit_picture, preset
+from ..edit import EditResult, Models, Step, edit_picture
 from ..errors import BlendedError
 from ..io.atomic import write_bytes
 from ..io.images import UInt8, to_uint8, write_png
 from ..losses import PerceptualDistance
+from ..options import PRESETS, EditOptions, preset
 from ..rank import clip_distance
 from ..toy.world import BACKGROUNDS, GUIDANCE_SCALE, OBJECTS, SIDE, demo_scene
 from .judge import NONE, Judge

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..edit import Candidate, EditOptions, EditResult, Models, Step
+    from ..edit import Candidate, EditResult, Models, Step
+    from ..options import EditOptions
     from .images import Picture, UInt8
 
 from ..errors import BlendedError
