@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from .clip.model import ClipModel, Prompt, load_clip
     from .device import DeviceContext
     from .diffusion import DiffusionConfig, DiffusionModel
-    from .edit import Candidate, EditResult, Models, Step, blended_diffusion, edit_picture, local_clip_guided_diffusion
+    from .edit import edit_picture
     from .errors import BlendedError, BlendedWarning
     from .io.images import Picture, read_mask, read_picture, to_uint8, write_png
     from .options import PRESETS, EditOptions, GuidanceOptions, preset
     from .perceptual import load_perceptual
     from .random import SeededRandom
+    from .result import Candidate, EditResult
+    from .sample import Models, Step, blended_diffusion, local_clip_guided_diffusion
     from .schedule import Schedule
 
 __all__ = [

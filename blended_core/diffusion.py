@@ -69,6 +69,10 @@ class Prediction:
     variance: Tensor
     log_variance: Tensor
 
+    def detach(self) -> Prediction:
+        """The same values without a graph."""
+        return Prediction(self.x0.detach(), self.mean.detach(), self.variance.detach(), self.log_variance.detach())
+
 
 def coefficient(values: Float64, index: int | Tensor, like: Tensor) -> Tensor | float:
     """``values[index]`` in a form that multiplies a batch: a float, or [B, 1, 1, 1] in the dtype and device of ``like``."""

@@ -11,12 +11,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..blended_core.clip.model import Prompt
-from ..blended_core.edit import Candidate, EditResult, Models, Step, edit_picture, finished_frame
+from ..blended_core.edit import edit_picture, finished_frame
 from ..blended_core.errors import BlendedError
 from ..blended_core.memory import fewer_at_once
 from ..blended_core.options import PRESETS, EditOptions, preset
 from ..blended_core.rank import VIEWS_AT_ONCE, clip_distance_of_views, ranking
 from ..blended_core.region import region_around
+from ..blended_core.result import Candidate, EditResult
+from ..blended_core.sample import Models, Step
 from ..blended_core.toy.world import BACKGROUNDS, OBJECTS, demo_scene
 from . import glue, inputs
 from .latent import fit_mask

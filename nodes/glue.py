@@ -29,11 +29,11 @@ from ..blended_core.adm.recompute import works_on
 from ..blended_core.clip.model import ClipModel, Prompt
 from ..blended_core.device import DTYPES, DeviceContext
 from ..blended_core.diffusion import DiffusionModel
-from ..blended_core.edit import Models
 from ..blended_core.errors import BlendedError, BlendedWarning
 from ..blended_core.memory import MemoryLimits
 from ..blended_core.options import GuidanceOptions
 from ..blended_core.perceptual import Perceptual, load_perceptual
+from ..blended_core.sample import Models
 from .latent import four_dimensional, shape_of
 
 CATEGORY = "Blended Diffusion"

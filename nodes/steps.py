@@ -11,12 +11,12 @@ from comfy_execution.graph_utils import GraphBuilder, is_link
 from torch import Tensor
 
 from ..blended_core.diffusion import DiffusionConfig
-from ..blended_core.edit import guided_step, noise_background
 from ..blended_core.errors import BlendedError
 from ..blended_core.mask import blend, final_paste, mask_at_level, mask_for_clip
 from ..blended_core.options import EditOptions, GuidanceOptions
 from ..blended_core.random import SeededRandom
 from ..blended_core.region import region_around, resize
+from ..blended_core.sample import guided_step, noise_background
 from . import glue, inputs
 from .latent import KEY, Latent, Level, Noisy, fit_mask, pack, same_level, shape_of, unpack
 

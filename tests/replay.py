@@ -38,12 +38,11 @@ from blended_core.diffusion import (
     posterior_mean,
     q_sample,
 )
-from blended_core.guidance import clip_gradient, guided_prediction, mixed_estimate, seen_by_clip
-from blended_core.losses import d_background_reference, d_clip, range_loss
+from blended_core.guidance import clip_gradient, guided_prediction
+from blended_core.losses import d_background_reference, d_clip, range_loss, seen_by_clip
 from blended_core.options import GuidanceOptions
 from blended_core.perceptual import Perceptual
-from blended_core.rank import clip_distance_reference
-from blended_core.region import WholePicture
+from blended_core.reference import WholePicture, clip_distance_reference, mixed_estimate
 from blended_core.schedule import Schedule, named_betas
 
 FORMAT = 1

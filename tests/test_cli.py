@@ -18,11 +18,11 @@ from PIL import Image
 
 from blended_core import edit as edit_module
 from blended_core.cli import app as cli
-from blended_core.edit import Models, Step
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.io import contact_sheet as sheet
 from blended_core.io import images as pictures
 from blended_core.io import results
+from blended_core.sample import Models, Step
 from blended_core.toy.models import CLIP, DDPM
 from blended_core.toy.world import Placed, Scene, render
 

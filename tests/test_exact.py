@@ -16,11 +16,11 @@ from benchmarks.measure import peak_bytes
 from blended_core.adm import recompute
 from blended_core.adm.unet import ResBlock, UNet, UNetConfig
 from blended_core.device import DeviceContext
-from blended_core.edit import Models, Step, guided_step
 from blended_core.guidance import backward_to_input
 from blended_core.memory import MemoryLimits
 from blended_core.options import preset
 from blended_core.random import SeededRandom
+from blended_core.sample import Models, Step, guided_step
 
 from . import tiny
 

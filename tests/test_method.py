@@ -20,7 +20,7 @@ from blended_core.adm.unet import AttentionBlock, ResBlock
 from blended_core.cli import app as cli
 from blended_core.clip.model import ClipModel, Prompt
 from blended_core.diffusion import DiffusionConfig, DiffusionModel, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
-from blended_core.edit import Step, class_labels, edit_picture, edit_steps, guided_step, noise_background, reference_index
+from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
 from blended_core.guidance import GuidedPrediction, guided_prediction
 from blended_core.losses import d_background, d_background_reference, d_clip, range_loss
@@ -28,6 +28,8 @@ from blended_core.mask import blend, mask_at_level
 from blended_core.options import PRESETS, EditOptions, GuidanceOptions, preset
 from blended_core.random import SeededRandom
 from blended_core.rank import clip_distance, clip_distance_of_views, ranking, seam_energy
+from blended_core.reference import reference_index
+from blended_core.sample import Step, class_labels, edit_steps, guided_step, noise_background
 from blended_core.schedule import CLEAN, Schedule
 
 from . import tiny

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from blended_core import edit as edit_module
 from blended_core.augment import DISTORTION, ViewParameters, corners, draw_views, warp_views
-from blended_core.edit import EditResult, edit_picture
+from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
 from blended_core.options import preset
 from blended_core.random import MAX_SEED, SeededRandom
+from blended_core.result import EditResult
 
 from . import tiny
 

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
     from ..adm.probe import ProbeOptions
     from ..diffusion import DiffusionModel
-    from ..edit import EditResult, Models
     from ..options import EditOptions
+    from ..result import EditResult
+    from ..sample import Models
 
-from ..errors import BlendedError, BlendedWarning
+from ..errors import BlendedError, BlendedWarning, Note
 from ..io.atomic import sha256, write_bytes
 from ..io.results import REPORT, SHEET, Writer, as_json, library_versions, old_results, own_version, precision_of, sentence_of
 from .process import keep_freed_memory
@@ -337,11 +338,11 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from ..adm.load import load_ddpm
     from ..clip.model import load_clip
     from ..device import DeviceContext
-    from ..edit import Models
     from ..evaluation.judge import Judge
     from ..evaluation.metrics import ROWS, as_table, evaluate, finished, pairs
     from ..evaluation.plots import comparison, plot, row_sheet
     from ..perceptual import load_perceptual
+    from ..sample import Models
     from ..toy.models import CLIP, DDPM, JUDGE, LPIPS
 
     if unknown := sorted(set(args.only or ()) - set(ROWS)):
@@ -610,8 +611,9 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
     """
     import torch
 
-    from ..edit import choose_region, edit_picture, prepared_mask
+    from ..edit import choose_region, edit_picture
     from ..io.images import mask_from_alpha, read_mask, read_picture
+    from ..mask import EditMask
     from ..options import EditOptions
 
     began = time.perf_counter()
@@ -642,7 +644,8 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
         "networks": _networks(request, models),
     }
     _note_classes(options, models)
-    region = choose_region(prepared_mask(mask, options), options, models.ddpm)
+    edited = EditMask.of(mask, options.mask_rule, options.invert_mask)
+    region = choose_region(edited, models.ddpm.image_size, options.crop, options.context)
     prompt = None
     if models.clip is not None:
         prompt = models.clip.prompt(*request["prompts"], weights=request["weights"])
@@ -673,7 +676,7 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
                 ]  # one may have been in the middle of being written
                 result.rank()
                 finished = f"{len(result.candidates)} of {options.candidates} candidates were finished"
-                result.notes.append(f"Stopped early, {finished}. The reason: {sentence_of(trouble)}")
+                result.notes.append(Note(f"Stopped early, {finished}. The reason: {sentence_of(trouble)}"))
             result.seconds = {"load": loading, **result.seconds}
             failures = writer.finish(result, trouble is not None)
             _tell(result, out, trouble is not None, time.perf_counter() - began)
@@ -731,8 +734,8 @@ def _load(request: dict[str, Any], options: EditOptions) -> Models:
     from ..adm.load import load_ddpm
     from ..clip.model import load_clip
     from ..device import DeviceContext
-    from ..edit import Models
     from ..perceptual import load_perceptual
+    from ..sample import Models
 
     context = DeviceContext.choose(request["device"], request["dtype"])
     with context.autograd():
