@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from blended_core.cli import app as cli
-from blended_core.diffusion import DiffusionConfig, DiffusionModel
+from blended_core.denoiser import DiffusionModel
+from blended_core.diffusion import DiffusionConfig
 from blended_core.edit import edit_picture, prepared_mask
 from blended_core.errors import BlendedError
 from blended_core.io.images import to_uint8

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..adm.load import Checkpoint
     from ..adm.probe import ProbeOptions
-    from ..diffusion import DiffusionModel
     from ..options import EditOptions
     from ..result import EditResult
     from ..sample import Models
@@ -306,11 +306,11 @@ def inspect_command(args: argparse.Namespace) -> int:
     """``inspect``: a table, or JSON."""
     from ..adm.describe import as_dict, as_table
 
-    model, path = _examined(args)
+    loaded = _examined(args)
     if args.json:
-        print(json.dumps(as_dict(model.detection, path), indent=1, ensure_ascii=False))
+        print(json.dumps(as_dict(loaded.detection, loaded.path), indent=1, ensure_ascii=False))
     else:
-        print(as_table(model.detection, path))
+        print(as_table(loaded.detection, loaded.path))
     return 0
 
 
@@ -324,9 +324,9 @@ def convert_command(args: argparse.Namespace) -> int:
         raise BlendedError(f"{args.target} exists; take another name, or --overwrite.")
     if not args.target.absolute().parent.is_dir():
         raise BlendedError(f"there is no folder {args.target.absolute().parent}; create it first.")
-    model, path = _examined(args)
-    size = convert(model, args.target, half=args.half)
-    print(f"{path.name} → {args.target}: {size / 1e6:.1f} MB{' in half precision' if args.half else ''}, settings included")
+    loaded = _examined(args)
+    size = convert(loaded.model, args.target, half=args.half)
+    print(f"{loaded.path.name} → {args.target}: {size / 1e6:.1f} MB{' in half precision' if args.half else ''}, settings included")
     return 0
 
 
@@ -393,11 +393,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _examined(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
-    """The checkpoint that a command names, in float32, and its file."""
-    from ..adm.load import load_ddpm
+def _examined(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that a command names, in float32."""
+    from ..adm.load import load_checkpoint
     from ..device import DeviceContext
-    from ..toy.models import DDPM
 
     context = DeviceContext.choose(args.device, "fp32")
     picture = None
@@ -405,10 +404,8 @@ def _examined(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
         from ..io.images import read_picture
 
         picture = read_picture(args.picture).tensor() * 2 - 1
-    path = DDPM if args.file == "embedded" else Path(args.file).expanduser()
-    with context.autograd(), _trial(picture) as trial:
-        model = load_ddpm(context, args.file, _overrides(args.set), trial=trial if args.probe else None)
-    return model, path
+    with context.autograd(), _trial(picture) as probe:
+        return load_checkpoint(context, args.file, _overrides(args.set), probe=probe if args.probe else None)
 
 
 @contextlib.contextmanager
@@ -739,8 +736,8 @@ def _load(request: dict[str, Any], options: EditOptions) -> Models:
 
     context = DeviceContext.choose(request["device"], request["dtype"])
     with context.autograd():
-        with _trial() as trial:
-            ddpm = load_ddpm(context, request["ddpm"], request["overrides"], trial=trial)
+        with _trial() as probe:
+            ddpm = load_ddpm(context, request["ddpm"], request["overrides"], probe=probe)
         if request["checkpointing"]:
             ddpm.network.gradient_checkpointing = True  # type: ignore[assignment]
         wanted = any(t.strip() for t in request["prompts"])
