@@ -1,4 +1,4 @@
-"""Device, precision and memory layout of networks."""
+"""The one place that names a device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class DeviceContext:
-    """Where networks run, in which precision and memory layout.
+    """Where networks run, in which precision and layout; everything else is handed one.
 
-    Samples, losses and gradients are float32 in every context; ``dtype`` is that of convolutions and attention in the UNet.
+    Samples, losses and gradients are float32 in every context; ``dtype`` is that of the UNet's torso.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -31,12 +31,13 @@ class DeviceContext:
         """A context by name.
 
         Args:
-            device: 'auto' (CUDA if present, else the CPU) or any name of a device in torch, such as 'cuda:1' or 'mps'. 'auto' never chooses MPS,
-                which before torch 2.13 lacks the backward pass of warping that guidance needs.
-            dtype: 'fp32', 'bf16', 'fp16' or 'auto': float32 on CPU and MPS; on CUDA bfloat16 where it is native, else float16.
+            device: 'auto' (CUDA if there is one, else the CPU) or any name torch knows, e.g. 'cuda:1' or 'mps'. MPS has to
+                be asked for: before torch 2.13 it lacks the backward pass of warping that guidance needs.
+            dtype: 'fp32', 'bf16', 'fp16' or 'auto': float32 on CPU and MPS; on CUDA bfloat16 where it is native, else
+                float16.
 
         Raises:
-            BlendedError: if the device cannot be used on this computer, or the precision is unknown.
+            BlendedError: if the device does not exist here.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,9 +46,9 @@ class DeviceContext:
             torch.zeros(1, device=chosen)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             first = str(error).strip().splitlines()[0]
-            raise BlendedError(f"the device {device!r} cannot be used here ({first}); use cpu.", option="device") from None
+            raise BlendedError(f"the device {device!r} cannot be used here ({first}); try --device cpu.") from None
         if dtype != "auto" and dtype not in DTYPES:
-            raise BlendedError(f"unknown precision {dtype!r}; known are auto, {', '.join(DTYPES)}.", option="dtype")
+            raise BlendedError(f"unknown precision {dtype!r}; known are auto, {', '.join(DTYPES)}.")
         if dtype != "auto":
             precision = DTYPES[dtype]
         elif chosen.type == "cuda":
@@ -57,16 +58,16 @@ class DeviceContext:
         return cls(chosen, precision, channels_last=chosen.type == "cuda")
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Moves a network to the device, in the memory layout of the context; frozen and in evaluation mode."""
+        """Moves a network here, in this layout; frozen, in evaluation mode."""
         network = network.to(self.device).eval().requires_grad_(False)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A tensor on the device; floating-point tensors become float32."""
+        """A tensor on the device, as float32 if it is floating."""
         return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def release(self) -> None:
-        """Returns unused memory of torch's allocator to the device."""
+        """Gives memory that nothing uses any more back to the device."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -74,11 +75,11 @@ class DeviceContext:
             torch.mps.empty_cache()
 
     def make_room(self) -> bool:
-        """Frees memory of other networks on the device, in contexts that manage them; whether any was freed."""
+        """Has others give up memory on the device, where somebody knows of others; whether any did."""
         return False
 
     @contextlib.contextmanager
     def autograd(self) -> Iterator[None]:
-        """The scope in which networks are used: no inference mode, and gradients only where a function enables them."""
+        """The scope in which networks are used: no global inference mode, gradients off until a function asks for them."""
         with torch.inference_mode(False), torch.no_grad():
             yield
