@@ -67,8 +67,8 @@ def main() -> None:
         for item in schema.inputs:
             for option in getattr(item, "options", None) or []:
                 if not isinstance(option, str):
-                    function = getattr(sys.modules[node.__module__], {"start": "begin"}.get(option.key, option.key))
-                    found += differences(f"{schema.node_id} ({option.key})", option.inputs, function, {"picture"})
+                    function = getattr(sys.modules[node.__module__], {"start": "start_edit", "match": "match_level"}[option.key])
+                    found += differences(f"{schema.node_id} ({option.key})", option.inputs, function, {"image"})
     print(json.dumps({"nodes": names, "differences": found}))
 
 
