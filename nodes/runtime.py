@@ -38,6 +38,7 @@ INPUTS: dict[str, dict[str, str]] = {
     "Guidance Options": {**{name: name for name in GUIDANCE_INPUTS}, "start": "guide_from", "end": "guide_to"},
     "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides"},
     "Load CLIP (open_clip)": {"clip": "weights"},
+    "Demo Scene": {"seed": "seed"},
 }  # fmt: skip
 """Display name of a node → option of the library → input of that node. Where several nodes have an input for an option, a message on a node
 without one names the first. An option without an input (device, invert_mask, crop, …) is in none of them."""

@@ -131,12 +131,48 @@ def test_the_schema_is_the_locked_one(comfyui: Server) -> None:
     assert differences(json.loads(LOCK.read_text(encoding="utf-8")), found) == []
 
 
+def english_texts(server: Server) -> dict[str, Any]:
+    """The names and tooltips of all nodes of the pack, in the format of locales/en/nodeDefs.json."""
+
+    def texts(inputs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for group, specs in inputs.items():
+            for name, spec in specs.items() if group != "hidden" else ():
+                out[prefix + name] = {"name": name, "tooltip": spec[1]["tooltip"]}
+                for option in spec[1].get("options", []):
+                    out |= texts(option["inputs"], f"{name}_") if isinstance(option, dict) else {}
+        return out
+
+    return {
+        name: {
+            "display_name": info["display_name"],
+            "description": info["description"],
+            "inputs": texts(info["input"]),
+            "outputs": {
+                str(i): {"name": output, "tooltip": tooltip}
+                for i, (output, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
+            },
+        }
+        for name, info in server.get("/object_info").items()
+        if name.startswith("Blended")
+    }
+
+
+def test_the_english_locale_has_the_texts_of_the_schema(comfyui: Server) -> None:
+    file = ROOT / "locales" / "en" / "nodeDefs.json"
+    found = english_texts(comfyui)
+    if os.environ.get("BLENDED_WRITE_LOCALE"):
+        file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert differences(json.loads(file.read_text(encoding="utf-8")), found) == [], "write it with BLENDED_WRITE_LOCALE=1"
+
+
 def test_the_schema_is_what_execute_takes() -> None:
     command = [interpreter(), str(ROOT / "tests" / "contract.py")]
     run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=300, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.splitlines()[-1])
     assert told["differences"] == []
+    assert told["controls"] == [], "a message must not name an input that no node has"
     assert sorted(told["nodes"]) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
 
 
@@ -162,7 +198,8 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
     assert needed["x0"] < needed["unet"]
     assert len(told["told and taken"]) == 4
     for way, (said, taken) in told["told and taken"].items():
-        assert taken <= said <= 2.5 * taken, (way, said / taken)
+        # What a convolution in bfloat16 takes depends on the processor.
+        assert taken <= said <= 3 * taken, (way, said / taken)
     assert told["lines"] == ["Blended Diffusion: memory ran out (input “view_chunk” of Guidance Options)."] and told["during"] == 1, (
         "said at once, not at the end"
     )
