@@ -102,7 +102,7 @@ class GuidanceOptions:
         low=0.0, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
     )  # fmt: skip
     range_scale: float = option(
-        50.0, "Weight of the range loss, which pulls colors back into the range of a picture.",
+        50.0, "Weight of the range loss, which pulls values back into the valid range of an image.",
         low=0.0, node_high=100000.0, step=10.0, metavar="λ",
     )  # fmt: skip
     background_scale: float = option(
@@ -112,18 +112,19 @@ class GuidanceOptions:
     )  # fmt: skip
     gradient: str = option(
         "x0",
-        "Where the gradient is taken. x0: at the estimate of the clean picture, as in the paper; fast, little memory. unet: through the "
+        "Where the gradient is taken. x0: at the prediction of the clean image, as in the paper; fast, little memory. unet: through the "
         "diffusion model, as in the reference code; slower, several times the memory.",
         choices=("unet", "x0"),
     )  # fmt: skip
     clip_input: str = option(
         "x0",
-        "What CLIP sees. x0: the estimate of the clean picture. mixed: that estimate mixed with the noisy picture, as in the reference code.",
+        "What CLIP sees. x0: the prediction of the clean image. mixed: the prediction mixed with the noisy image, as in the reference code.",
         choices=("x0", "mixed"),
     )  # fmt: skip
     distance: str = option(
         "spherical",
-        "Distance between the CLIP embeddings of picture and text. cosine is the paper's, spherical the reference code's.",
+        "Distance between the CLIP embeddings of image and text. cosine: as in the paper. spherical: the squared great-circle "
+        "distance, limited so that its gradient is finite. spherical_unclamped: without that limit, as in the reference code.",
         choices=("spherical", "cosine", "spherical_unclamped"),
     )  # fmt: skip
     background_loss: str = option(
@@ -151,7 +152,7 @@ class GuidanceOptions:
     )  # fmt: skip
     reference_size: int = option(
         256,
-        "Picture side that the weights of the losses refer to, so that one scale suits models of every size. 0: weights are used as they are.",
+        "Image side that the weights of the losses refer to, so that one scale suits models of every size. 0: weights are used as they are.",
         low=0, node_high=4096, step=64, metavar="PX", unit="pixels",
     )  # fmt: skip
     x0_if_needed: bool = option(
@@ -164,7 +165,7 @@ class GuidanceOptions:
     )  # fmt: skip
     end: float = option(
         1.0,
-        "Share of the noise levels after which guidance ends; 1 is the clean picture. Steps without guidance are faster.",
+        "Share of the noise levels after which guidance ends; 1 is the clean image. Steps without guidance are faster.",
         low=0.0, high=1.0, step=0.05, flag="--guide-to", metavar="F",
     )  # fmt: skip
     early_views: int = option(
@@ -209,7 +210,7 @@ class EditOptions:
     preset: str = "best"  # the name that these options began from; has no effect by itself
     algorithm: str = option(
         "blended",
-        "blended: Algorithm 2 of the paper. local: Algorithm 1, where only a loss (λ) keeps the background, which drifts.",
+        "blended: Algorithm 2 of the paper. local: Algorithm 1, which keeps the background only by a loss (background_scale), so that it drifts.",
         choices=("blended", "local"),
     )  # fmt: skip
     steps: str = option(
@@ -226,7 +227,7 @@ class EditOptions:
     sampler: str = option(
         "ddpm", "ddpm adds noise at every step, as in the paper. ddim is deterministic and needs fewer steps.", choices=("ddpm", "ddim")
     )
-    eta: float = option(0.0, "Noise of the ddim sampler: 0 none, 1 as much as ddpm.", low=0.0, high=1.0, step=0.05)
+    eta: float = option(0.0, "Noise of the ddim sampler. 0: none. 1: as much as ddpm.", low=0.0, high=1.0, step=0.05)
     ddim_guidance: str = option(
         "matched",
         "How far guidance moves a ddim step. matched: as far as a ddpm step. score: half as far, by the formula of the score, as in the presets "
@@ -277,12 +278,12 @@ class EditOptions:
         choices=("binary", "soft", "nonzero"), flag="",
     )  # fmt: skip
     crop: str = option(
-        "region", "region: edit a square around the mask. squash: scale the whole picture to a square, as in the reference code.",
+        "region", "region: edit a square around the mask. squash: scale the whole image to a square, as in the reference code.",
         choices=("region", "squash"),
     )  # fmt: skip
     context: float = option(
         1.6,
-        "Side of the edited square over the longer side of the mask. More surroundings fit the edit in better and leave it fewer pixels.",
+        "Side of the edited square, as a multiple of the longer side of the mask. A larger context fits the edit in better and leaves it fewer pixels.",
         low=1.0, node_high=16.0, step=0.1, metavar="F",
     )  # fmt: skip
     feather: int = option(

@@ -631,7 +631,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     removal = list(edit_steps(models, SOURCE, MASK, None, unguided, SeededRandom(0), [0]))
     assert all(torch.equal(a.x, b.x) for a, b in zip(parted, removal, strict=True))
     for wrong in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.5}):
-        with pytest.raises(BlendedError, match="a start below the end|start is|end is"):
+        with pytest.raises(BlendedError, match=r"a start below the end|start is|end is"):
             GuidanceOptions(**wrong)
     with pytest.raises(BlendedError, match="early_views is -1"):
         GuidanceOptions(early_views=-1)
