@@ -60,7 +60,7 @@ class LoadDDPM(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Precision of the UNet, except its first and last layers. auto: as ComfyUI chooses. fp32: exact and slower; choose it if "
+                    tooltip="Precision of the UNet's blocks. auto: as ComfyUI chooses. fp32: exact and slower; choose it if "
                     "results are black.",
                 ),
                 io.String.Input(

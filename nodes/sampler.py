@@ -68,9 +68,9 @@ class BlendedSampler(io.ComfyNode):
                     default="best",
                     optional=True,
                     tooltip=(
-                        "best: recommended. fast: ranked as good as best in a third of the time; a value of steps above 0 and connected options replace "
-                        "its own. paper: as the text of the paper describes it. official: reproduces the reference code, including its deviations from "
-                        "the paper."
+                        "best: recommended. fast: its first candidate is ranked as good, in a third of the time; steps above 0 and connected options override "
+                        "its settings. paper: as the text of the paper describes it. official: reproduces the reference code, including its deviations "
+                        "from the paper."
                     ),
                 ),
                 inputs.GUIDANCE.Input(

@@ -1,4 +1,4 @@
-"""Run by ComfyUI's own Python (tests/test_nodes.py): the schema of every node against its execute; prints the differences as JSON."""
+"""Run by ComfyUI's own Python (tests/test_nodes.py): compares the schema of every node with its execute. Prints the differences as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = "contract_pack"
 
 
 def pack() -> Any:
-    """The pack as ComfyUI loads it, in a process that thinks it is ComfyUI on a CPU."""
+    """The pack as ComfyUI loads it, in a process configured as ComfyUI on a CPU."""
     sys.path.insert(0, str(Path.cwd()))
     sys.argv = ["main.py", "--cpu"]
     import comfy.options
@@ -32,7 +32,7 @@ def pack() -> Any:
 
 
 def differences(where: str, inputs: list[Any], function: Callable[..., Any], given: set[str]) -> list[str]:
-    """What of a function's parameters and a list of schema inputs does not fit, in words; ``given`` come from elsewhere."""
+    """The differences between a function's parameters and a list of schema inputs; ``given`` parameters are not inputs."""
     parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k not in given}
     out = [f"{where}: {name} is a parameter and no input" for name in set(parameters) - {i.id for i in inputs}]
     for item in inputs:

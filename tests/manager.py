@@ -1,4 +1,4 @@
-"""Run by ComfyUI's own Python (tests/test_nodes.py): what the pack asks of its memory manager; prints what happened as JSON."""
+"""Run by ComfyUI's own Python (tests/test_nodes.py): the pack in ComfyUI's memory manager. Prints the observations as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contract import NAME, pack
 
 
 def main() -> None:
-    """Two networks are loaded and one is in use; a warning and an error come out of the engine's scope."""
+    """Two networks are loaded and one is in use; a warning and an error leave the library's scope."""
     pack()
     load = importlib.import_module(f"{NAME}.nodes.load")
     memory = importlib.import_module(f"{NAME}.nodes.memory")
@@ -75,9 +75,9 @@ def main() -> None:
 
 
 def guided_in(memory: Any, runtime: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
-    """A guided step as ComfyUI loads networks in one of its modes: what it allowed each to take, and the step's numbers.
+    """A guided step with networks loaded in one of ComfyUI's memory modes: the bytes that each was allowed, and the step's numbers.
 
-    A mode has no effect on a processor, so for the time of loading the manager takes it for a card.
+    The modes have no effect on a CPU, so while networks are loaded the manager is told that the device is a GPU.
     """
     edit = importlib.import_module(f"{NAME}.blended_core.edit")
     draws = importlib.import_module(f"{NAME}.blended_core.random")
@@ -112,7 +112,7 @@ def guided_in(memory: Any, runtime: Any, ddpm: Any, clip: Any, state: Any) -> di
 
 
 def told_and_taken(memory: Any, load: Any, clip: Any) -> dict[str, list[float]]:
-    """For each precision and direction: the bytes that the manager is told of, and those that the network takes."""
+    """For each precision and direction: the estimated bytes, and the measured ones."""
     measure = importlib.import_module(f"{NAME}.benchmarks.measure")
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -134,14 +134,14 @@ def told_and_taken(memory: Any, load: Any, clip: Any) -> dict[str, list[float]]:
 
 
 def whole(part: Any) -> bool:
-    """Whether the manager holds all of a network to be on its device."""
+    """Whether the manager considers a network to be on its device as a whole."""
     return bool(part.patcher.loaded_size() == part.patcher.model_size())
 
 
 def taken_apart(memory: Any, runtime: Any, ddpm: Any) -> dict[str, Any]:
-    """A part of a network is taken away for another one's sake, as with --novram, and the network is used again.
+    """A part of a network is unloaded, as with --novram, and the network is used again.
 
-    Both places are the processor here, so what tells them apart is which layers were moved.
+    Both devices are the CPU here, so the test records which layers were moved.
     """
     mm, moved = memory.mm, []
     before, to = (mm.vram_state, mm.is_device_cpu), torch.nn.Module.to

@@ -1,4 +1,4 @@
-"""The LATENT that knows its level, on its way through what other nodes do to it."""
+"""The LATENT with a known noise level, after what other nodes do to it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_rows_repeated_get_new_numbers_and_keep_their_picture() -> None:
     assert (noisy.images, noisy.candidates) == ((0, 1, 0, 1), (0, 1, 2, 3))
 
 
-def test_latents_of_different_levels_joined_are_refused_by_row() -> None:
+def test_joined_latents_of_different_levels_are_refused_and_the_row_is_named() -> None:
     first, second = packed(2), packed(1, index=2, seed=5)
     joined = {**first, "samples": torch.cat([first["samples"], second["samples"]]), "batch_index": [0, 1, 0]}
     with pytest.raises(BlendedError, match=r"row 3 of 3 .*level 5 of 10.*join images after Final Paste"):
@@ -77,7 +77,7 @@ def test_samples_of_another_size_are_refused_with_both_sizes() -> None:
         latent.unpack({**whole, "samples": torch.zeros(1, 3, 16, 16)}, "x")
 
 
-def test_a_latent_without_the_key_is_refused_with_what_to_do() -> None:
+def test_a_latent_without_the_key_is_refused_and_the_error_says_what_to_do() -> None:
     with pytest.raises(BlendedError, match=r"1×4×8×8.*start with Noise Background"):
         latent.unpack({"samples": torch.zeros(1, 4, 8, 8)}, "CLIP Guidance Step")
 
@@ -132,7 +132,7 @@ def test_values_are_matched_to_rows_or_refused() -> None:
         noisy.rows_of(values[:3], "masks")
 
 
-def test_nothing_that_came_in_is_written_to() -> None:
+def test_inputs_are_not_modified() -> None:
     whole = packed(2, base={"other": 5})
     before = whole["samples"].clone()
     noisy = latent.unpack(whole, "x")

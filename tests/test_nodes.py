@@ -1,4 +1,4 @@
-"""The nodes in a real ComfyUI, driven through its server as a page drives them."""
+"""The nodes in a real ComfyUI, run through its server as the web page runs them."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def test_a_changed_seed_runs_only_what_depends_on_it(comfyui: Server) -> None:
     assert set(changed.executed) == {"sampler", "save", "text"}
 
 
-def test_an_overwritten_checkpoint_is_loaded_anew(comfyui: Server) -> None:
+def test_an_overwritten_checkpoint_is_loaded_again(comfyui: Server) -> None:
     folder = comfyui.folder / "models" / "ddpm"
     folder.mkdir(exist_ok=True)
     data = (ROOT / "blended_core" / "toy" / "data" / "ddpm.safetensors").read_bytes()
@@ -370,7 +370,7 @@ def test_an_overwritten_checkpoint_is_loaded_anew(comfyui: Server) -> None:
     assert "mine.safetensors" in comfyui.run(prompt).sentence
 
 
-def test_the_list_shows_what_may_be_a_checkpoint_and_a_saved_workflow_is_told_the_rest(comfyui: Server) -> None:
+def test_the_list_omits_files_that_are_no_checkpoint_and_a_saved_workflow_gets_an_error(comfyui: Server) -> None:
     from safetensors.torch import save_file
 
     folder = comfyui.folder / "models" / "ddpm"
@@ -393,7 +393,7 @@ def test_the_list_shows_what_may_be_a_checkpoint_and_a_saved_workflow_is_told_th
         comfyui.run(prompt)
 
 
-def test_trying_out_a_checkpoint_shows_its_progress_and_can_be_cancelled(comfyui: Server) -> None:
+def test_probing_a_checkpoint_shows_its_progress_and_can_be_canceled(comfyui: Server) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = comfyui.folder / "models" / "ddpm"
@@ -583,7 +583,7 @@ def test_models_of_other_sizes_work_in_every_node(comfyui: Server, size: int) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_precision(comfyui: Server, precision: str) -> None:
+def test_every_precision_gives_nearly_the_same_image(comfyui: Server, precision: str) -> None:
     prompt = sampler(scene(), candidates=1)
     reference = comfyui.pictures(comfyui.run(prompt), "save")[0].astype(int)
     prompt["ddpm"]["inputs"]["precision"] = precision
@@ -600,7 +600,7 @@ def test_ranking_sorts_as_the_sampler_does(comfyui: Server) -> None:
     np.testing.assert_array_equal(comfyui.pictures(outcome, "best")[0], comfyui.pictures(outcome, "save")[0])
 
 
-def test_plain_latents_are_blended_plainly(comfyui: Server) -> None:
+def test_latents_without_a_level_are_blended_as_they_are(comfyui: Server) -> None:
     prompt = scene()
     for name in ("a", "b"):
         prompt[name] = core("EmptyLatentImage", width=64, height=64, batch_size=1)
@@ -684,7 +684,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("what", "break_it", "sentence"), WRONG, ids=[w[0] for w in WRONG])
-def test_wrong_wiring_gets_a_sentence(comfyui: Server, what: str, break_it: Any, sentence: str) -> None:
+def test_wrong_connections_get_an_error_message(comfyui: Server, what: str, break_it: Any, sentence: str) -> None:
     prompt = loop({**scene(), "start": start()})
     prompt["wide"] = node("DemoScene", background="lake", width=96)
     prompt["plain"] = core("EmptyLatentImage", width=64, height=64, batch_size=1)
