@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..diffusion import OBJECTIVES, VARIANCES
 from ..errors import BlendedError
+from ..schedule import BETAS
 
 
 def _whole(value: Any) -> int:
@@ -24,10 +26,15 @@ def _flag(value: Any) -> bool:
     return words[str(value).strip().lower()]
 
 
-def _word(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value.strip()
+def _choice(*choices: str) -> tuple[Callable[[Any], str], str]:
+    """The conversion and the requirement of a setting with fixed values."""
+
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or value.strip() not in choices:
+            raise ValueError
+        return value.strip()
+
+    return convert, f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _numbers(value: Any) -> tuple[float, ...]:
@@ -52,17 +59,17 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "use_scale_shift_norm": (_flag, "true or false"),
     "conv_resample": (_flag, "true or false"),
     "use_new_attention_order": (_flag, "true or false"),
-    "schedule": (_word, "linear or cosine"),
+    "schedule": _choice(*BETAS),
     "steps": (_whole, "a whole number, at least 1"),
     "rescale_timesteps": (_flag, "true or false"),
-    "objective": (_word, "eps, v or x0"),
-    "variance": (_word, "learned_range, fixed_small or fixed_large"),
+    "objective": _choice(*OBJECTIVES),
+    "variance": _choice(*VARIANCES),
     # Flags of guided-diffusion that state the same in another way.
     "num_channels": (_whole, "a whole number, at least 1"),
     "attention_resolutions": (_numbers, "whole numbers of pixels separated by commas"),
     "learn_sigma": (_flag, "true or false"),
     "class_cond": (_flag, "true or false"),
-    "noise_schedule": (_word, "linear or cosine"),
+    "noise_schedule": _choice(*BETAS),
     "diffusion_steps": (_whole, "a whole number, at least 1"),
     "predict_xstart": (_flag, "true or false"),
     "sigma_small": (_flag, "true or false"),
