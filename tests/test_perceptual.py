@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 from blended_core import BlendedError, DeviceContext, load_perceptual
-from blended_core.losses import d_background
+from blended_core.losses import background_loss
 from blended_core.perceptual import BACKBONES
 
 CONTEXT = DeviceContext.choose("cpu")
@@ -72,7 +72,7 @@ def test_background_loss_has_a_gradient_outside_the_mask_alone(hub: Path) -> Non
     source, mask = pictures()[:1], torch.zeros(1, 1, 64, 64)
     mask[..., 16:48, 16:48] = 1
     x = (source + 0.1).requires_grad_()
-    d_background(x, source, mask, perceptual).sum().backward()
+    background_loss(x, source, mask, perceptual).sum().backward()
     assert x.grad is not None
     assert (x.grad * mask).abs().max() == 0
     assert (x.grad * (1 - mask)).abs().max() > 0
