@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from blended_core import edit as edit_module
+from blended_core import sample
 from blended_core.cli import app as cli
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.io import contact_sheet as sheet
@@ -546,19 +547,19 @@ def test_a_traceback_comes_only_with_debug(
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, image: int, error: BaseException | None = None) -> None:
     """Ctrl-C, or an error, in the second step of the batch that begins with ``image``."""
-    step = edit_module.guided_step
+    step = sample.guided_step
     seen: list[int] = []
 
     def guided_step(
-        models: Models, x: Any, index: int, schedule: Any, options: Any, prompt: Any, mask: Any, draws: Any, images: Any, source: Any
+        models: Models, x: Any, index: int, schedule: Any, options: Any, prompt: Any, mask: Any, random: Any, images: Any, *rest: Any
     ) -> Step:
         seen.extend(i for i in images if i == image)
         if len(seen) == 2:
             raise error or KeyboardInterrupt
-        result: Step = step(models, x, index, schedule, options, prompt, mask, draws, images, source)
+        result: Step = step(models, x, index, schedule, options, prompt, mask, random, images, *rest)
         return result
 
-    monkeypatch.setattr(edit_module, "guided_step", guided_step)
+    monkeypatch.setattr(sample, "guided_step", guided_step)
 
 
 def test_ctrl_c_keeps_what_is_finished(
