@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from blended_core.device import DeviceContext
-from blended_core.edit import EditOptions, edit_picture
-from blended_core.guidance import GuidanceOptions
+from blended_core.edit import edit_picture
+from blended_core.options import EditOptions, GuidanceOptions
 
 from .measure import ratio, side_by_side
 from .networks import SIZES, Size

@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from blended_core.adm.unet import AttentionBlock, UNet
 from blended_core.augment import ViewParameters, warp_views
 from blended_core.clip.model import ClipModel, Prompt
+from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import DiffusionModel, ddpm_step
-from blended_core.edit import EditOptions, Models, guided_step
-from blended_core.guidance import GuidanceOptions, clip_gradient, prompt_distance, seen_by_clip
-from blended_core.losses import range_loss
+from blended_core.diffusion import ddpm_step
+from blended_core.losses import ClipLoss, masked_view, prompt_distance, range_loss
+from blended_core.options import EditOptions, GuidanceOptions
 from blended_core.random import SeededRandom
+from blended_core.sample import Models, guided_step
 from blended_core.schedule import Schedule
 
 from .networks import Size, clip_model, diffusion_model, random_prompt
@@ -108,11 +109,11 @@ def reference(setting: Setting) -> Result:
         with torch.enable_grad():
             x = setting.x.detach().requires_grad_()
             x0 = setting.model.predict(x, INDEX, setting.schedule).x0
-            rows = seen_by_clip(x0, setting.mask, clip.image_size).repeat(setting.size.views, 1, 1, 1)
+            rows = masked_view(x0, setting.mask, clip.image_size).repeat(setting.size.views, 1, 1, 1)
             views = setting.views
             if views is not None:
                 rows = torch.cat([rows[:batch], warp_views(rows[batch:], views)])
-            distance = prompt_distance(clip.encode_image(rows), setting.prompt, options.distance)
+            distance = prompt_distance(clip.encode_image(rows), setting.prompt)
             loss = options.scale * distance.view(-1, batch).mean(0).sum() + options.range_scale * range_loss(x0).sum()
             found = torch.autograd.grad(loss, [x, *unused])[0]
     gradient = -found * (x.shape[-1] * x.shape[-2] / options.reference_size**2)
@@ -125,11 +126,11 @@ def _plain(network: nn.Module) -> Iterator[None]:
     """The network as plain autograd runs it, which keeps the input of every operation."""
     if not isinstance(network, UNet):
         raise TypeError("only an ADM network is measured.")
-    network.set_frugal(False)
+    network.set_recompute(False)
     try:
         yield
     finally:
-        network.set_frugal(True)
+        network.set_recompute(True)
 
 
 @contextlib.contextmanager
@@ -192,9 +193,8 @@ def timesteps(setting: Setting) -> Tensor:
 def clip_alone(setting: Setting, view_chunk: int) -> None:
     """The gradient of our guidance at CLIP's input, by so many views at once."""
     side = setting.clip.image_size
-    options = GuidanceOptions(views=setting.size.views, view_chunk=view_chunk)
     pooled = torch.zeros(setting.size.batch, 3, side, side, device=setting.x.device)
-    clip_gradient(pooled, setting.clip, setting.prompt, setting.views, options)
+    ClipLoss(setting.clip, setting.prompt, views=setting.size.views, chunk=view_chunk).pooled_gradient(pooled, setting.views)
 
 
 def clip(setting: Setting) -> None:
@@ -202,7 +202,7 @@ def clip(setting: Setting) -> None:
     side, rows = setting.clip.image_size, setting.size.batch * setting.size.views
     with torch.enable_grad():
         pictures = torch.zeros(rows, 3, side, side, device=setting.x.device).requires_grad_()
-        torch.autograd.grad(setting.clip.encode_normalised(pictures).sum(), pictures)
+        torch.autograd.grad(setting.clip.encode_normalized(pictures).sum(), pictures)
 
 
 def checkpointed(setting: Setting) -> Callable[[], Result]:

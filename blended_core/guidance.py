@@ -1,201 +1,94 @@
-"""One guided prediction: one forward of the UNet, the gradient of the losses, both returned."""
+"""Guidance: one prediction of the network and the gradient of all losses, in one forward pass."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import ViewParameters, warp_views
-from .clip.model import ClipModel, Prompt
-from .diffusion import DiffusionModel, Prediction
-from .errors import BlendedError
-from .losses import DISTANCES, PerceptualDistance, clamp_rows, d_background, d_background_reference, d_clip, finite_rows, range_loss
-from .schedule import Schedule
-
-
-@dataclass(frozen=True)
-class GuidanceOptions:
-    """How the losses steer a step (METHOD rows 2–6 and 14).
-
-    Attributes:
-        scale: weight of D_CLIP.
-        range_scale: weight of the range loss.
-        background_scale: weight λ of D_bg (Algorithm 1).
-        gradient: 'x0': with respect to x̂0, as the paper has it; 'unet': with respect to x_t, through the UNet, as its code does
-            (a backward pass more, judged no better: docs/quality.md).
-        clip_input: 'x0': CLIP sees x̂0; 'mixed': x̂0·f + x_t·(1−f) with f = √(1−ᾱ).
-        distance: of CLIP embeddings, see :func:`~blended_core.losses.d_clip`.
-        background_loss: 'paper', per image; or 'reference', with the next two weights instead of ``background_scale``.
-        lpips_scale, l2_scale: weights of 'reference'.
-        views: N, pictures that CLIP sees for one x̂0; the first is not warped, so 1 turns the augmentations off.
-        symmetric_views: shift views along both axes, not along y alone.
-        view_chunk: views that go through CLIP at once (0: all); changes memory, not the result.
-        clamp: largest root mean square of an image's gradient, or None.
-        reference_size: side of the pictures that the weights are meant for. The losses are means over a picture, so their
-            gradient at a pixel falls with the number of pixels; it is brought to what it would be at this size, and one scale suits
-            models of 64 and of 512 pixels. 0: weights as they are, which is the same at 256.
-        start, end: the part of the noise levels in which guidance works, 0 being the noisiest of the process and 1 the clean picture.
-            Outside of it a step costs one forward of the network; D_bg alone works everywhere, since nothing else keeps the background.
-        early_views: views in the noisier half of the process, where x̂0 is a blur; 0: as many as ``views``.
-        x0_if_needed: where memory runs out and nothing else helps, go on with the gradient at x̂0, which is another picture.
-    """
-
-    scale: float = 1000.0
-    range_scale: float = 50.0
-    background_scale: float = 0.0
-    gradient: str = "x0"
-    clip_input: str = "x0"
-    distance: str = "spherical"
-    background_loss: str = "paper"
-    lpips_scale: float = 1000.0
-    l2_scale: float = 10000.0
-    views: int = 8
-    symmetric_views: bool = True
-    view_chunk: int = 0
-    clamp: float | None = None
-    reference_size: int = 256
-    x0_if_needed: bool = False
-    start: float = 0.0
-    end: float = 1.0
-    early_views: int = 0
-
-    def __post_init__(self) -> None:
-        _choice("gradient", self.gradient, ("unet", "x0"))
-        _choice("clip_input", self.clip_input, ("x0", "mixed"))
-        _choice("distance", self.distance, DISTANCES)
-        _choice("background_loss", self.background_loss, ("paper", "reference"))
-        for name in ("scale", "range_scale", "background_scale", "lpips_scale", "l2_scale"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise BlendedError(f"guidance {name} is {value}; give a number of at least 0.")
-        if not 0 <= self.start < self.end <= 1:
-            raise BlendedError(
-                f"guidance from {self.start} to {self.end} is empty or outside of 0 to 1; give --guide-from a number below --guide-to, such as 0 and 0.8."
-            )
-        if self.early_views < 0:
-            raise BlendedError(f"early_views is {self.early_views}; give a number of views, or 0 for as many as later.")
-        if self.views < 1:
-            raise BlendedError(f"views is {self.views}; CLIP has to see at least 1 (1 turns the augmentations off).")
-        if self.view_chunk < 0:
-            raise BlendedError(f"view_chunk is {self.view_chunk}; give a number of views, or 0 for all at once.")
-        if self.reference_size < 0:
-            raise BlendedError(f"reference_size is {self.reference_size}; give a side in pixels (256 is usual), or 0 for none.")
-        if self.clamp is not None and not self.clamp > 0:
-            raise BlendedError(f"the gradient clamp is {self.clamp}; give a number above 0, or none.")
-
-    def at(self, index: int, levels: int) -> GuidanceOptions | None:
-        """The options of the step at ``index`` of that many levels; None where guidance is off."""
-        share = (levels - 1 - index) / levels
-        if share < self.start or (share >= self.end and self.end < 1):
-            return replace(self, scale=0.0, range_scale=0.0) if self.needs_perceptual else None
-        return replace(self, views=self.early_views) if self.early_views and share < 0.5 else self
-
-    @property
-    def needs_perceptual(self) -> bool:
-        """Whether D_bg, and so an LPIPS network, takes part."""
-        return self.background_scale > 0
-
-
-def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise BlendedError(f"{name} is {value!r}; known are {', '.join(options)}.")
+from .denoiser import DiffusionModel
+from .diffusion import Prediction
+from .losses import Loss, LossTerm, StepInput
 
 
 @dataclass(frozen=True)
 class GuidedPrediction:
-    """A prediction and where guidance wants it.
+    """A prediction and where guidance moves it.
 
-    ``gradient`` [B, C, H, W] is that of minus the loss, or None without guidance; ``clip_distance`` [B] the mean distance
-    of the views, or None; ``broken`` counts images whose gradient was not finite and was replaced by zero.
+    Attributes:
+        prediction: of the network; nothing in it is guided.
+        gradient: of minus the sum of the losses [B, C, H, W], or None without guidance.
+        values: the unweighted value of each loss per image [B], by its name.
+        broken: number of images whose gradient was not finite and was replaced by zero.
     """
 
     prediction: Prediction
-    gradient: Tensor | None
-    clip_distance: Tensor | None = None
+    gradient: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
     broken: int = 0
 
 
-def prompt_distance(embeddings: Tensor, prompt: Prompt, distance: str) -> Tensor:
-    """Weighted sum of the distances to all texts of a prompt; [N, D] → [N]."""
-    total = torch.zeros(len(embeddings), device=embeddings.device)
-    for text, weight in zip(prompt.embeddings.to(embeddings), prompt.weights, strict=True):
-        total = total + weight * d_clip(embeddings, text, distance)
-    return total
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """Losses, where their gradient is taken, and how x̂0 becomes the image that they see.
 
-
-def seen_by_clip(x: Tensor, mask: Tensor, clip_size: int) -> Tensor:
-    """The masked picture, grey (0) outside, average-pooled to CLIP's size; [B, 3, H, W] → [B, 3, S, S]."""
-    return F.adaptive_avg_pool2d(x * mask, (clip_size, clip_size))
-
-
-def mixed_estimate(x0: Tensor, x_t: Tensor, index: int, schedule: Schedule) -> Tensor:
-    """x̂0·f + x_t·(1−f) with f = √(1−ᾱ): what CLIP sees in the reference code (METHOD row 3)."""
-    share = float(schedule.sqrt_one_minus_alphas_cumprod[index])
-    return x0 * share + x_t * (1 - share)
-
-
-def clip_gradient(
-    pooled: Tensor, clip: ClipModel, prompt: Prompt, views: ViewParameters | None, options: GuidanceOptions
-) -> tuple[Tensor, Tensor]:
-    """Gradient of scale · mean distance over the views, accumulated chunk by chunk.
-
-    Args:
-        pooled: [B, 3, S, S] in −1..1, what the un-warped view shows.
-        clip, prompt, options: what is asked.
-        views: parameters of the (N − 1)·B warped rows; None if N is 1.
-
-    Returns:
-        (gradient [B, 3, S, S], mean distance of each image [B]).
+    Attributes:
+        losses: their gradients add. None at all: no guidance.
+        through_network: take the gradient with respect to x_t, through the network, instead of x̂0.
+        decode: x̂0 → image, differentiable; None for models whose x̂0 is an image.
+        reference_size: picture side that the weights refer to. The losses are means over a picture, so their gradient at one pixel falls with the
+            number of pixels; it is scaled to what it would be at this size. 0: unscaled.
+        clamp: largest root mean square of the gradient of one image, or None.
     """
-    batch, count = len(pooled), options.views
-    chunk = options.view_chunk or count
-    leaf = pooled.detach().requires_grad_()
-    gradient, distances = torch.zeros_like(leaf), torch.zeros(batch, device=pooled.device)
-    for start in range(0, count, chunk):
-        # In a function of its own, so that nothing of a chunk is alive while the next one is looked at.
-        part, distance = _chunk_gradient(leaf, start, min(start + chunk, count), clip, prompt, views, options.distance)
-        gradient += part.mul_(options.scale / count)
-        distances += distance / count
-        del part
-    return gradient, distances
+
+    losses: tuple[Loss, ...] = ()
+    through_network: bool = False
+    decode: Callable[[Tensor], Tensor] | None = None
+    reference_size: int = 0
+    clamp: float | None = None
+
+    def __call__(self, model: DiffusionModel, step: StepInput, labels: Tensor | None = None) -> GuidedPrediction:
+        """Predicts x_{t−1} and the gradient of minus the losses with one forward pass of the network."""
+        with torch.set_grad_enabled(self.through_network and bool(self.losses)):
+            x = step.x.detach()
+            if self.through_network:
+                x = x.requires_grad_()
+            prediction = model.predict(x, step.index, step.schedule, labels)
+        if not self.losses:
+            return GuidedPrediction(prediction.detach())
+        # In two parts: down to x̂0, and from there through the network, which may compute in half precision.
+        terms, gradient = self._at_estimate(prediction.x0.detach(), step)
+        if self.through_network:
+            gradient = gradient_through(prediction.x0, x, gradient)
+            gradient = sum((term.direct for term in terms.values() if term.direct is not None), start=gradient)
+        gradient = -gradient
+        if self.reference_size:
+            gradient = gradient * (x.shape[-1] * x.shape[-2] / self.reference_size**2)
+        gradient, broken = zero_broken_rows(gradient)
+        if self.clamp is not None:
+            gradient = clamp_rows(gradient, self.clamp)
+        return GuidedPrediction(prediction.detach(), gradient, {name: term.value for name, term in terms.items()}, broken)
+
+    def _at_estimate(self, x0: Tensor, step: StepInput) -> tuple[dict[str, LossTerm], Tensor]:
+        """The losses by name, and the gradient of their sum with respect to x̂0."""
+        with torch.enable_grad():
+            leaf = x0.requires_grad_()
+            image = leaf if self.decode is None else self.decode(leaf)
+        terms = {loss.name: loss(image.detach(), step) for loss in self.losses}
+        first, *others = (term.gradient for term in terms.values())
+        gradient = sum(others, start=first)
+        if self.decode is not None:
+            (gradient,) = torch.autograd.grad(image, leaf, gradient)
+        return terms, gradient
 
 
-def _chunk_gradient(
-    leaf: Tensor, start: int, stop: int, clip: ClipModel, prompt: Prompt, views: ViewParameters | None, distance: str
-) -> tuple[Tensor, Tensor]:
-    """Gradient [B, 3, S, S] and sum [B] of the distances of the views from ``start`` up to ``stop``; view 0 is not warped."""
-    batch = len(leaf)
+def gradient_through(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+    """The gradient of ⟨output, cotangent⟩ with respect to x; the cotangent of each image is scaled to what half precision can hold.
 
-    def look() -> Tensor:
-        rows = leaf.repeat(stop - start, 1, 1, 1)
-        if views is None:
-            return rows
-        if start > 0:
-            return warp_views(rows, views.rows((start - 1) * batch, (stop - 1) * batch))
-        return torch.cat([rows[:batch], warp_views(rows[batch:], views.rows(0, (stop - 1) * batch))]) if stop > 1 else rows
-
-    with torch.no_grad():
-        seen = look().requires_grad_()
-    with torch.enable_grad():
-        far = prompt_distance(clip.encode_image(seen), prompt, distance)
-        (towards,) = torch.autograd.grad(far.sum(), seen)
-    far = far.detach().view(stop - start, batch).sum(0)
-    # The views are made a second time for their own way back, which is cheap, and so are not kept while CLIP needs the memory.
-    del seen
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(look(), leaf, towards)
-    return gradient, far
-
-
-def backward_to_input(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
-    """The gradient of ⟨output, cotangent⟩ with respect to x, each image's brought to a size that half precision can hold on the way.
-
-    In float16 what is below 6e-8 is lost. A gradient of a mean over many pixels is of that size, so it is scaled to 1 at its largest
-    before the network, and back behind it; by powers of two, which round nothing.
+    In float16 values below 6e-8 are lost, and the gradient of a mean over many pixels is of that size. It is scaled so that its largest value is
+    about 1 before the network, and back afterward, by powers of two, which round nothing.
 
     Args:
         output: [B, C, H, W], computed from x [B, C, H, W]; cotangent: [B, C, H, W] float32.
@@ -206,93 +99,15 @@ def backward_to_input(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     return gradient * torch.exp2(exponent)
 
 
-def guided_prediction(
-    model: DiffusionModel,
-    x_t: Tensor,
-    index: int,
-    schedule: Schedule,
-    options: GuidanceOptions,
-    *,
-    clip: ClipModel | None,
-    prompt: Prompt | None,
-    mask: Tensor,
-    source: Tensor | None = None,
-    perceptual: PerceptualDistance | None = None,
-    views: ViewParameters | None = None,
-    labels: Tensor | None = None,
-) -> GuidedPrediction:
-    """Predicts x_{t−1} and the gradient of minus the loss in one forward of the network.
+def zero_broken_rows(gradient: Tensor) -> tuple[Tensor, int]:
+    """The gradient with zero for every image that has a NaN or Inf, and the number of such images."""
+    finite = gradient.isfinite().flatten(1).all(1)
+    if bool(finite.all()):
+        return gradient, 0
+    return torch.where(finite.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0), int((~finite).sum())
 
-    loss = scale · D_CLIP + range_scale · range + background_scale · D_bg, summed over the images; its gradient is brought to
-    ``reference_size``. Without a prompt there
-    is no guidance (removal), and the gradient is None.
 
-    Args:
-        model, x_t, index, schedule, labels: the step; x_t is [B, C, H, W].
-        options: the losses and the kind of gradient.
-        clip, prompt: needed unless the prompt is empty.
-        mask: [B or 1, 1, H, W], what CLIP sees.
-        source: [B or 1, C, H, W], needed for D_bg, as is ``perceptual``.
-        views: (N − 1)·B warped views for CLIP.
-
-    Raises:
-        BlendedError: if something needed is missing.
-    """
-    if prompt is None or not len(prompt):
-        with torch.no_grad():
-            return GuidedPrediction(model.predict(x_t, index, schedule, labels), None)
-    if clip is None:
-        raise BlendedError("a prompt was given without a CLIP model to judge it.")
-    if options.scale > 0 and options.views > 1 and (views is None or len(views) != (options.views - 1) * len(x_t)):
-        given = 0 if views is None else len(views)
-        raise BlendedError(
-            f"{options.views} views of {len(x_t)} images need {(options.views - 1) * len(x_t)} warped rows; {given} were given."
-        )
-    through_unet = options.gradient == "unet"
-    with torch.set_grad_enabled(through_unet):
-        x = x_t.detach()
-        if through_unet:
-            x = x.requires_grad_()
-        prediction = model.predict(x, index, schedule, labels)
-    # In two parts: down to x̂0, and from there through the UNet, which may compute in half precision.
-    with torch.enable_grad():
-        x0 = prediction.x0.detach().requires_grad_()
-        x_direct = x_t.detach().requires_grad_(through_unet and options.clip_input == "mixed")
-        x_in = mixed_estimate(x0, x_direct, index, schedule) if options.clip_input == "mixed" else x0
-        outputs: list[Tensor] = []
-        cotangents: list[Tensor | None] = []
-        distances = None
-        if options.scale > 0:
-            pooled = seen_by_clip(x_in, mask, clip.image_size)
-            cotangent, distances = clip_gradient(pooled, clip, prompt, views, options)
-            outputs.append(pooled)
-            cotangents.append(cotangent)
-        rest = torch.zeros((), device=x.device)
-        if options.range_scale > 0:
-            rest = rest + options.range_scale * range_loss(x0).sum()
-        if options.needs_perceptual:
-            if source is None or perceptual is None:
-                raise BlendedError("background preservation needs the source picture and an LPIPS network.")
-            if options.background_loss == "paper":
-                rest = rest + options.background_scale * d_background(x_in, source, mask, perceptual).sum()
-            else:
-                rest = rest + d_background_reference(x_in, source, mask, perceptual, options.lpips_scale, options.l2_scale)
-        if rest.requires_grad:
-            outputs.append(rest)
-            cotangents.append(None)
-        gradient = None
-        if outputs:
-            wanted = [x0, x_direct] if x_direct.requires_grad else [x0]
-            gradient, *direct = torch.autograd.grad(outputs, wanted, cotangents, materialize_grads=True)
-            if through_unet:
-                gradient = backward_to_input(prediction.x0, x, gradient)
-            gradient = -sum(direct, start=gradient)
-    prediction = Prediction(*(getattr(prediction, f).detach() for f in ("x0", "mean", "variance", "log_variance")))
-    if gradient is None:
-        return GuidedPrediction(prediction, None)
-    if options.reference_size:
-        gradient = gradient * (x_t.shape[-1] * x_t.shape[-2] / options.reference_size**2)
-    gradient, broken = finite_rows(gradient)
-    if options.clamp is not None:
-        gradient = clamp_rows(gradient, options.clamp)
-    return GuidedPrediction(prediction, gradient, distances, broken)
+def clamp_rows(gradient: Tensor, limit: float) -> Tensor:
+    """Scales down the gradient of every image whose root mean square exceeds ``limit``."""
+    rms = gradient.flatten(1).square().mean(1).sqrt().clamp(min=1e-20)
+    return gradient * (limit / rms).clamp(max=1.0).view(-1, *[1] * (gradient.ndim - 1))

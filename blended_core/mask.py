@@ -1,80 +1,157 @@
-"""Masks, blending at matching noise levels, and the final paste."""
+"""The mask of an edit, blending at matching noise levels, and the final paste."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import BlendedError
+
 THRESHOLD = 0.5
 SOFT_FADE = 0.25
-"""Soft masks: below this value the paste fades the edit out, so that a mask's thin skirt leaves no rim."""
+"""Below this value of a soft mask the paste fades the edit out, so that faint values at the edge of a mask leave no visible rim."""
 
 
-def binary_mask(mask: Tensor, invert: bool = False) -> Tensor:
-    """1 where ``mask`` is at least 0.5, else 0; the other way round if ``invert``. NaN is never edited."""
-    return ((mask < THRESHOLD) if invert else (mask >= THRESHOLD)).to(torch.float32)
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in whole pixels, right and bottom exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice, slice]:
+        """The index of the box in a picture [B, C, H, W]."""
+        return slice(None), slice(None), slice(self.top, self.bottom), slice(self.left, self.right)
+
+    def grown(self, by: int, width: int, height: int) -> Box:
+        """Larger by ``by`` pixels on every side, limited to a picture of that size."""
+        return Box(max(self.left - by, 0), max(self.top - by, 0), min(self.right + by, width), min(self.bottom + by, height))
 
 
-def soft_mask(mask: Tensor, invert: bool = False) -> Tensor:
-    """``mask`` clamped to 0..1; 1 − mask if ``invert``. NaN becomes 0 in both cases: it is never edited."""
-    values = mask.to(torch.float32).clamp(0, 1)
-    return (1 - values if invert else values).nan_to_num(0.0)
+@dataclass(frozen=True, eq=False, repr=False)
+class EditMask:
+    """Which pixels an edit may change.
 
-
-def mask_at_level(mask: Tensor, index: int, start_index: int, soft: bool) -> Tensor:
-    """The mask that one level is blended with.
-
-    A soft mask becomes {m > threshold}, and the threshold rises with the noise level from 0 at the cleanest index to just
-    under 1 at ``start_index``: a pixel of 1 is free all the way, one of 0 never is, and one between is set free as late as
-    its value is low, so that it keeps the more of the source. (Levin & Fried, "Differential Diffusion", 2023.)
+    Attributes:
+        values: [B, 1, H, W] float32 in 0..1; 0 is outside. Of a binary mask every value is 0 or 1.
+        soft: whether values between 0 and 1 matter: a pixel is released the later, the lower its value.
+        brightest: largest value of the mask that these were made from, for the error about an empty one.
     """
-    if not soft:
-        return mask
-    return (mask > index / (start_index + 1)).to(mask.dtype)
 
+    values: Tensor
+    soft: bool = False
+    brightest: float = 0.0
 
-def mask_for_clip(mask: Tensor, soft: bool) -> Tensor:
-    """What CLIP sees of a mask: everything that may be edited at all, however little."""
-    return (mask > 0).to(mask) if soft else mask
+    @classmethod
+    def of(cls, mask: Tensor, rule: str = "binary", invert: bool = False) -> EditMask:
+        """The mask that an edit uses.
+
+        Args:
+            mask: [B, 1, H, W] in 0..1, 1 = edit. NaN is never edited.
+            rule: 'binary' (at least 0.5), 'soft', or 'nonzero' (above 0).
+            invert: edit the outside instead.
+        """
+        brightest = float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0
+        if rule == "soft":
+            values = mask.to(torch.float32).clamp(0, 1)
+            return cls((1 - values if invert else values).nan_to_num(0.0), True, brightest)
+        inside = mask > 0 if rule == "nonzero" else mask >= THRESHOLD
+        return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, brightest)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        height, width = self.values.shape[-2:]
+        return f"EditMask({len(self)} of {width}×{height}, {'soft' if self.soft else 'binary'}, {float(self.inside.float().mean()):.1%} inside)"
+
+    @property
+    def inside(self) -> Tensor:
+        """The pixels that may change, bool [B, 1, H, W]."""
+        return self.values > 0
+
+    def rows(self, rows: Sequence[int] | slice) -> EditMask:
+        """The masks of some images; a single one is the mask of all."""
+        if len(self) == 1:
+            return self
+        return replace(self, values=self.values[rows if isinstance(rows, slice) else list(rows)])
+
+    def with_values(self, values: Tensor) -> EditMask:
+        """A mask of the same kind with other values: cut, moved to a device."""
+        return replace(self, values=values)
+
+    def at_level(self, index: int, start_index: int) -> Tensor:
+        """The weights [B, 1, H, W] that one level is blended with.
+
+        A soft mask becomes {m > threshold}. The threshold rises with the noise level, from 0 at the cleanest index to just below 1 at
+        ``start_index``: a pixel of 1 is free at every level, one of 0 at none, and one between is released the later, the lower its value, so that it
+        keeps more of the source. (Levin & Fried, "Differential Diffusion", 2023.) A binary mask is the same at every level.
+        """
+        return (self.values > index / (start_index + 1)).to(self.values)
+
+    def for_clip(self) -> Tensor:
+        """What CLIP sees [B, 1, H, W]: every pixel that may change at all."""
+        return self.inside.to(self.values)
+
+    def box(self) -> Box:
+        """The smallest box around everything inside, over all images.
+
+        Raises:
+            BlendedError: if nothing is inside.
+        """
+        inside = self.inside.flatten(0, 1).any(0)
+        rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+        if not len(rows):
+            rule = "above 0" if self.soft else "0.5 or more (gray 128 of 255)"
+            raise BlendedError(
+                f"the mask is empty: its brightest pixel is {self.brightest:.3g} and editing needs {rule}. Paint white where the picture should "
+                "change, or invert the mask if black was meant.",
+                option="invert_mask",
+            )
+        return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+    def paste_weights(self, feather: int = 0) -> Tensor:
+        """Share of the edit in the final paste, [B, 1, H, W] in 0..1; exactly 0 outside.
+
+        ``feather``: pixels over which the edit fades in, counted inward from the edge of the mask.
+        """
+        weights = (self.values / SOFT_FADE).clamp(max=1.0)
+        if feather > 0:
+            inside = self.for_clip()
+            window = 2 * feather + 1
+            padded = F.pad(inside, (feather,) * 4, mode="replicate")
+            # The share of a window that lies inside is about a half at a straight edge and 1 deeper than ``feather``.
+            share = F.avg_pool2d(F.avg_pool2d(padded, (1, window), 1), (window, 1), 1)
+            weights = weights * ((share - 0.5) * 2).clamp(1 / (feather + 1), 1.0) * inside
+        return weights
 
 
 def blend(foreground: Tensor, background: Tensor, mask: Tensor) -> Tensor:
-    """x_fg ⊙ m + x_bg ⊙ (1 − m), [B, C, H, W]; both must be at one noise level."""
+    """x_fg ⊙ m + x_bg ⊙ (1 − m), [B, C, H, W]; both must be at one noise level. (Algorithm 2.)"""
     return foreground * mask + background * (1 - mask)
 
 
-def paste_weights(mask: Tensor, soft: bool, feather: int) -> Tensor:
-    """How much of the edit the final paste takes, [.., H, W] in 0..1; exactly 0 outside the mask.
-
-    ``feather``: pixels over which the edit fades in, counted inwards from the mask's edge.
-    """
-    weights = (mask / SOFT_FADE).clamp(max=1.0) if soft else (mask >= THRESHOLD).to(torch.float32)
-    if feather > 0:
-        inside = (weights > 0).to(torch.float32)
-        window = 2 * feather + 1
-        flat = F.pad(inside.reshape(-1, 1, *inside.shape[-2:]), (feather,) * 4, mode="replicate")
-        # The share of a window that lies inside is about a half at a straight edge and 1 deeper than ``feather``.
-        share = F.avg_pool2d(F.avg_pool2d(flat, (1, window), 1), (window, 1), 1).reshape(inside.shape)
-        weights = weights * ((share - 0.5) * 2).clamp(1 / (feather + 1), 1.0) * inside
-    return weights
-
-
-def final_paste(edited: Tensor, original: Tensor, mask: Tensor, *, soft: bool = False, feather: int = 0) -> Tensor:
+def final_paste(edited: Tensor, original: Tensor, mask: EditMask, feather: int = 0) -> Tensor:
     """The original with the edit inside the mask.
 
     Args:
         edited: [B, C, H, W] in the original's own values (0..1); clamped to that range.
         original: [B or 1, C, H, W] in 0..1.
-        mask: [B or 1, 1, H, W], 1 = edit.
-        soft: the mask is soft: outside is m = 0; else outside is m < 0.5.
-        feather: pixels over which the edit fades in, inwards.
+        mask: [B or 1, 1, H, W].
+        feather: pixels over which the edit fades in, inward.
 
     Returns:
-        [B, C, H, W] in the original's dtype. Outside the mask the values are the original's bit for bit: they are chosen, never computed, so that
-        neither rounding nor a NaN of the edit reaches them.
+        [B, C, H, W] in the original's dtype. Outside the mask the values are the original's bit for bit: they are selected, not computed, so neither
+        rounding nor a NaN of the edit reaches them.
     """
-    weights = paste_weights(mask.nan_to_num(0.0), soft, feather)
+    weights = mask.paste_weights(feather)
     edited = edited.clamp(0, 1)
     mixed = torch.where(weights >= 1, edited, original + (edited - original) * weights)
     return torch.where(weights > 0, mixed.to(original.dtype), original)

@@ -1,8 +1,7 @@
-"""What to do when memory runs out in a guided step: the same with less at once.
+"""What happens when memory runs out in a guided step: the same work in smaller parts.
 
-First the room that others would give up, then fewer images, then fewer views through CLIP, then the UNet's activations are made again instead of kept. All that changes memory and
-time; the picture stays the same, as far as sums in another order are. Only the gradient at x̂0 is another picture, and is taken only
-where the options allow it.
+First the memory that other networks occupy, then fewer images, then fewer views through CLIP, then gradient checkpointing. All of that changes memory
+and time; the result stays the same up to rounding. Only the gradient at x̂0 changes the result, and it is taken only where the options allow it.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ from torch import nn
 
 from .device import DeviceContext
 from .errors import BlendedWarning, OutOfMemoryError
-from .guidance import GuidanceOptions
+from .options import GuidanceOptions
 
 Result = TypeVar("Result")
 
-SIGNS = (
+OUT_OF_MEMORY_TEXTS = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "not enough gpu video memory", "alloc_failed",
 )  # fmt: skip
-"""How CUDA, MPS and the CPU's allocator say it, where they have no exception of their own."""
+"""In messages of CUDA, MPS and the CPU allocator, where they have no exception of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is why something failed."""
+    """Whether an exception means that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS)
 
 
 @dataclass
 class MemoryLimits:
-    """How little a guided step takes at once; learned by failing, and kept for an edit's further steps.
+    """How much a guided step may process at once; lowered when memory runs out, and kept for the further steps of an edit.
 
     Attributes:
-        rows: images at once, or None for the whole batch; view_chunk: views at once, or None for what the options say.
-        checkpointing: make activations again on the way back. x0: the gradient stops at x̂0.
+        rows: images at once, or None for the whole batch. view_chunk: views at once, or None for what the options say.
+        checkpointing: recompute activations in the backward pass. x0: take the gradient at x̂0.
         scored: pictures that are scored at once, or None for the whole batch.
     """
 
@@ -51,8 +50,8 @@ class MemoryLimits:
     x0: bool = False
     scored: int | None = None
 
-    def forget(self) -> None:
-        """Begins anew: what was too much for one edit may fit the next, when another program has ended."""
+    def reset(self) -> None:
+        """Removes all limits: what did not fit in one edit may fit in the next, when another program has ended."""
         self.rows, self.view_chunk, self.checkpointing, self.x0, self.scored = None, None, False, False, None
 
     def applied(self, options: GuidanceOptions) -> GuidanceOptions:
@@ -61,39 +60,30 @@ class MemoryLimits:
             options = replace(options, view_chunk=min(self.view_chunk, options.view_chunk or self.view_chunk))
         return replace(options, gradient="x0") if self.x0 and options.x0_if_needed else options
 
-    def rows_of(self, batch: int, options: GuidanceOptions, guided: bool) -> int:
-        """How many images of a batch go at once."""
-        return batch if together(options, guided) else min(batch, self.rows or batch)
-
-    def less(self, batch: int, options: GuidanceOptions, network: nn.Module, guided: bool) -> str:
-        """Takes the next measure and says which; nothing left is ''.
-
-        Args:
-            batch: images of the step that failed; options: as the person gave them; network: the UNet.
-            guided: whether CLIP takes part.
-        """
-        rows = self.rows_of(batch, options, guided)
-        now = self.applied(options)
-        if rows > 1 and not together(options, guided):
+    def lower(self, work: GuidedWork) -> str:
+        """Lowers the next limit and says which; '' if none is left."""
+        options = self.applied(work.options)
+        rows = min(work.batch, self.rows or work.batch)
+        if rows > 1 and not work.whole_batch:
             self.rows = rows // 2
-            return f"going on with {self.rows} of {batch} images at once"
-        chunk = min(now.view_chunk or now.views, now.views)
-        if guided and options.scale > 0 and chunk > 1:
+            return f"continuing with {self.rows} of {work.batch} images at once"
+        chunk = min(options.view_chunk or options.views, options.views)
+        if work.guided and options.scale > 0 and chunk > 1:
             self.view_chunk = chunk // 2
-            return f"going on with {self.view_chunk} of {now.views} views at once"
-        through_unet = guided and now.gradient == "unet"
-        if through_unet and not self.checkpointing and getattr(network, "gradient_checkpointing", None) is False:
-            # Views were not what did not fit; they are learned again if they are.
+            return f"continuing with {self.view_chunk} of {options.views} views at once"
+        through_network = work.guided and options.gradient == "unet"
+        if through_network and not self.checkpointing and getattr(work.network, "gradient_checkpointing", None) is False:
+            # Views were not what did not fit; their limit is found again if they are.
             self.checkpointing, self.view_chunk = True, None
-            return "going on with gradient checkpointing, which is slower"
-        if through_unet and options.x0_if_needed:
+            return "continuing with gradient checkpointing, which is slower"
+        if through_network and options.x0_if_needed:
             self.x0, self.view_chunk = True, None
-            return "going on with the gradient at x̂0, as you allowed; from here on the picture is another one"
+            return "continuing with the gradient at x̂0, as the options allow; the result will differ"
         return ""
 
     @contextmanager
     def checkpoints(self, network: nn.Module) -> Iterator[None]:
-        """The network with checkpointing where that was decided."""
+        """The network with gradient checkpointing where these limits ask for it."""
         if not self.checkpointing:
             yield
             return
@@ -105,76 +95,103 @@ class MemoryLimits:
             network.gradient_checkpointing = before
 
 
-def run_within_memory(
-    work: Callable[[int, GuidanceOptions], list[Result]],
-    batch: int,
-    options: GuidanceOptions,
-    limits: MemoryLimits,
-    network: nn.Module,
-    context: DeviceContext,
-    guided: bool,
-) -> list[Result]:
-    """Does ``work(rows, options)``, again with less where memory runs out.
+@dataclass(frozen=True, eq=False)
+class GuidedWork:
+    """A guided step as far as memory is concerned.
 
-    Warns (BlendedWarning) with one line for each measure. Raises OutOfMemoryError when there is none left.
+    Attributes:
+        batch: number of images. options: as the user gave them. network: the UNet.
+        guided: whether CLIP takes part. whole_batch: whether the images must not be processed apart.
+    """
+
+    batch: int
+    options: GuidanceOptions
+    network: nn.Module
+    guided: bool
+    whole_batch: bool = False
+
+
+def run_within_memory(
+    work: Callable[[int, GuidanceOptions], list[Result]], description: GuidedWork, limits: MemoryLimits, context: DeviceContext
+) -> list[Result]:
+    """Runs ``work(rows, options)``, and again under lower limits each time that memory runs out.
+
+    Warns:
+        BlendedWarning: for each limit that is lowered.
+
+    Raises:
+        OutOfMemoryError: when no limit is left to lower.
     """
     while True:
         try:
-            with limits.checkpoints(network):
-                return work(limits.rows_of(batch, options, guided), limits.applied(options))
+            with limits.checkpoints(description.network):
+                rows = description.batch if description.whole_batch else min(description.batch, limits.rows or description.batch)
+                return work(rows, limits.applied(description.options))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        # Outside of the handler, where the failed step's tensors are let go of.
-        context.release()
-        if context.make_room():
-            warnings.warn("memory ran out; networks that this step does not need were unloaded.", BlendedWarning, stacklevel=2)
+            reason = _reason(error)
+        # Outside of the handler, where the tensors of the failed step are released.
+        if _others_make_room(context):
             continue
-        measure = limits.less(batch, options, network, guided)
+        measure = limits.lower(description)
         if not measure:
-            raise OutOfMemoryError(nothing_left(reason, batch, options, context, guided))
-        warnings.warn(f"memory ran out; {measure}.", BlendedWarning, stacklevel=2)
+            raise _nothing_left(reason, description, context)
+        warnings.warn(BlendedWarning(f"memory ran out; {measure}."), stacklevel=2)
 
 
-def fewer_at_once(work: Callable[[int], Result], rows: int, context: DeviceContext, what: str) -> tuple[Result, int]:
-    """``work(rows)`` for as many rows at once as memory allows, beginning with ``rows``, and how many that was; the result must not depend on it.
+def run_in_parts(work: Callable[[int], Result], rows: int, context: DeviceContext, what: str) -> tuple[Result, int]:
+    """``work(rows)`` with as many rows at once as memory allows, at most ``rows``, and that number; the result must not depend on it.
 
-    Warns (BlendedWarning) with one line for each halving; ``what`` is what goes on ('pictures are scored'). Raises OutOfMemoryError when one alone does not fit.
+    ``what`` names the work ('pictures are scored').
+
+    Warns:
+        BlendedWarning: each time that the number is halved.
+
+    Raises:
+        OutOfMemoryError: when one row alone does not fit.
     """
     while True:
         try:
             return work(rows), rows
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        context.release()
-        if context.make_room():
-            warnings.warn("memory ran out; networks that are not needed were unloaded.", BlendedWarning, stacklevel=2)
+            reason = _reason(error)
+        if _others_make_room(context):
             continue
         if rows <= 1:
-            raise OutOfMemoryError(f"memory ran out while {what}, one at a time ({reason}); close other programs, or run on --device cpu.")
+            raise OutOfMemoryError(
+                f"memory ran out while {what}, one at a time ({reason}); close other programs, or run on the CPU.", option="device"
+            )
         rows //= 2
-        warnings.warn(f"memory ran out; {what}, {rows} at once.", BlendedWarning, stacklevel=2)
+        warnings.warn(BlendedWarning(f"memory ran out; {what}, {rows} at once."), stacklevel=2)
 
 
-def together(options: GuidanceOptions, guided: bool) -> bool:
-    """Whether the images of a batch must not be split: the reference code's background loss averages over them."""
-    return guided and options.needs_perceptual and options.background_loss == "reference"
+def _reason(error: RuntimeError | MemoryError) -> str:
+    """The first line of an error about memory; any other error is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def nothing_left(reason: str, batch: int, options: GuidanceOptions, context: DeviceContext, guided: bool) -> str:
-    """The sentence when not even the least fits, with what could still be done."""
-    advice = []
-    if together(options, guided) and batch > 1:
-        least, advice = f"a batch of {batch}, which the reference code's background loss keeps together,", ["use --batch 1"]
+def _others_make_room(context: DeviceContext) -> bool:
+    context.release()
+    if not context.make_room():
+        return False
+    warnings.warn(BlendedWarning("memory ran out; networks that this step does not need were unloaded."), stacklevel=3)
+    return True
+
+
+def _nothing_left(reason: str, work: GuidedWork, context: DeviceContext) -> OutOfMemoryError:
+    """The error when not even the smallest unit fits, with what the user can still do."""
+    advice: list[tuple[str, str]] = []
+    if work.whole_batch and work.batch > 1:
+        unit = f"a batch of {work.batch}, which the reference code's background loss does not allow to split,"
+        advice.append(("use a batch of 1", "batch"))
     else:
-        least = "one image and one view at a time" if guided else "one image at a time"
-    if guided and options.gradient == "unet" and not options.x0_if_needed:
-        advice.append("take the gradient at x̂0 (--gradient x0), which needs a fraction of it")
+        unit = "one image and one view at a time" if work.guided else "one image at a time"
+    if work.guided and work.options.gradient == "unet" and not work.options.x0_if_needed:
+        advice.append(("take the gradient at x̂0, which needs a fraction of it", "gradient"))
     if context.dtype == torch.float32:
-        advice.append("try half precision (--dtype bf16 or fp16)")
+        advice.append(("use half precision", "dtype"))
     if context.device.type != "cpu":
-        advice.append("run on --device cpu")
-    return f"memory ran out even with {least} ({reason.rstrip('.')}); {', or '.join([*advice, 'close other programs'])}."
+        advice.append(("run on the CPU", "device"))
+    texts = [text for text, _ in advice] + ["close other programs"]
+    return OutOfMemoryError(f"memory ran out even with {unit} ({reason}); {', or '.join(texts)}.", option=[name for _, name in advice])

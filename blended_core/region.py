@@ -1,17 +1,17 @@
-"""The square around the mask: cut out, brought to the model's size, put back."""
+"""The square around the mask: cut out, scaled to the model's size, pasted back."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import BlendedError
-from .mask import THRESHOLD
+from .mask import THRESHOLD, Box, EditMask, final_paste
 
 SMALLEST = 4
 """A region is at least 1/SMALLEST of the model's side, however small the mask: beyond that enlarging shows CLIP a blur."""
@@ -39,42 +39,40 @@ class Region:
         columns = _reflected(self.left, self.side, self.width).to(picture.device)
         return resize(picture.index_select(2, rows).index_select(3, columns), size)
 
-    def cut_mask(self, mask: Tensor, size: int, soft: bool = False) -> Tensor:
-        """[B, 1, height, width] → [B, 1, size, size]; 0 beyond the picture's edges.
+    def cut_mask(self, mask: EditMask, size: int) -> EditMask:
+        """[B, 1, height, width] → [B, 1, size, size]; 0 beyond the edges of the picture.
 
-        A binary mask stays binary. Where it is so small or thin that nothing of it would be left at the model's size (an
-        island, a line; or more than half of it all), every pixel it touches is taken.
+        A binary mask stays binary. Where it is so small or thin that nothing of it would be left at the model's size (an island, a line, or more than
+        half of all of it), every pixel that it touches is inside.
         """
         inner = self.inner()
-        canvas = mask.new_zeros(mask.shape[0], 1, self.side, self.side)
-        canvas[:, :, inner.top - self.top : inner.bottom - self.top, inner.left - self.left : inner.right - self.left] = mask[
-            :, :, inner.top : inner.bottom, inner.left : inner.right
-        ]
+        canvas = mask.values.new_zeros(len(mask), 1, self.side, self.side)
+        canvas[self._in_square(inner).slices] = mask.values[inner.slices]
         if self.side == size:
             small = canvas
         elif self.side > size:
             small = F.interpolate(canvas, size=(size, size), mode="area")
         else:
             small = F.interpolate(canvas, size=(size, size), mode="bilinear", align_corners=False)
-        if soft:
-            return small.clamp(0, 1)
-        half = (small >= THRESHOLD).to(mask.dtype)
-        touched = (small > 0).to(mask.dtype)
+        if mask.soft:
+            return mask.with_values(small.clamp(0, 1))
+        half = (small >= THRESHOLD).to(small.dtype)
+        touched = (small > 0).to(small.dtype)
         thin = half.sum(dim=(1, 2, 3), keepdim=True) < 0.5 * small.sum(dim=(1, 2, 3), keepdim=True)
-        # A pixel is lost if nothing near it stands for it; enlarging spreads a mask's edge over size/side pixels.
+        # A pixel is lost if nothing near it represents it; enlarging spreads the edge of a mask over size/side pixels.
         reach = max(1, math.ceil(size / self.side))
         lost = touched * (1 - F.max_pool2d(half, 2 * reach + 1, 1, reach))
-        return torch.where(thin, touched, torch.maximum(half, lost))
+        return mask.with_values(torch.where(thin, touched, torch.maximum(half, lost)))
 
     def put_back(self, edited: Tensor, picture: Tensor) -> Tensor:
-        """The picture with the region replaced, [B, C, height, width]; ``edited`` is [B, C, size, size] in its values."""
+        """The picture with the region replaced, [B, C, height, width]; ``edited`` is [B, C, size, size] in the values of the picture."""
         inner = self.inner()
-        full = resize(edited, self.side)
-        out = picture.expand(edited.shape[0], -1, -1, -1).clone()
-        out[:, :, inner.top : inner.bottom, inner.left : inner.right] = full[
-            :, :, inner.top - self.top : inner.bottom - self.top, inner.left - self.left : inner.right - self.left
-        ]
+        out = picture.expand(len(edited), -1, -1, -1).clone()
+        out[inner.slices] = resize(edited, self.side)[self._in_square(inner).slices]
         return out
+
+    def _in_square(self, box: Box) -> Box:
+        return Box(box.left - self.left, box.top - self.top, box.right - self.left, box.bottom - self.top)
 
     def within(self, box: Box) -> Region:
         """The same square, of the part of the picture in a box."""
@@ -85,66 +83,31 @@ class Region:
         return Box(max(self.left, 0), max(self.top, 0), min(self.left + self.side, self.width), min(self.top + self.side, self.height))
 
 
-@dataclass(frozen=True)
-class Box:
-    """A rectangle in whole pixels, right and bottom exclusive."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def slices(self) -> tuple[slice, slice, slice, slice]:
-        """To index pictures [B, C, H, W] with."""
-        return slice(None), slice(None), slice(self.top, self.bottom), slice(self.left, self.right)
-
-    def grown(self, by: int, width: int, height: int) -> Box:
-        """Larger by so many pixels on every side, within a picture of that size."""
-        return Box(max(self.left - by, 0), max(self.top - by, 0), min(self.right + by, width), min(self.bottom + by, height))
-
-
-def bounds(mask: Tensor, soft: bool = False) -> Box:
-    """The smallest box around what is edited, of a mask [.., H, W]; BlendedError if that is nothing."""
-    flat = mask.reshape(-1, *mask.shape[-2:])
-    inside = ((flat > 0) if soft else (flat >= THRESHOLD)).any(0)
-    rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
-    if not len(rows):
-        peak = float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0
-        rule = "above 0" if soft else "0.5 or more (grey 128 of 255)"
-        raise BlendedError(
-            f"the mask is empty: its brightest pixel is {peak:.3g} and editing needs {rule}. Paint white where the picture should "
-            "change; if black was meant, use --invert-mask."
-        )
-    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-
-
-def region_around(mask: Tensor, model_size: int, context: float = 1.6, soft: bool = False) -> Region:
+def region_around(mask: EditMask, model_size: int, context: float = 1.6) -> Region:
     """The square that an edit works on.
 
     Args:
-        mask: [.., H, W], 1 = edit; several islands are covered by one square.
-        model_size: the model's side in pixels.
-        context: side of the square over the longer side of the mask; at least 1. More shows the model more of the
-            surroundings, and gives the edit fewer pixels.
-        soft: the mask is soft.
+        mask: [B, 1, H, W]; several islands, and several masks, are covered by one square.
+        model_size: the side in pixels that the model was trained at.
+        context: side of the square over the longer side of the mask; at least 1. More shows the model more of the surroundings, and gives the edit
+            fewer pixels.
 
     Returns:
-        A region inside the picture where it fits. Where the mask is longer than the picture's shorter side, it reaches
-        beyond that side.
+        A region inside the picture where it fits. Where the mask is longer than the shorter side of the picture, the region reaches beyond that side.
+
+    Raises:
+        BlendedError: for an empty mask, or a context below 1.
     """
     if not (math.isfinite(context) and context >= 1):
-        raise BlendedError(f"context is {context}; give 1 (the mask alone) or more, 1.6 is usual.")
-    height, width = int(mask.shape[-2]), int(mask.shape[-1])
-    box = bounds(mask, soft)
+        raise BlendedError(f"context is {context}; give 1 (the mask alone) or more (default 1.6).", option="context")
+    height, width = int(mask.values.shape[-2]), int(mask.values.shape[-1])
+    box = mask.box()
     longer = max(box.right - box.left, box.bottom - box.top)
     side = max(math.ceil(longer * context), -(-model_size // SMALLEST))
     side = max(min(side, max(width, height)), longer)
     if side != model_size and 1 / SNAP <= side / model_size <= SNAP and longer * min(context, 1.1) <= model_size <= max(width, height):
         side = model_size
-    return Region(
-        _place(box.left, box.right, side, width), _place(box.top, box.bottom, side, height), side, width, height
-    )  # fmt: skip
+    return Region(_place(box.left, box.right, side, width), _place(box.top, box.bottom, side, height), side, width, height)
 
 
 def _place(low: int, high: int, side: int, length: int) -> int:
@@ -172,28 +135,63 @@ def resize(picture: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.interpolate(picture, size=target, mode="bicubic", align_corners=False, antialias=True)
 
 
-@dataclass(frozen=True)
-class WholePicture:
-    """The whole picture squashed to a square, as the reference code does it (Lanczos; the mask by nearest neighbour)."""
+class PictureRegion(Protocol):
+    """What an edit works on: a :class:`Region`, or the whole picture squashed to a square (:mod:`~blended_core.reference`)."""
 
-    width: int
-    height: int
+    @property
+    def width(self) -> int:
+        """Of the picture, in pixels."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """Of the picture, in pixels."""
+        ...
 
     def cut(self, picture: Tensor, size: int) -> Tensor:
-        """[1, 3, height, width] in 0..1 → [1, 3, size, size], through 8 bit as the reference does."""
-        from PIL import Image
+        """[B, C, height, width] → [B, C, size, size]."""
+        ...
 
-        pixels = (picture[0].permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        small = Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(picture) / 255
-
-    def cut_mask(self, mask: Tensor, size: int, soft: bool = False) -> Tensor:
-        """[1, 1, height, width] → [1, 1, size, size]."""
-        from PIL import Image
-
-        small = Image.fromarray(mask[0, 0].to(torch.float32).numpy()).resize((size, size), Image.Resampling.NEAREST)
-        return torch.from_numpy(np.array(small))[None, None].to(mask)
+    def cut_mask(self, mask: EditMask, size: int) -> EditMask:
+        """[B, 1, height, width] → [B, 1, size, size]."""
+        ...
 
     def put_back(self, edited: Tensor, picture: Tensor) -> Tensor:
-        """Stretched to the picture's size; [B, C, size, size] → [B, C, height, width]."""
-        return resize(edited, (self.height, self.width))
+        """The picture with the region replaced, [B, C, height, width]."""
+        ...
+
+    def inner(self) -> Box:
+        """The part of the picture that the region shows."""
+        ...
+
+    def within(self, box: Box) -> PictureRegion:
+        """The same region, of the part of the picture in a box."""
+        ...
+
+
+def paste(
+    edited: Tensor, original: Tensor, mask: EditMask, region: PictureRegion, feather: int = 0, keep_background: bool = True
+) -> Tensor:
+    """Puts an edited region back into the original.
+
+    Args:
+        edited: [B, C, S, S] in −1..1.
+        original: [B or 1, C, H, W] in 0..1.
+        mask: [B or 1, 1, H, W] in the frame of the original.
+        region: that was cut out.
+        feather: pixels over which the edit fades in, inward.
+        keep_background: False puts back the whole region, also outside the mask (Algorithm 1).
+
+    Returns:
+        [B, C, H, W] in the original's dtype; with ``keep_background`` the original bit for bit outside the mask.
+    """
+    values = (edited.to(original) + 1) / 2
+    if not keep_background:
+        return region.put_back(values, original).clamp(0, 1)
+    # The mask lies in the region, so nothing else of a large picture is computed; the feather reads a little beyond.
+    around = region.inner().grown(feather + 1, region.width, region.height)
+    part = original[around.slices]
+    pasted = final_paste(region.within(around).put_back(values, part), part, mask.with_values(mask.values[around.slices]), feather)
+    out = original.expand(len(pasted), -1, -1, -1).clone()
+    out[around.slices] = pasted
+    return out

@@ -23,25 +23,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blended_core import edit
+from blended_core import options as options_module
 from blended_core.adm.unet import UNet, UNetConfig, timestep_embedding
 from blended_core.augment import ViewParameters, affine_matrices, perspective_matrices, warp_views
 from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
+from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import (
-    DiffusionConfig,
-    DiffusionModel,
-    ddim_reverse_step,
-    ddim_step,
-    ddpm_step,
-    guided_x0,
-    posterior_mean,
-    q_sample,
-)
-from blended_core.guidance import GuidanceOptions, clip_gradient, guided_prediction, mixed_estimate, seen_by_clip
-from blended_core.losses import d_background_reference, d_clip, range_loss
+from blended_core.diffusion import DiffusionConfig, coefficient, ddim_step, ddpm_step, guided_x0, posterior_mean, predict_eps, q_sample
+from blended_core.guidance import clip_gradient, guided_prediction
+from blended_core.losses import d_background_reference, d_clip, range_loss, seen_by_clip
+from blended_core.options import GuidanceOptions
 from blended_core.perceptual import Perceptual
-from blended_core.rank import clip_distance_reference
-from blended_core.region import WholePicture
+from blended_core.reference import WholePicture, clip_distance_reference, mixed_estimate
 from blended_core.schedule import Schedule, named_betas
 
 FORMAT = 1
@@ -327,8 +320,8 @@ class RecordingClip(ClipModel):
     pictures: Tensor
     embeddings: Tensor
 
-    def encode_normalised(self, pictures: Tensor) -> Tensor:
-        self.pictures, self.embeddings = pictures, super().encode_normalised(pictures)
+    def encode_normalized(self, pictures: Tensor) -> Tensor:
+        self.pictures, self.embeddings = pictures, super().encode_normalized(pictures)
         return self.embeddings
 
 
@@ -526,11 +519,11 @@ def replay_diffusion_step(case: Case) -> None:
     scale = amplification(schedule, t)
     with torch.no_grad():
         plain = model.predict(x_t, t, schedule, labels)
-        clipped = model.predict(x_t, t, schedule, labels, clip_denoised=True)
+    clipped = plain.x0.clamp(-1, 1)
     case.compare_scaled("pred_xstart", X0, plain.x0, "pmv.noclip.pred_xstart", scale)
-    case.compare_scaled("pred_xstart", X0, clipped.x0, "pmv.clip.pred_xstart", scale)
+    case.compare_scaled("pred_xstart", X0, clipped, "pmv.clip.pred_xstart", scale)
     case.compare_scaled("mean", SAMPLE, plain.mean, "pmv.noclip.mean", scale)
-    case.compare_scaled("mean", SAMPLE, clipped.mean, "pmv.clip.mean", scale)
+    case.compare_scaled("mean", SAMPLE, posterior_mean(clipped, x_t, t, schedule), "pmv.clip.mean", scale)
     case.compare("variance", NETWORK, plain.variance, case["pmv.noclip.variance"].expand_as(x_t))
     case.compare("log_variance", SAMPLE, plain.log_variance, case["pmv.noclip.log_variance"].expand_as(x_t))
 
@@ -549,7 +542,14 @@ def replay_diffusion_step(case: Case) -> None:
             sample = ddim_step(x_t, x0, t, noise, schedule, eta)
             case.compare_scaled("DDIM sample", SAMPLE, sample, f"ddim.{name}.{guided}.sample", scale)
     case.compare_scaled("guided pred_xstart", X0, shifted, "ddim.eta07.cond.pred_xstart", scale)
-    case.compare_if_recorded("DDIM reversed", SAMPLE, "ddim_reverse.sample", lambda: ddim_reverse_step(x_t, plain.x0, t, schedule))
+    case.compare_if_recorded("DDIM reversed", SAMPLE, "ddim_reverse.sample", lambda: ddim_reversed(x_t, plain.x0, t, schedule))
+
+
+def ddim_reversed(x_t: Tensor, x0: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """One deterministic DDIM step toward more noise, which the reference code has and the library does not need."""
+    eps = predict_eps(x_t, x0, t, schedule)
+    following = schedule.alphas_cumprod_next
+    return x0 * coefficient(np.sqrt(following), t, x_t) + coefficient(np.sqrt(1 - following), t, x_t) * eps
 
 
 def replay_losses(case: Case) -> None:
@@ -606,7 +606,7 @@ def mean_over_views(embeddings: Tensor, text: Tensor, batch: int) -> Tensor:
 def replay_clip(case: Case) -> None:
     clip = case.folder.clip(case.name)
     image = case["image"].clone().requires_grad_()
-    embeddings = clip.encode_normalised(image)
+    embeddings = clip.encode_normalized(image)
     case.compare("image embedding", NETWORK, embeddings, "image_embed")
     case.compare("text embedding", NETWORK, clip.encode_tokens(case["tokens"].long()), "text_embed")
     case.compare("gradient", GRADIENT, torch.autograd.grad(embeddings.square().sum(), image)[0], "grad_image")
@@ -648,7 +648,7 @@ def replay_augment(case: Case) -> None:
     case.compare("grad_x", GRADIENT, torch.autograd.grad((out * case["w"]).sum(), x)[0], "grad_x")
 
 
-def prepared(case: Case, image: str, mask: str, options: edit.EditOptions) -> tuple[Tensor, Tensor]:
+def prepared(case: Case, image: str, mask: str, options: options_module.EditOptions) -> tuple[Tensor, Tensor]:
     """Source [1, 3, S, S] in −1..1 and mask [1, 1, S, S] from the recorded files, by the rules of the options."""
     size = int(case.config["size"])
     pixels = case[image]
@@ -663,17 +663,17 @@ def prepared(case: Case, image: str, mask: str, options: edit.EditOptions) -> tu
 
 
 def replay_preprocess(case: Case) -> None:
-    options = edit.preset("official", invert_mask=bool(case.config["invert_mask"]))
+    options = options_module.preset("official", invert_mask=bool(case.config["invert_mask"]))
     source, mask = prepared(case, "image_u8", "mask_u8", options)
     case.compare("init_image", PIXEL, source, "init_image")
     case.compare("mask", EXACT, mask, "mask")
 
 
-def official(case: Case, **changes: Any) -> edit.EditOptions:
+def official(case: Case, **changes: Any) -> options_module.EditOptions:
     """The preset ``official`` with the recorded command line."""
     args = case.config["editor_args"]
     local = bool(args["local_clip_guided_diffusion"])
-    return edit.preset(
+    return options_module.preset(
         "official",
         algorithm="local" if local else "blended",
         steps=str(case.config["diffusion"]["timestep_respacing"]),

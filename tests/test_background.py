@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from blended_core.cli import app as cli
-from blended_core.diffusion import DiffusionConfig, DiffusionModel
-from blended_core.edit import EditOptions, edit_picture, paste, prepared_mask, preset
+from blended_core.denoiser import DiffusionModel
+from blended_core.diffusion import DiffusionConfig
+from blended_core.edit import edit_picture, prepared_mask
 from blended_core.errors import BlendedError
 from blended_core.io.images import to_uint8
 from blended_core.mask import final_paste, paste_weights
+from blended_core.options import EditOptions, preset
 from blended_core.rank import background_error, seam_energy
-from blended_core.region import region_around
+from blended_core.region import paste, region_around
 
 from . import tiny
 

@@ -18,11 +18,11 @@ from PIL import Image
 
 from blended_core import edit as edit_module
 from blended_core.cli import app as cli
-from blended_core.edit import Models, Step
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.io import contact_sheet as sheet
 from blended_core.io import images as pictures
 from blended_core.io import results
+from blended_core.sample import Models, Step
 from blended_core.toy.models import CLIP, DDPM
 from blended_core.toy.world import Placed, Scene, render
 
@@ -458,7 +458,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--steps", "ddim37"], "no whole stride"),
     (["--prompt", "tree", "--candidates", "0"], "candidates is 0"),
     (["--prompt", "tree", "--views", "0"], "views is 0"),
-    (["--prompt", "tree", "--seed", "-1"], "the seed is -1"),
+    (["--prompt", "tree", "--seed", "-1"], "seed is -1"),
     (["--prompt", "tree", "--context", "0.5"], "context is 0.5"),
     (["--prompt", "tree", "--skip", "4"], "--skip is 4 of 4 steps"),
     (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'"),
@@ -505,7 +505,7 @@ def test_networks_that_are_not_there(tmp_path: Path, inputs: list[str], capsys: 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--candidates", "0"], "candidates is 0"), (["--seed", "-1"], "the seed is -1"), (["--background", "moon"], "no background 'moon'")],
+    [(["--candidates", "0"], "candidates is 0"), (["--seed", "-1"], "seed is -1"), (["--background", "moon"], "no background 'moon'")],
 )
 def test_a_demo_that_cannot_be_writes_nothing(tmp_path: Path, capsys: Any, arguments: list[str], words: str) -> None:
     assert words in failed(capsys, "demo", "--out", tmp_path / "out", *arguments)

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 from blended_core.cli.app import _options, build_parser, main
-from blended_core.edit import PRESETS, Models
 from blended_core.errors import BlendedError
 from blended_core.evaluation import metrics as evaluation
 from blended_core.evaluation import plots as evaluation_pictures
 from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
 from blended_core.evaluation.metrics import ROWS, STEPS, as_table, pairs, rank_auc, summary
 from blended_core.io.atomic import sha256
+from blended_core.options import PRESETS
+from blended_core.sample import Models
 from blended_core.toy import spoil
 from blended_core.toy.captions import describe
 from blended_core.toy.models import CLIP, DDPM, JUDGE

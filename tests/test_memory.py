@@ -13,10 +13,12 @@ from torch import Tensor
 
 from blended_core.clip.model import Prompt
 from blended_core.device import DeviceContext
-from blended_core.edit import EditOptions, Models, Step, edit_picture, guided_step, preset
+from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.memory import MemoryLimits, is_out_of_memory
+from blended_core.options import EditOptions, preset
 from blended_core.random import SeededRandom
+from blended_core.sample import Models, Step, guided_step
 
 from .tiny import random_picture, tiny_models
 

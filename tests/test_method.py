@@ -19,25 +19,18 @@ from blended_core import edit as edit_module
 from blended_core.adm.unet import AttentionBlock, ResBlock
 from blended_core.cli import app as cli
 from blended_core.clip.model import ClipModel, Prompt
-from blended_core.diffusion import DiffusionConfig, DiffusionModel, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
-from blended_core.edit import (
-    PRESETS,
-    EditOptions,
-    Step,
-    class_labels,
-    edit_picture,
-    edit_steps,
-    guided_step,
-    noise_background,
-    preset,
-    reference_index,
-)
+from blended_core.denoiser import DiffusionModel
+from blended_core.diffusion import DiffusionConfig, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
+from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
-from blended_core.guidance import GuidanceOptions, GuidedPrediction, guided_prediction
+from blended_core.guidance import GuidedPrediction, guided_prediction
 from blended_core.losses import d_background, d_background_reference, d_clip, range_loss
 from blended_core.mask import blend, mask_at_level
+from blended_core.options import PRESETS, EditOptions, GuidanceOptions, preset
 from blended_core.random import SeededRandom
 from blended_core.rank import clip_distance, clip_distance_of_views, ranking, seam_energy
+from blended_core.reference import reference_index
+from blended_core.sample import Step, class_labels, edit_steps, guided_step, noise_background
 from blended_core.schedule import CLEAN, Schedule
 
 from . import tiny
@@ -638,7 +631,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     removal = list(edit_steps(models, SOURCE, MASK, None, unguided, SeededRandom(0), [0]))
     assert all(torch.equal(a.x, b.x) for a, b in zip(parted, removal, strict=True))
     for wrong in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.5}):
-        with pytest.raises(BlendedError, match="--guide-from a number below --guide-to"):
+        with pytest.raises(BlendedError, match=r"a start below the end|start is|end is"):
             GuidanceOptions(**wrong)
     with pytest.raises(BlendedError, match="early_views is -1"):
         GuidanceOptions(early_views=-1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blended_core.cli import app as cli
-from blended_core.edit import preset
+from blended_core.options import preset
 
 ROOT = Path(__file__).parent.parent
 FRESH_PAGES = """

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blended_core.edit import choose_region, edit_picture, preset
+from blended_core.edit import choose_region, edit_picture
 from blended_core.errors import BlendedError
-from blended_core.region import SMALLEST, SNAP, Region, WholePicture, bounds, region_around
+from blended_core.options import preset
+from blended_core.reference import WholePicture
+from blended_core.region import SMALLEST, SNAP, Region, bounds, region_around
 
 from . import tiny
 

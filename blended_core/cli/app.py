@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..adm.load import Checkpoint
     from ..adm.probe import ProbeOptions
-    from ..diffusion import DiffusionModel
-    from ..edit import EditOptions, EditResult, Models
+    from ..options import EditOptions
+    from ..result import EditResult
+    from ..sample import Models
 
-from ..errors import BlendedError, BlendedWarning
+from ..errors import BlendedError, BlendedWarning, Note
 from ..io.atomic import sha256, write_bytes
 from ..io.results import REPORT, SHEET, Writer, as_json, library_versions, old_results, own_version, precision_of, sentence_of
 from .process import keep_freed_memory
@@ -228,8 +230,8 @@ def _told_warnings() -> Iterator[None]:
 
 def demo(args: argparse.Namespace) -> int:
     """Makes a scene, edits it, writes everything that ``edit`` does."""
-    from ..edit import preset
     from ..io.images import write_png
+    from ..options import preset
     from ..toy.world import GUIDANCE_SCALE, demo_scene
 
     out: Path = args.out
@@ -304,11 +306,11 @@ def inspect_command(args: argparse.Namespace) -> int:
     """``inspect``: a table, or JSON."""
     from ..adm.describe import as_dict, as_table
 
-    model, path = _examined(args)
+    loaded = _examined(args)
     if args.json:
-        print(json.dumps(as_dict(model.detection, path), indent=1, ensure_ascii=False))
+        print(json.dumps(as_dict(loaded.detection, loaded.path), indent=1, ensure_ascii=False))
     else:
-        print(as_table(model.detection, path))
+        print(as_table(loaded.detection, loaded.path))
     return 0
 
 
@@ -322,9 +324,9 @@ def convert_command(args: argparse.Namespace) -> int:
         raise BlendedError(f"{args.target} exists; take another name, or --overwrite.")
     if not args.target.absolute().parent.is_dir():
         raise BlendedError(f"there is no folder {args.target.absolute().parent}; create it first.")
-    model, path = _examined(args)
-    size = convert(model, args.target, half=args.half)
-    print(f"{path.name} → {args.target}: {size / 1e6:.1f} MB{' in half precision' if args.half else ''}, settings included")
+    loaded = _examined(args)
+    size = convert(loaded.model, args.target, half=args.half)
+    print(f"{loaded.path.name} → {args.target}: {size / 1e6:.1f} MB{' in half precision' if args.half else ''}, settings included")
     return 0
 
 
@@ -336,11 +338,11 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from ..adm.load import load_ddpm
     from ..clip.model import load_clip
     from ..device import DeviceContext
-    from ..edit import Models
     from ..evaluation.judge import Judge
     from ..evaluation.metrics import ROWS, as_table, evaluate, finished, pairs
     from ..evaluation.plots import comparison, plot, row_sheet
     from ..perceptual import load_perceptual
+    from ..sample import Models
     from ..toy.models import CLIP, DDPM, JUDGE, LPIPS
 
     if unknown := sorted(set(args.only or ()) - set(ROWS)):
@@ -391,11 +393,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _examined(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
-    """The checkpoint that a command names, in float32, and its file."""
-    from ..adm.load import load_ddpm
+def _examined(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that a command names, in float32."""
+    from ..adm.load import load_checkpoint
     from ..device import DeviceContext
-    from ..toy.models import DDPM
 
     context = DeviceContext.choose(args.device, "fp32")
     picture = None
@@ -403,10 +404,8 @@ def _examined(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
         from ..io.images import read_picture
 
         picture = read_picture(args.picture).tensor() * 2 - 1
-    path = DDPM if args.file == "embedded" else Path(args.file).expanduser()
-    with context.autograd(), _trial(picture) as trial:
-        model = load_ddpm(context, args.file, _overrides(args.set), trial=trial if args.probe else None)
-    return model, path
+    with context.autograd(), _trial(picture) as probe:
+        return load_checkpoint(context, args.file, _overrides(args.set), probe=probe if args.probe else None)
 
 
 @contextlib.contextmanager
@@ -455,8 +454,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace) -> EditOptions:
-    from ..edit import PRESETS, EditOptions, preset
-    from ..guidance import GuidanceOptions
+    from ..options import PRESETS, EditOptions, GuidanceOptions, preset
 
     names = {f.name for f in fields(EditOptions)} | {f.name for f in fields(GuidanceOptions)}
     names -= {"preset", "guidance"}
@@ -610,8 +608,10 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
     """
     import torch
 
-    from ..edit import EditOptions, choose_region, edit_picture, prepared_mask
+    from ..edit import choose_region, edit_picture
     from ..io.images import mask_from_alpha, read_mask, read_picture
+    from ..mask import EditMask
+    from ..options import EditOptions
 
     began = time.perf_counter()
     options = EditOptions.from_dict(request["options"])
@@ -641,7 +641,8 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
         "networks": _networks(request, models),
     }
     _note_classes(options, models)
-    region = choose_region(prepared_mask(mask, options), options, models.ddpm)
+    edited = EditMask.of(mask, options.mask_rule, options.invert_mask)
+    region = choose_region(edited, models.ddpm.image_size, options.crop, options.context)
     prompt = None
     if models.clip is not None:
         prompt = models.clip.prompt(*request["prompts"], weights=request["weights"])
@@ -672,7 +673,7 @@ def run(request: dict[str, Any], out: Path, animate: bool, argv: Sequence[str], 
                 ]  # one may have been in the middle of being written
                 result.rank()
                 finished = f"{len(result.candidates)} of {options.candidates} candidates were finished"
-                result.notes.append(f"Stopped early, {finished}. The reason: {sentence_of(trouble)}")
+                result.notes.append(Note(f"Stopped early, {finished}. The reason: {sentence_of(trouble)}"))
             result.seconds = {"load": loading, **result.seconds}
             failures = writer.finish(result, trouble is not None)
             _tell(result, out, trouble is not None, time.perf_counter() - began)
@@ -701,7 +702,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _note_classes(options: EditOptions, models: Models) -> None:
-    from ..edit import PRESETS
+    from ..options import PRESETS
 
     usual = PRESETS[options.preset].class_choice if options.preset in PRESETS else "zero"
     if models.ddpm.num_classes is None and options.class_choice != usual:
@@ -730,13 +731,13 @@ def _load(request: dict[str, Any], options: EditOptions) -> Models:
     from ..adm.load import load_ddpm
     from ..clip.model import load_clip
     from ..device import DeviceContext
-    from ..edit import Models
     from ..perceptual import load_perceptual
+    from ..sample import Models
 
     context = DeviceContext.choose(request["device"], request["dtype"])
     with context.autograd():
-        with _trial() as trial:
-            ddpm = load_ddpm(context, request["ddpm"], request["overrides"], trial=trial)
+        with _trial() as probe:
+            ddpm = load_ddpm(context, request["ddpm"], request["overrides"], probe=probe)
         if request["checkpointing"]:
             ddpm.network.gradient_checkpointing = True  # type: ignore[assignment]
         wanted = any(t.strip() for t in request["prompts"])

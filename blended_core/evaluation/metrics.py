@@ -20,12 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from ..clip.model import ClipModel
-from ..edit import PRESETS, EditOptions, EditResult, Models, Step, edit_picture, preset
+from ..edit import edit_picture
 from ..errors import BlendedError
 from ..io.atomic import write_bytes
 from ..io.images import UInt8, to_uint8, write_png
 from ..losses import PerceptualDistance
+from ..mask import EditMask
+from ..options import PRESETS, EditOptions, preset
 from ..rank import clip_distance
+from ..result import EditResult
+from ..sample import Models, Step
 from ..toy.world import BACKGROUNDS, GUIDANCE_SCALE, OBJECTS, SIDE, demo_scene
 from .judge import NONE, Judge
 
@@ -231,7 +235,7 @@ def _edited(
 def _squares(pictures: Tensor, result: EditResult) -> tuple[Tensor, Tensor]:
     """The region of finished pictures [B, 3, H, W] in 0..1, in −1..1 at the judge's size, and its mask."""
     cut = torch.cat([result.region.cut(row[None], SIDE) for row in pictures])
-    return cut * 2 - 1, result.region.cut_mask(result.mask, SIDE, False)
+    return cut * 2 - 1, result.region.cut_mask(EditMask.of(result.mask.values), SIDE).values
 
 
 @torch.no_grad()

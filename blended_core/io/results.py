@@ -9,13 +9,14 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..edit import Candidate, EditOptions, EditResult, Models, Step
+    from ..options import EditOptions
+    from ..result import Candidate, EditResult
+    from ..sample import Models, Step
     from .images import Picture, UInt8
 
 from ..errors import BlendedError
@@ -87,7 +88,7 @@ class Writer:
         alpha = self.picture.alpha
         if alpha is None or self.request["mask"] is not None or self.result is None:
             return alpha
-        return np.where(self.result.mask[0, 0].numpy() > 0, np.uint8(255), alpha)
+        return np.where(self.result.mask.values[0, 0].numpy() > 0, np.uint8(255), alpha)
 
     def candidate(self, candidate: Candidate, result: EditResult) -> None:
         """Writes one result under its number."""
@@ -132,12 +133,11 @@ class Writer:
         return failures
 
     def _animations(self, result: EditResult) -> None:
-        from ..edit import finished_frame
         from .contact_sheet import animation
 
         for candidate in result.candidates:
-            frames = [finished_frame(f.float() / 127.5 - 1, result) for f in self.frames.get(candidate.index, [])]
-            frames.append(finished_frame(candidate.edited, result))
+            frames = [result.preview(f.float() / 127.5 - 1) for f in self.frames.get(candidate.index, [])]
+            frames.append(result.preview(candidate.edited))
             animation(self.out / "animations" / f"{self.files[candidate.index].stem}.webp", frames)
 
     def _sheet(self, result: EditResult) -> None:
@@ -156,7 +156,7 @@ class Writer:
         title = " + ".join(texts) if texts else "removal"
         o = self.options
         subtitle = f"blended diffusion · {o.preset} · {o.steps} steps, strength {o.strength:g} · seed {o.seed} · {len(result.candidates)} candidates, best first"
-        contact_sheet(self.out / SHEET, self.picture.rgb, result.mask, tiles, title, subtitle)
+        contact_sheet(self.out / SHEET, self.picture.rgb, result.mask.values, tiles, title, subtitle)
 
     def _report(self, result: EditResult, interrupted: bool) -> None:
 
@@ -174,7 +174,7 @@ class Writer:
                 "platform": platform.platform(),
             },
             "picture": {"width": self.picture.size[0], "height": self.picture.size[1], "notes": self.picture.notes},
-            "region": {f.name: getattr(result.region, f.name) for f in fields(result.region)},
+            "region": dict(vars(result.region)),
             "source_distance": result.source_distance,
             "notes": result.notes,
             "seconds": {k: round(v, 3) for k, v in result.seconds.items()},

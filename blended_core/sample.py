@@ -1,0 +1,355 @@
+"""The sampling loops: Algorithm 2 (blended diffusion), Algorithm 1 (local CLIP-guided diffusion), and the steps that they are made of.
+
+``blended_diffusion`` and ``local_clip_guided_diffusion`` are generators that yield every step. They are made of ``noise_background``, ``guided_step``
+and ``blend``, which the graph nodes call one by one. Source: Avrahami, Lischinski, Fried, CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .clip.model import ClipModel, Prompt
+from .denoiser import DiffusionModel
+from .device import DeviceContext
+from .diffusion import ddim_step, ddpm_step, guided_x0, q_sample
+from .errors import BlendedError
+from .guidance import Guidance, GuidedPrediction
+from .losses import BackgroundLoss, ClipLoss, Distance, Loss, PerceptualDistance, RangeLoss, StepInput, cosine_distance, spherical_distance
+from .mask import EditMask, blend
+from .memory import GuidedWork, MemoryLimits, run_within_memory
+from .options import EditOptions, GuidanceOptions
+from .random import RandomSource
+from .reference import BatchBackgroundLoss, Deviations, MixedInput, unclamped_distance
+from .schedule import CLEAN, Schedule
+
+DISTANCES: dict[str, Distance] = {
+    "spherical": spherical_distance, "cosine": cosine_distance, "spherical_unclamped": unclamped_distance,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class Models:
+    """The networks of an edit. ``clip`` may be None for removal, ``perceptual`` where the background loss is off.
+
+    ``limits`` holds what memory has allowed so far; it changes during an edit.
+    """
+
+    ddpm: DiffusionModel
+    clip: ClipModel | None = None
+    perceptual: PerceptualDistance | None = None
+    context: DeviceContext = field(default_factory=DeviceContext)
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
+
+    def __post_init__(self) -> None:
+        first = next(self.ddpm.network.parameters(), None)
+        if first is not None and first.device.type != self.context.device.type:
+            raise BlendedError(
+                f"the diffusion model is on {first.device} and the context is for {self.context.device}; give the context that it was loaded "
+                "with: Models(…, context=context).",
+                option="device",
+            )
+
+    def __repr__(self) -> str:
+        return f"Models({self.ddpm}, clip={self.clip}, on {self.context.device})"
+
+
+@dataclass(frozen=True, repr=False)
+class Step:
+    """One denoised level of a batch.
+
+    Attributes:
+        images: numbers of the candidates.
+        level: index of the level reached; CLEAN after the last step.
+        done, total: number of steps.
+        x: the sample at that level [B, C, H, W]; x0: x̂0 of the step.
+        clip_distance: mean distance of the views [B], or None.
+        shift: root mean square by which guidance moved the step, in units of noise: of the step's own (DDPM), or of ε (DDIM); 0 without guidance.
+        broken: number of images whose gradient was not finite and was left out.
+        gradient: of minus the losses [B, C, H, W], or None without guidance.
+    """
+
+    images: tuple[int, ...]
+    level: int
+    done: int
+    total: int
+    x: Tensor
+    x0: Tensor
+    clip_distance: Tensor | None = None
+    shift: float = 0.0
+    broken: int = 0
+    gradient: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Step({self.done} of {self.total}, candidates {list(self.images)}, level {self.level})"
+
+
+def noise_background(
+    source: Tensor, level: int, schedule: Schedule, random: RandomSource, images: Sequence[int], purpose: str = "background"
+) -> Tensor:
+    """The source noised to a level, with noise of its own for each image; [B or 1, C, H, W] in −1..1 → [B, C, H, W].
+
+    ``purpose`` is 'start' for the beginning of an edit and 'background' for blending. At CLEAN it is the source itself.
+    """
+    if level == CLEAN:
+        return source.expand(len(images), -1, -1, -1)
+    noise = random.noise(purpose, level, images, tuple(source.shape[1:])).to(source)
+    return q_sample(source, level, noise, schedule)
+
+
+def class_labels(model: DiffusionModel, choice: str | int, step: StepInput) -> Tensor | None:
+    """Labels of a step as the network takes them.
+
+    Returns:
+        None for an unconditional model; for 'zero' an embedding of zeros [B, label_dim] float32; else class indices [B] int64.
+
+    Raises:
+        BlendedError: for a class that the model does not have.
+    """
+    if model.num_classes is None:
+        return None
+    if choice == "zero":
+        return torch.zeros(len(step.images), model.label_dim, device=step.x.device)
+    if choice == "random":
+        return step.random.labels(step.index, step.images, model.num_classes).to(step.x.device)
+    if not isinstance(choice, int) or not 0 <= choice < model.num_classes:
+        raise BlendedError(f"class {choice} does not exist; the model has classes 0 to {model.num_classes - 1}.", option="class_choice")
+    return torch.full((len(step.images),), choice, device=step.x.device)
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """A step of the random process (Ho et al. 2020), its mean moved by Σ·g (Dhariwal & Nichol 2021, Algorithm 1)."""
+
+    def step(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, Tensor, float]:
+        """(x_{t−1}, x̂0, how far guidance moved it)."""
+        prediction, gradient = guided.prediction, guided.gradient
+        noise = step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])).to(step.x) if step.index > 0 else step.x
+        shift = 0.0 if gradient is None else float(((0.5 * prediction.log_variance).exp() * gradient).square().mean().sqrt())
+        return ddpm_step(prediction, step.index, noise, gradient), prediction.x0, shift
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """A step of DDIM (Song et al. 2021), its ε moved by g (Dhariwal & Nichol 2021, Algorithm 2).
+
+    ``eta``: 0 is deterministic, 1 has the noise of DDPM. ``matched``: guidance moves it as far as a DDPM step. A step of the probability flow follows
+    half of the score that a step of the random process follows, and so half of guidance; with the whole of it more edits are accepted
+    (docs/quality.md).
+    """
+
+    eta: float = 0.0
+    matched: bool = True
+
+    def step(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, Tensor, float]:
+        """(x_{t−1}, guided x̂0, how far guidance moved it)."""
+        x, index, schedule = step.x, step.index, step.schedule
+        x0, shift = guided.prediction.x0, 0.0
+        if guided.gradient is not None:
+            gradient = guided.gradient * (2 / (1 + self.eta**2)) if self.matched else guided.gradient
+            shift = float(schedule.sqrt_one_minus_alphas_cumprod[index] * gradient.square().mean().sqrt())
+            x0 = guided_x0(x, x0, index, schedule, gradient)
+        noise = step.random.noise("step", index, step.images, tuple(x.shape[1:])).to(x) if self.eta > 0 and index > 0 else None
+        return ddim_step(x, x0, index, noise, schedule, self.eta), x0, shift
+
+
+def guidance_from(options: GuidanceOptions, models: Models, prompt: Prompt | None, losses: Sequence[Loss] = ()) -> Guidance:
+    """The guidance that options describe, toward a prompt.
+
+    Args:
+        options: of the step. models: the networks that its losses need.
+        prompt: None or empty: none of the options' losses.
+        losses: further losses, whatever the prompt.
+
+    Raises:
+        BlendedError: if a network is missing that a loss needs.
+    """
+    chosen: list[Loss] = []
+    if prompt is not None and len(prompt):
+        if models.clip is None:
+            raise BlendedError(
+                "a prompt was given without a CLIP model to measure the distance to it; give Models(…, clip=…).", option="clip"
+            )
+        if options.scale > 0:
+            distance = DISTANCES[options.distance]
+            chosen.append(
+                ClipLoss(models.clip, prompt, options.scale, options.views, options.view_chunk, distance, options.symmetric_views)
+            )
+        if options.needs_perceptual:
+            if models.perceptual is None:
+                raise BlendedError("the background loss needs an LPIPS network; give Models(…, perceptual=…).", option="lpips")
+            chosen.append(
+                BackgroundLoss(models.perceptual, options.background_scale)
+                if options.background_loss == "paper"
+                else BatchBackgroundLoss(models.perceptual, options.lpips_scale, options.l2_scale)
+            )
+        if options.clip_input == "mixed":
+            chosen = [MixedInput(loss) for loss in chosen]
+        if options.range_scale > 0:
+            chosen.append(RangeLoss(options.range_scale))
+    return Guidance((*chosen, *losses), options.gradient == "unet", None, options.reference_size, options.clamp)
+
+
+def deviations_of(options: EditOptions) -> Deviations:
+    """Where options deviate from Algorithm 2."""
+    return Deviations(options.background_level == "one_off", options.background_noise == "shared", options.index_lookup == "reference")
+
+
+def guided_step(
+    models: Models,
+    x: Tensor,
+    index: int,
+    schedule: Schedule,
+    options: EditOptions,
+    prompt: Prompt | None,
+    mask: Tensor,
+    random: RandomSource,
+    images: Sequence[int],
+    source: Tensor | None = None,
+    losses: Sequence[Loss] = (),
+) -> Step:
+    """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a DDPM or DDIM step. Nothing is blended.
+
+    When memory runs out, the same is computed in smaller parts (:mod:`~blended_core.memory`).
+
+    Args:
+        models, schedule, options, random: of the edit that this is a step of.
+        x: [B, C, H, W] at ``index``; images: number of the candidate in each row.
+        prompt: None or empty: no guidance but that of ``losses``.
+        mask: [B or 1, 1, H, W], 1 = the part that CLIP sees.
+        source: [B or 1, C, H, W] in −1..1, needed where the background loss is on.
+        losses: further losses of guidance.
+
+    Returns:
+        The step, its ``done`` and ``total`` left at 0.
+
+    Raises:
+        BlendedError: if a network is missing that the options need, the class does not exist, or memory does not suffice for one image.
+    """
+    active = options.guidance.at(index, len(schedule))
+    if active is None:
+        prompt = None
+    guidance = active or options.guidance
+    guided = bool(prompt is not None and len(prompt)) or bool(losses)
+
+    def work(rows: int, guidance: GuidanceOptions) -> list[Step]:
+        steps = []
+        for first in range(0, len(x), rows):
+            part = slice(first, first + rows)
+            own_source = source if source is None or len(source) == 1 else source[part]
+            inputs = StepInput(
+                x[part], index, schedule, images[part], random, mask if len(mask) == 1 else mask[part], own_source
+            )  # fmt: skip
+            steps.append(_step(models, inputs, options, guidance_from(guidance, models, prompt, losses)))
+        return steps
+
+    whole_batch = guided and guidance.needs_perceptual and guidance.background_loss == "reference"
+    description = GuidedWork(len(x), guidance, models.ddpm.network, guided, whole_batch)
+    return concat_steps(run_within_memory(work, description, models.limits, models.context))
+
+
+def _step(models: Models, inputs: StepInput, options: EditOptions, guidance: Guidance) -> Step:
+    labels = class_labels(models.ddpm, options.class_choice, inputs)
+    guided = deviations_of(options).predict(guidance, models.ddpm, inputs, labels)
+    sampler = DDPM() if options.sampler == "ddpm" else DDIM(options.eta, options.ddim_guidance == "matched")
+    x, x0, shift = sampler.step(guided, inputs)
+    return Step(tuple(inputs.images), inputs.index - 1, 0, 0, x, x0, guided.values.get("clip"), shift, guided.broken, guided.gradient)
+
+
+def concat_steps(parts: Sequence[Step]) -> Step:
+    """One step from the steps of parts of a batch."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def whole(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    count = sum(len(part.images) for part in parts)
+    return replace(
+        first,
+        images=tuple(image for part in parts for image in part.images),
+        x=torch.cat([part.x for part in parts]),
+        x0=torch.cat([part.x0 for part in parts]),
+        clip_distance=whole("clip_distance"),
+        shift=(sum(len(part.images) * part.shift**2 for part in parts) / count) ** 0.5,
+        broken=sum(part.broken for part in parts),
+        gradient=whole("gradient"),
+    )
+
+
+def blended_diffusion(
+    models: Models,
+    source: Tensor,
+    mask: EditMask,
+    prompt: Prompt | None,
+    options: EditOptions,
+    random: RandomSource,
+    images: Sequence[int],
+    losses: Sequence[Loss] = (),
+) -> Iterator[Step]:
+    """Algorithm 2: every guided step is blended with the source noised to the same level.
+
+    Args:
+        models: the networks.
+        source: [1, C, H, W] in −1..1. mask: [1, 1, H, W].
+        prompt: None or empty: removal.
+        options, random, images: which candidates, and their random numbers.
+        losses: further losses of guidance.
+
+    Yields:
+        A :class:`Step` for each level, the noisiest first; ``x`` of the last one is the result.
+    """
+    schedule = models.ddpm.config.respaced(options.steps)
+    deviations, seen = deviations_of(options), mask.for_clip()
+    start = schedule.start_index(options.strength)
+    x = noise_background(source, start, schedule, random, images, "start")
+    for index in range(start, -1, -1):
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses)
+        background = noise_background(source, deviations.background_index(index), schedule, random, deviations.background_images(images))
+        x = blend(step.x, background, mask.at_level(index, start))
+        yield replace(step, x=x, done=start - index + 1, total=start + 1)
+
+
+def local_clip_guided_diffusion(
+    models: Models,
+    source: Tensor,
+    mask: EditMask,
+    prompt: Prompt | None,
+    options: EditOptions,
+    random: RandomSource,
+    images: Sequence[int],
+    losses: Sequence[Loss] = (),
+) -> Iterator[Step]:
+    """Algorithm 1: nothing is blended, only the background loss keeps the background. Arguments and results as for Algorithm 2."""
+    schedule, seen = models.ddpm.config.respaced(options.steps), mask.for_clip()
+    start = schedule.start_index(options.strength)
+    x = noise_background(source, start, schedule, random, images, "start")
+    for index in range(start, -1, -1):
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses)
+        x = step.x
+        yield replace(step, done=start - index + 1, total=start + 1)
+
+
+def edit_steps(
+    models: Models,
+    source: Tensor,
+    mask: EditMask,
+    prompt: Prompt | None,
+    options: EditOptions,
+    random: RandomSource,
+    images: Sequence[int],
+    losses: Sequence[Loss] = (),
+) -> Iterator[Step]:
+    """The loop that ``options.algorithm`` names."""
+    loop = blended_diffusion if options.algorithm == "blended" else local_clip_guided_diffusion
+    return loop(models, source, mask, prompt, options, random, images, losses)
+
+
+def final_image(step: Step, options: EditOptions) -> Tensor:
+    """The image that an edit ends with, from its last step; [B, C, H, W], nominally −1..1."""
+    return step.x0 if options.output == "x0" else step.x
