@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blended_core.cli.app import build_parser
+from blended_core.cli.parser import build_parser
 from blended_core.toy.world import BACKGROUNDS, OBJECTS, demo_scene
 
 if sys.version_info >= (3, 11):
