@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .edit import edit_picture
     from .errors import BlendedError, BlendedWarning
     from .io.images import Picture, read_mask, read_picture, to_uint8, write_png
+    from .losses import Loss, LossTerm, StepInput, differentiate
+    from .mask import EditMask
     from .options import PRESETS, EditOptions, GuidanceOptions, preset
     from .perceptual import load_perceptual
     from .random import SeededRandom
@@ -24,7 +26,28 @@ if TYPE_CHECKING:
     from .sample import Models, Step, blended_diffusion, local_clip_guided_diffusion
     from .schedule import Schedule
 
+_HOMES = {
+    "adm.load": ("load_ddpm",),
+    "adm.probe": ("ProbeOptions",),
+    "clip.model": ("ClipModel", "Prompt", "load_clip"),
+    "device": ("DeviceContext",),
+    "diffusion": ("DiffusionConfig", "DiffusionModel"),
+    "edit": ("edit_picture",),
+    "errors": ("BlendedError", "BlendedWarning"),
+    "io.images": ("Picture", "read_mask", "read_picture", "to_uint8", "write_png"),
+    "losses": ("Loss", "LossTerm", "StepInput", "differentiate"),
+    "mask": ("EditMask",),
+    "options": ("PRESETS", "EditOptions", "GuidanceOptions", "preset"),
+    "perceptual": ("load_perceptual",),
+    "random": ("SeededRandom",),
+    "result": ("Candidate", "EditResult"),
+    "sample": ("Models", "Step", "blended_diffusion", "local_clip_guided_diffusion"),
+    "schedule": ("Schedule",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
 __all__ = [
+    "PRESETS",
     "BlendedError",
     "BlendedWarning",
     "Candidate",
@@ -32,18 +55,22 @@ __all__ = [
     "DeviceContext",
     "DiffusionConfig",
     "DiffusionModel",
-    "SeededRandom",
+    "EditMask",
     "EditOptions",
     "EditResult",
     "GuidanceOptions",
+    "Loss",
+    "LossTerm",
     "Models",
-    "PRESETS",
     "Picture",
+    "ProbeOptions",
     "Prompt",
     "Schedule",
+    "SeededRandom",
     "Step",
-    "ProbeOptions",
+    "StepInput",
     "blended_diffusion",
+    "differentiate",
     "edit_picture",
     "load_clip",
     "load_ddpm",
@@ -56,35 +83,11 @@ __all__ = [
     "write_png",
 ]
 
-_HOMES = {
-    "adm.probe": ("ProbeOptions",),
-    "adm.load": ("load_ddpm",),
-    "clip.model": ("ClipModel", "Prompt", "load_clip"),
-    "device": ("DeviceContext",),
-    "diffusion": ("DiffusionConfig", "DiffusionModel"),
-    "random": ("SeededRandom",),
-    "edit": (
-        "Candidate",
-        "EditResult",
-        "Models",
-        "Step",
-        "blended_diffusion",
-        "edit_picture",
-        "local_clip_guided_diffusion",
-    ),
-    "errors": ("BlendedError", "BlendedWarning"),
-    "options": ("PRESETS", "EditOptions", "GuidanceOptions", "preset"),
-    "perceptual": ("load_perceptual",),
-    "io.images": ("Picture", "read_mask", "read_picture", "to_uint8", "write_png"),
-    "schedule": ("Schedule",),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
