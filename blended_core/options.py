@@ -52,7 +52,7 @@ class Option:
             return f"one of {', '.join(self.choices)}"
         limits = [] if self.low is None else [f"above {self.low:g}" if self.above else f"of at least {self.low:g}"]
         if self.high is not None:
-            limits.append(f"at most {self.high:.20g}" if isinstance(self.high, int) else f"at most {self.high:g}")
+            limits.append(f"at most {self.high if isinstance(self.high, int) else f'{self.high:g}'}")
         return " and ".join(
             [
                 f"a {'whole ' if whole else ''}number" + (f" of {self.unit}" if self.unit else "") + (f" {limits[0]}" if limits else ""),
