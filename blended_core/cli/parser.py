@@ -100,7 +100,7 @@ def _edit(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     headings = ("networks", "method", "guidance", REGION)
     groups = {heading: parser.add_argument_group(heading) for heading in headings} | {MACHINE: _machine(parser)}
-    groups["method"].add_argument("--preset", choices=PRESETS, help="Set of options that the others modify. Default: best.")
+    groups["method"].add_argument("--preset", choices=tuple(PRESETS), help="Set of options that the others modify. Default: best.")
     for kind, heading in GROUPS:
         for name, (declaration, _) in declared(kind).items():
             if declaration.group != MACHINE:
