@@ -10,8 +10,9 @@ from torch import nn
 
 from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
+from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import DiffusionConfig, DiffusionModel
+from blended_core.diffusion import DiffusionConfig
 
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 32,

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from blended_core.adm.unet import AttentionBlock, UNet
 from blended_core.augment import ViewParameters, warp_views
 from blended_core.clip.model import ClipModel, Prompt
+from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import DiffusionModel, ddpm_step
+from blended_core.diffusion import ddpm_step
 from blended_core.losses import ClipLoss, masked_view, prompt_distance, range_loss
 from blended_core.options import EditOptions, GuidanceOptions
 from blended_core.random import SeededRandom
@@ -125,11 +126,11 @@ def _plain(network: nn.Module) -> Iterator[None]:
     """The network as plain autograd runs it, which keeps the input of every operation."""
     if not isinstance(network, UNet):
         raise TypeError("only an ADM network is measured.")
-    network.set_frugal(False)
+    network.set_recompute(False)
     try:
         yield
     finally:
-        network.set_frugal(True)
+        network.set_recompute(True)
 
 
 @contextlib.contextmanager
@@ -201,7 +202,7 @@ def clip(setting: Setting) -> None:
     side, rows = setting.clip.image_size, setting.size.batch * setting.size.views
     with torch.enable_grad():
         pictures = torch.zeros(rows, 3, side, side, device=setting.x.device).requires_grad_()
-        torch.autograd.grad(setting.clip.encode_normalised(pictures).sum(), pictures)
+        torch.autograd.grad(setting.clip.encode_normalized(pictures).sum(), pictures)
 
 
 def checkpointed(setting: Setting) -> Callable[[], Result]:

@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adm.load import load_ddpm
+    from .adm.load import Checkpoint, load_checkpoint, load_ddpm
     from .adm.probe import ProbeOptions
     from .clip.model import ClipModel, Prompt, load_clip
+    from .denoiser import DiffusionModel
     from .device import DeviceContext
-    from .diffusion import DiffusionConfig, DiffusionModel
+    from .diffusion import DiffusionConfig
     from .edit import edit_picture
     from .errors import BlendedError, BlendedWarning
     from .io.images import Picture, read_mask, read_picture, to_uint8, write_png
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 _HOMES = {
-    "adm.load": ("load_ddpm",),
+    "adm.load": ("Checkpoint", "load_checkpoint", "load_ddpm"),
     "adm.probe": ("ProbeOptions",),
     "clip.model": ("ClipModel", "Prompt", "load_clip"),
+    "denoiser": ("DiffusionModel",),
     "device": ("DeviceContext",),
-    "diffusion": ("DiffusionConfig", "DiffusionModel"),
+    "diffusion": ("DiffusionConfig",),
     "edit": ("edit_picture",),
     "errors": ("BlendedError", "BlendedWarning"),
     "io.images": ("Picture", "read_mask", "read_picture", "to_uint8", "write_png"),
@@ -51,6 +53,7 @@ __all__ = [
     "BlendedError",
     "BlendedWarning",
     "Candidate",
+    "Checkpoint",
     "ClipModel",
     "DeviceContext",
     "DiffusionConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "blended_diffusion",
     "differentiate",
     "edit_picture",
+    "load_checkpoint",
     "load_clip",
     "load_ddpm",
     "load_perceptual",

@@ -1,8 +1,8 @@
-"""Extending augmentations: warped views of the picture that CLIP sees.
+"""Extending augmentations: warped views of the picture that CLIP sees (Avrahami et al. 2022, §4.3).
 
-A region that convinces CLIP from one view alone is easily an adversarial pattern; the gradient averaged over random
-projective copies is not (Avrahami et al. 2022, §4.3). Each view is an affine warp (±15°, shift of a tenth, edges
-repeated), then a perspective warp (corners inwards by up to 35 %, black outside), each with probability 0.7.
+An image that minimizes the CLIP distance of one view alone is often an adversarial pattern. The gradient is averaged over random projective copies to
+avoid that. Each view is an affine warp (±15°, shift of a tenth, edges repeated), then a perspective warp (corners inward by up to 35 %, black
+outside), each with probability 0.7.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ PROBABILITY = 0.7
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """How each warped view is made; R rows, image fastest and view slowest (row = view · images + image).
+    """The parameters of R warped views, image fastest and view slowest (row = view · images + image).
 
     ``affine_gate`` and ``perspective_gate`` [R] bool: whether the warp is applied to the row. ``affine`` and
-    ``perspective`` [R, 3, 3] float32: source pixel → destination pixel, pixel centres at whole numbers.
+    ``perspective`` [R, 3, 3] float32: source pixel → destination pixel, pixel centers at whole numbers.
     """
 
     affine_gate: Tensor
@@ -36,14 +36,14 @@ class ViewParameters:
         return len(self.affine_gate)
 
     def rows(self, start: int, stop: int) -> ViewParameters:
-        """A run of rows."""
+        """Consecutive rows."""
         return ViewParameters(
             self.affine_gate[start:stop], self.affine[start:stop], self.perspective_gate[start:stop], self.perspective[start:stop]
         )
 
     @classmethod
     def interleave(cls, images: Sequence[ViewParameters]) -> ViewParameters:
-        """One set from a set for each image, all of the same length."""
+        """One set from the sets of several images, all of the same length."""
 
         def weave(name: str) -> Tensor:
             return torch.stack([getattr(p, name) for p in images], dim=1).flatten(0, 1)
@@ -55,16 +55,16 @@ def draw_views(generators: Sequence[torch.Generator] | torch.Generator, count: i
     """Parameters of ``count`` warped views of square pictures.
 
     Args:
-        generators: source of every choice, one for each picture.
+        generators: one for each picture.
         count: number of views of each.
         size: side of the pictures in pixels.
-        symmetric: shift along both axes; the reference shifts along y alone (METHOD row 14).
+        symmetric: shift along both axes; the reference shifts along y alone (docs/method.md, row 14).
     """
     if isinstance(generators, torch.Generator):
         generators = [generators]
     shapes = ((count,), (count,), (count, 2), (count,), (count, 4, 2))
     each = [[torch.rand(shape, generator=generator) for shape in shapes] for generator in generators]
-    # All matrices at once: solving for them takes a millisecond a call, whatever their number.
+    # All matrices in one call: solving for them takes a millisecond a call, whatever their number.
     affine_gate, turn, push, perspective_gate, pull = (torch.stack(drawn, 1).flatten(0, 1) for drawn in zip(*each, strict=True))
     angle = turn * (2 * DEGREES) - DEGREES
     shift = (push * (2 * TRANSLATE) - TRANSLATE) * size
@@ -84,7 +84,7 @@ def corners(size: int) -> Tensor:
 
 
 def affine_matrices(angle: Tensor, shift: Tensor, size: int) -> Tensor:
-    """A rotation about the middle by ``angle`` [R] in degrees, then a shift [R, 2] in pixels; → [R, 3, 3]."""
+    """A rotation about the center by ``angle`` [R] in degrees, then a shift [R, 2] in pixels; → [R, 3, 3]."""
     from kornia.geometry.transform import get_affine_matrix2d
 
     centre = torch.full((len(angle), 2), (size - 1) / 2)

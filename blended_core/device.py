@@ -1,4 +1,4 @@
-"""The one place that names a device."""
+"""Where networks run: device, precision and memory layout. No other module names a device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class DeviceContext:
-    """Where networks run, in which precision and layout; everything else is handed one.
+    """Device, precision and memory layout of the networks.
 
-    Samples, losses and gradients are float32 in every context; ``dtype`` is that of the UNet's torso.
+    Samples, losses and gradients are float32 in every context; ``dtype`` is that of the inner layers of the UNet.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -31,10 +31,9 @@ class DeviceContext:
         """A context by name.
 
         Args:
-            device: 'auto' (CUDA if there is one, else the CPU) or any name torch knows, e.g. 'cuda:1' or 'mps'. MPS has to
-                be asked for: before torch 2.13 it lacks the backward pass of warping that guidance needs.
-            dtype: 'fp32', 'bf16', 'fp16' or 'auto': float32 on CPU and MPS; on CUDA bfloat16 where it is native, else
-                float16.
+            device: 'auto' (CUDA if there is one, else the CPU) or any name of a device in torch, such as 'cuda:1' or 'mps'. MPS is never
+                chosen automatically: before torch 2.13 it lacks the backward pass of the warps that guidance needs.
+            dtype: 'fp32', 'bf16', 'fp16' or 'auto': float32 on CPU and MPS; on CUDA bfloat16 where the hardware supports it, else float16.
 
         Raises:
             BlendedError: if the device does not exist here.
@@ -46,9 +45,9 @@ class DeviceContext:
             torch.zeros(1, device=chosen)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             first = str(error).strip().splitlines()[0]
-            raise BlendedError(f"the device {device!r} cannot be used here ({first}); try --device cpu.") from None
+            raise BlendedError(f"the device {device!r} cannot be used on this computer ({first}); use 'cpu'.", option="device") from None
         if dtype != "auto" and dtype not in DTYPES:
-            raise BlendedError(f"unknown precision {dtype!r}; known are auto, {', '.join(DTYPES)}.")
+            raise BlendedError(f"unknown precision {dtype!r}; known are auto, {', '.join(DTYPES)}.", option="dtype")
         if dtype != "auto":
             precision = DTYPES[dtype]
         elif chosen.type == "cuda":
@@ -58,7 +57,7 @@ class DeviceContext:
         return cls(chosen, precision, channels_last=chosen.type == "cuda")
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Moves a network here, in this layout; frozen, in evaluation mode."""
+        """Moves a network to the device, in this layout; frozen, in evaluation mode."""
         network = network.to(self.device).eval().requires_grad_(False)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
@@ -67,7 +66,7 @@ class DeviceContext:
         return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def release(self) -> None:
-        """Gives memory that nothing uses any more back to the device."""
+        """Returns unused memory to the device."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -75,11 +74,11 @@ class DeviceContext:
             torch.mps.empty_cache()
 
     def make_room(self) -> bool:
-        """Has others give up memory on the device, where somebody knows of others; whether any did."""
+        """Unloads networks that others keep on the device; whether there was one. This context knows of none."""
         return False
 
     @contextlib.contextmanager
     def autograd(self) -> Iterator[None]:
-        """The scope in which networks are used: no global inference mode, gradients off until a function asks for them."""
+        """The scope in which networks are used: outside of inference mode, gradients off until a function enables them."""
         with torch.inference_mode(False), torch.no_grad():
             yield

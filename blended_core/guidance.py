@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .diffusion import DiffusionModel, Prediction
+from .denoiser import DiffusionModel
+from .diffusion import Prediction
 from .losses import Loss, LossTerm, StepInput
 
 

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018) with the user's backbone where there is one, else the embedded one."""
+"""LPIPS (Zhang et al. 2018) with a published backbone if its weights are present, else with the embedded network."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .device import DeviceContext
 from .errors import BlendedError
 from .toy.models import LPIPS
+from .weights.open import file_errors, open_weights
 
-# File names under which torchvision keeps the backbones that lpips was published with.
 BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
+"""Backbone → file name of its weights in torchvision."""
 
 
 class Perceptual:
     """A perceptual distance: ``perceptual(a, b)`` of two [B, 3, H, W] in −1..1 → [B] float32, differentiable.
 
-    ``name`` says which network it is.
+    ``name``: 'vgg', 'alex', 'squeeze' or 'embedded'.
     """
 
     def __init__(self, network: nn.Module, name: str) -> None:
         self.network = network
         self.name = name
+
+    def __repr__(self) -> str:
+        return f"Perceptual({self.name!r})"
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         distance: Tensor = self.network(a.float(), b.float())
@@ -33,28 +38,25 @@ class Perceptual:
 
 
 def hub_folder() -> Path:
-    """Where torch.hub keeps downloaded weights."""
-    return (
-        Path(os.environ.get("TORCH_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")).expanduser()
-        / "hub"
-        / "checkpoints"
-    )
+    """The folder of weights that torch.hub has downloaded."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub" / "checkpoints"
 
 
 def load_perceptual(context: DeviceContext, net: str = "auto", backbone: Path | None = None) -> Perceptual:
-    """An LPIPS network on the context's device. Nothing is downloaded.
+    """An LPIPS network on the device of the context. Nothing is downloaded.
 
     Args:
         context: where it runs.
-        net: 'vgg', 'alex', 'squeeze' (their heads come with the lpips package), 'embedded', or 'auto': vgg, else alex,
-            else squeeze if its weights are in torch's cache, else embedded.
-        backbone: a file of the backbone's weights in torchvision's layout, instead of torch's cache.
+        net: 'vgg', 'alex', 'squeeze' (their linear layers are part of the lpips package), 'embedded', or 'auto': the first of vgg, alex and squeeze
+            whose weights are in torch's cache, else embedded.
+        backbone: a file with the weights of the backbone in torchvision's layout, in place of torch's cache.
 
     Raises:
-        BlendedError: if the weights asked for are not there or do not fit.
+        BlendedError: if the weights are absent or belong to another network.
     """
     if net not in (*BACKBONES, "embedded", "auto"):
-        raise BlendedError(f"unknown LPIPS network {net!r}; known are auto, embedded, {', '.join(BACKBONES)}.")
+        raise BlendedError(f"unknown LPIPS network {net!r}; known are auto, embedded, {', '.join(BACKBONES)}.", option="lpips")
     if net == "auto":
         present = [n for n in BACKBONES if (hub_folder() / BACKBONES[n]).is_file()]
         net = present[0] if present and backbone is None else "embedded" if backbone is None else "vgg"
@@ -66,29 +68,24 @@ def _published(context: DeviceContext, net: str, backbone: Path | None) -> Perce
     path = backbone or hub_folder() / BACKBONES[net]
     if not path.is_file():
         raise BlendedError(
-            f"LPIPS '{net}' needs {BACKBONES[net]} in {path.parent}, and it is not there; put it there or use --lpips embedded."
+            f"LPIPS '{net}' needs the file {BACKBONES[net]} in {path.parent}; put it there or use 'embedded'.", option="lpips"
         )
     network = _network(net)
-    misfit = BlendedError(f"{path} does not hold the weights of torchvision's {net} backbone for LPIPS; fetch {BACKBONES[net]} again.")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged or foreign file makes torch raise almost anything
-        raise misfit from None
-    if not isinstance(weights, dict):
-        raise misfit
-    features = [v for k, v in weights.items() if str(k).startswith("features.")]
-    ours = list(network.get_submodule("net").parameters())
-    if len(features) != len(ours) or any(a.shape != b.shape for a, b in zip(features, ours, strict=True)):
-        raise misfit
-    with torch.no_grad():
-        for value, parameter in zip(features, ours, strict=True):
-            parameter.copy_(value)
+    with file_errors(path, "lpips"):
+        file = open_weights(path)
+        features = [name for name in file.shapes if name.startswith("features.")]
+        parameters = list(network.get_submodule("net").parameters())
+        if [file.shapes[name] for name in features] != [tuple(parameter.shape) for parameter in parameters]:
+            raise BlendedError(f"it does not hold the weights of torchvision's {net} backbone; download {BACKBONES[net]} again.")
+        with torch.no_grad():
+            for name, parameter in zip(features, parameters, strict=True):
+                parameter.copy_(file.take(name))
     return Perceptual(context.place(network), net)
 
 
 def _network(net: str, heads: bool = True) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's notes on argument names that lpips still uses
+        warnings.simplefilter("ignore")  # torchvision deprecates argument names that lpips uses
         import lpips
 
         network: nn.Module = lpips.LPIPS(net=net, pnet_rand=True, pretrained=heads, verbose=False)
@@ -96,8 +93,6 @@ def _network(net: str, heads: bool = True) -> nn.Module:
 
 
 def _embedded(context: DeviceContext) -> Perceptual:
-    from safetensors.torch import load_file
-
     network = _network("squeeze", heads=False)
     network.load_state_dict({k: v.float() for k, v in load_file(LPIPS).items()})
     return Perceptual(context.place(network), "embedded")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .augment import ViewParameters
 from .clip.model import ClipModel, Prompt
-from .diffusion import DiffusionModel
+from .denoiser import DiffusionModel
 from .errors import BlendedError
 from .guidance import Guidance, GuidedPrediction
 from .losses import Distance, Loss, LossTerm, PerceptualDistance, StepInput, differentiate, prompt_distance, required_source
@@ -214,4 +214,4 @@ def clip_distance(
     masked = (pictures + 1).div(2).clamp(0, 1) * mask
     size = (clip.image_size, clip.image_size)
     small = masked if masked.shape[-2:] == size else F.interpolate(masked, size=size, mode="bilinear", antialias=antialias)
-    return prompt_distance(clip.encode_normalised(small), prompt, distance)
+    return prompt_distance(clip.encode_normalized(small), prompt, distance)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .clip.model import ClipModel, Prompt
+from .denoiser import DiffusionModel
 from .device import DeviceContext
-from .diffusion import DiffusionModel, ddim_step, ddpm_step, guided_x0, q_sample
+from .diffusion import ddim_step, ddpm_step, guided_x0, q_sample
 from .errors import BlendedError
 from .guidance import Guidance, GuidedPrediction
 from .losses import BackgroundLoss, ClipLoss, Distance, Loss, PerceptualDistance, RangeLoss, StepInput, cosine_distance, spherical_distance

@@ -18,11 +18,11 @@ from .errors import BlendedError
 Float64 = NDArray[np.float64]
 
 CLEAN = -1
-"""The level below index 0: no noise at all."""
+"""The level below index 0: no noise."""
 
 
 def linear_betas(steps: int) -> Float64:
-    """β from 1e-4 to 0.02 for 1000 steps, scaled so that other lengths end at the same noise. Shape [steps]."""
+    """β from 1e-4 to 0.02 for 1000 steps, scaled so that processes of other lengths end at the same noise level. Shape [steps]."""
     scale = 1000 / steps
     return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
 
@@ -44,7 +44,7 @@ def named_betas(name: str, steps: int) -> Float64:
     if name not in BETAS:
         raise BlendedError(f"unknown noise schedule {name!r}; known are {', '.join(BETAS)}.")
     if steps < 1:
-        raise BlendedError(f"a noise schedule needs at least 1 step, not {steps}.")
+        raise BlendedError(f"a noise schedule has at least 1 step, not {steps}.")
     betas = BETAS[name](steps)
     if not ((betas > 0) & (betas <= 1)).all():
         raise BlendedError(f"a {name} schedule of {steps} steps has a β of {betas.max():.3g}, outside (0, 1]; use at least 21 steps.")
@@ -52,7 +52,7 @@ def named_betas(name: str, steps: int) -> Float64:
 
 
 def space_timesteps(steps: int, respacing: str | int) -> list[int]:
-    """The steps of a long process that a shorter one keeps, ascending.
+    """The steps of a process that respacing keeps, ascending.
 
     Args:
         steps: length of the process that the network was trained on.
@@ -60,7 +60,7 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
             by commas, one for each equal section of the process, the least noisy section first.
 
     Raises:
-        BlendedError: if the process cannot be divided so.
+        BlendedError: if the process cannot be divided in this way.
     """
     text = str(respacing).strip()
     if text.startswith("ddim"):
@@ -69,14 +69,14 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
             kept = range(0, steps, stride)
             if len(kept) == count:
                 return list(kept)
-        raise BlendedError(f"no whole stride takes exactly {count} of {steps} steps; try respacing {str(count)!r} instead.")
+        raise BlendedError(f"no whole stride takes exactly {count} of {steps} steps; use {str(count)!r} instead.", option="steps")
     counts = [_count(part, text) for part in text.split(",")]
     kept_steps: list[int] = []
     start = 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
         if count > size:
-            raise BlendedError(f"respacing {text!r} asks for {count} of a section of {size} steps; ask for at most {size}.")
+            raise BlendedError(f"respacing {text!r} takes {count} steps of a section of {size}; take at most {size}.", option="steps")
         stride_f = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
@@ -87,7 +87,7 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
 
 
 def check_respacing(respacing: str | int) -> None:
-    """Raises BlendedError if a respacing is not understood, whatever the process."""
+    """Raises BlendedError if a respacing has the wrong form; whether it fits a process is checked with the process."""
     text = str(respacing).strip()
     for part in [text[4:]] if text.startswith("ddim") else text.split(","):
         _count(part, text)
@@ -98,10 +98,10 @@ def _count(text: str, whole: str) -> int:
         count = int(text)
     except ValueError:
         raise BlendedError(
-            f"respacing {whole!r} is not understood; give a number (100), 'ddim25', or counts for sections ('50,25,10')."
+            f"respacing {whole!r} has the wrong form; give a number (100), 'ddim25', or counts of sections ('50,25,10').", option="steps"
         ) from None
     if count < 1:
-        raise BlendedError(f"respacing {whole!r} keeps {count} steps; keep at least 1.")
+        raise BlendedError(f"respacing {whole!r} keeps {count} steps; keep at least 1.", option="steps")
     return count
 
 
@@ -109,8 +109,8 @@ def _count(text: str, whole: str) -> int:
 class Schedule:
     """A (respaced) diffusion process.
 
-    Index i runs from ``len(self) − 1`` (most noise) to 0; :data:`CLEAN` is the picture itself. Arrays have shape
-    [len(self)] and are float64; ``timestep_map[i]`` is the step of the original process that index i stands for.
+    The levels are indexed from ``len(self) − 1`` (most noise) to 0; :data:`CLEAN` is the picture itself. Arrays have shape [len(self)] and are
+    float64; ``timestep_map[i]`` is the step of the original process at index i.
     """
 
     name: str = "linear"
@@ -181,7 +181,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance_clipped(self) -> Float64:
-        """log β̃ with index 0 replaced by index 1's, for it would be −∞."""
+        """log β̃, where index 0 has the value of index 1 because its own is −∞."""
         variance = self.posterior_variance
         first = variance[1] if len(variance) > 1 else self.betas[0]
         logarithm: Float64 = np.log(np.append(first, variance[1:]))
@@ -200,17 +200,17 @@ class Schedule:
         return weight
 
     def model_timestep(self, index: int) -> float:
-        """What the network is told for an index: the original step, in units of a 1000-step process if rescaled."""
+        """The timestep that the network gets for an index: the original step, in units of a 1000-step process if rescaled."""
         step = float(self.timestep_map[index])
         return step * (1000.0 / self.steps) if self.rescale_timesteps else step
 
     def start_index(self, strength: float) -> int:
-        """The first index of an edit of that strength: of T indices the last ⌊strength·T + ½⌋ are denoised.
+        """The first index of an edit of that strength: the ⌊strength·T + ½⌋ least noisy of T levels are denoised.
 
         A strength of 0.75 on 100 steps gives 74, as ``skip_timesteps=25`` of the reference does.
         """
         if not 0 < strength <= 1:
-            raise BlendedError(f"strength is {strength}; give a number above 0 and at most 1 (0.75 is usual).")
+            raise BlendedError(f"strength is {strength}; give a number above 0 and at most 1 (default 0.75).", option="strength")
         return max(1, math.floor(strength * len(self) + 0.5)) - 1
 
 

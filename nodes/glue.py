@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from ..blended_core.adm.load import may_be_checkpoint
 from ..blended_core.adm.recompute import works_on
 from ..blended_core.clip.model import ClipModel, Prompt
+from ..blended_core.denoiser import DiffusionModel
 from ..blended_core.device import DTYPES, DeviceContext
-from ..blended_core.diffusion import DiffusionModel
 from ..blended_core.errors import BlendedError, BlendedWarning
 from ..blended_core.memory import MemoryLimits
 from ..blended_core.options import GuidanceOptions

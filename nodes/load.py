@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..blended_core.adm.describe import summary
-from ..blended_core.adm.load import load_ddpm
+from ..blended_core.adm.load import load_checkpoint
 from ..blended_core.adm.probe import ProbeOptions
 from ..blended_core.clip.files import architecture_of
 from ..blended_core.clip.model import load_clip
@@ -90,13 +90,13 @@ class LoadDDPM(io.ComfyNode):
         with glue.engine():
             path: Path | str = EMBEDDED if checkpoint == EMBEDDED else glue.path_of(glue.DDPM_FOLDER, checkpoint)
             context, stated = glue.device_context(precision), settings(overrides)
-            trial = ProbeOptions(
-                place=lambda: glue.probe_context(context, Path(path)),
+            probe = ProbeOptions(
+                context=lambda: glue.probe_context(context, Path(path)),
                 on_forward=lambda done, expected: glue.Progress(expected).update(done),
             )
-            model = load_ddpm(glue.offload_context(context), path, stated, trial=trial)
-            glue.show_text(cls.hidden.unique_id, summary(model.detection))
-            return io.NodeOutput(glue.LoadedDDPM(model, glue.manage(model.network), context))
+            loaded = load_checkpoint(glue.offload_context(context), path, stated, probe=probe)
+            glue.show_text(cls.hidden.unique_id, summary(loaded.detection))
+            return io.NodeOutput(glue.LoadedDDPM(loaded.model, glue.manage(loaded.model.network), context))
 
 
 def settings(lines: str) -> dict[str, str]:

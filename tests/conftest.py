@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from blended_core.clip.model import ClipModel
+from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import DiffusionModel
 from blended_core.sample import Models
 
 from . import tiny

@@ -1,8 +1,7 @@
 """Published families of ADM checkpoints as files: ``python -m tests.families [--full]``.
 
-Prints for each family what was found in files of its true names and shapes, under every prefix; with --full also two networks of
-full size with random weights, written and loaded value for value (3 GB of disk, 6 GB of memory). Exit code 1 if something is
-taken for something else.
+Prints for each family what is detected in files with its names and shapes, under every prefix; with --full also two networks of full size with
+random weights, written and loaded value for value (3 GB of disk, 6 GB of memory). Exit code 1 if a detection is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blended_core.adm.detect import Detection
-from blended_core.adm.load import inspect_checkpoint, load_ddpm
+from blended_core.adm.load import inspect_checkpoint, load_checkpoint
 from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig
@@ -35,7 +34,7 @@ FULL = ("openai 256 uncond", "p2 ffhq")
 
 
 def adm(size: int, channels: int, mult: tuple[float, ...], blocks: int, pixels: tuple[int, ...], **rest: Any) -> UNetConfig:
-    """A row of the table of families; attention in pixels, as the published command lines have it."""
+    """A row of the table of families; attention in pixels, as in the published command lines."""
     options = {"resblock_updown": True, "use_scale_shift_norm": True, **rest}
     return UNetConfig(
         image_size=size, model_channels=channels, channel_mult=mult, num_res_blocks=blocks,
@@ -62,7 +61,7 @@ FAMILIES = {
     "iddpm imagenet 64 cond": (adm(64, 192, (1, 2, 3, 4), 3, (16, 8), num_heads=4, num_classes=1000, **PLAIN), LONG),
     "iddpm cifar": (adm(32, 128, (1, 2, 2, 2), 3, (16, 8), num_heads=4, **PLAIN), LONG),
 }
-ODD = {  # of no family: shapes alone must still be read right
+ODD = {  # of no family: only the shapes determine the settings
     "pooled": UNetConfig(32, 64, (1, 2, 4), 2, (4,), resblock_updown=False, conv_resample=False, num_heads=1),
     "one level": UNetConfig(8, 32, (1,), 2, (1,), num_heads=1),
     "half first": UNetConfig(32, 64, (0.5, 1, 2), 1, (1, 4), num_heads=4, resblock_updown=True, use_scale_shift_norm=True),
@@ -72,12 +71,12 @@ ODD = {  # of no family: shapes alone must still be read right
 
 
 def table(config: UNetConfig, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"), mock.patch.object(torch.nn.Embedding, "reset_parameters"):  # it is slow there
+    with torch.device("meta"), mock.patch.object(torch.nn.Embedding, "reset_parameters"):  # slow on the meta device
         return {prefix + k: tuple(v.shape) for k, v in UNet(config).state_dict().items()}
 
 
 def hollow_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file in half precision with all names and shapes, whose values are a hole that takes no room on disk."""
+    """Writes a safetensors file in half precision with all names and shapes, whose values are a hole that takes no space on disk."""
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():
@@ -102,7 +101,7 @@ def whole_file(path: Path, config: UNetConfig, prefix: str = "") -> dict[str, Te
 
 
 def same(found: Detection, true: tuple[UNetConfig, DiffusionConfig]) -> list[str]:
-    """In what a detection differs from the truth; nothing if it is right."""
+    """The differences between a detection and the true settings."""
     truth = {**true[0].to_dict(), **true[1].to_dict()}
     return [f"{name} {value} instead of {truth[name]}" for name, (value, _) in found.settings.items() if value != truth[name]]
 
@@ -127,7 +126,7 @@ def main() -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        print(f"{'true family':<24}{'parameters':>10}  {'prefixes':<9}{'left to try':<13}found")
+        print(f"{'true family':<24}{'parameters':>10}  {'prefixes':<9}{'left to probe':<14}found")
         for name, true in {**FAMILIES, **dict.fromkeys(ODD)}.items():
             config, process = true or (ODD[name], None)
             right, found = 0, None
@@ -142,7 +141,7 @@ def main() -> int:
             parameters = sum(torch.Size(s).numel() for s in shapes.values()) / 1e6
             left = "all of them" if process is None else ", ".join(found.guessed) or "nothing"
             print(
-                f"{name:<24}{parameters:>8.1f} M  {right}/{len(PREFIXES):<7}{left:<13}{in_short(found.unet, found.diffusion)}", flush=True
+                f"{name:<24}{parameters:>8.1f} M  {right}/{len(PREFIXES):<7}{left:<14}{in_short(found.unet, found.diffusion)}", flush=True
             )
         for name in FULL if args.full else ():
             config, process = FAMILIES[name]
@@ -151,11 +150,11 @@ def main() -> int:
                 state = whole_file(path, config, "module.")
                 size = path.stat().st_size
                 begun = time.perf_counter()
-                model = load_ddpm(DeviceContext(), path)
+                checkpoint = load_checkpoint(DeviceContext(), path)
                 took = time.perf_counter() - begun
-                loaded = model.network.state_dict()
+                loaded = checkpoint.model.network.state_dict()
                 equal = loaded.keys() == state.keys() and all(torch.equal(loaded[k], v.float()) for k, v in state.items())
-                settings = same(model.detection, (config, process))
+                settings = same(checkpoint.detection, (config, process))
                 wrong += not equal or bool(settings)
                 verdict = "equal value for value" if equal else "OTHER VALUES"
                 print(
@@ -163,7 +162,7 @@ def main() -> int:
                     flush=True,
                 )
                 path.unlink()
-                del model, loaded, state
+                del checkpoint, loaded, state
     return 1 if wrong else 0
 
 

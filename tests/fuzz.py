@@ -1,6 +1,6 @@
 """Damaged and hostile checkpoint files: ``python -m tests.fuzz [--count 2000] [--seed 0]``.
 
-Every file must load or be refused with a sentence, in a moment, without anything written. Exit code 1 with the file kept if not.
+Every file must load or give a BlendedError within seconds, without anything written. Otherwise the exit code is 1 and the file is kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SETTINGS |= {"use_new_attention_order": False}
 
 
 def originals(folder: Path) -> list[Path]:
-    """One network in every form of file."""
+    """One network in every file format."""
     state = {k: v.half() for k, v in tiny_unet(channel_mult=(1,), attention_downsampling=()).state_dict().items()}
     save_file(state, folder / "a.safetensors")
     torch.save(state, folder / "zip.pt")
@@ -39,7 +39,7 @@ def originals(folder: Path) -> list[Path]:
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """The file after some accident; half of them hit the beginning, where the structure is."""
+    """A damaged copy of a file; half of the changes are at its beginning, where the structure is."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         reach = len(out) if rng.random() < 0.5 else min(len(out), 6000)
@@ -89,7 +89,7 @@ def main() -> int:
             begun = time.perf_counter()
             try:
                 may_be_checkpoint(path)
-                load_ddpm(DeviceContext(), path, SETTINGS, trial=None)
+                load_ddpm(DeviceContext(), path, SETTINGS, probe=None)
                 told["loaded"] += 1
             except BlendedError as error:
                 assert str(error).rstrip().endswith("."), error

@@ -1,8 +1,8 @@
-"""Small ADMs of several kinds, trained for some minutes each and stripped of what says which they are.
+"""Small ADM networks with different settings, trained for some minutes each and saved without metadata.
 
     python -m tests.kinds [--steps 400] [--keep DIR]
 
-trains them (or takes those that an earlier run kept), asks the calibration probe, and prints what it decided, by how much, and in what time. Exit code 1 if it was wrong.
+trains them (or reuses those of an earlier run), runs the calibration probe, and prints its decisions, margins and times. Exit code 1 if one is wrong.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from blended_core.adm import probe as calibrate
-from blended_core.adm.load import load_ddpm
+from blended_core.adm.load import load_checkpoint
+from blended_core.adm.probe import attention_widths
 from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig, q_sample
@@ -56,10 +56,10 @@ def scenes(rng: np.random.Generator, count: int) -> torch.Tensor:
 
 
 def train(config: UNetConfig, process: DiffusionConfig, steps: int, seed: int = 0) -> UNet:
-    """A network that knows its process a little."""
+    """A network after a short training."""
     torch.manual_seed(seed)
     unet = UNet(config)
-    # The zero-initialised output of attention learns slowly; a start off zero makes heads matter within seconds.
+    # The zero-initialized output of attention learns slowly; other initial values make heads matter within seconds.
     for name, parameter in unet.named_parameters():
         if name.endswith("proj_out.weight"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -84,7 +84,7 @@ def train(config: UNetConfig, process: DiffusionConfig, steps: int, seed: int = 
 
 
 def same_curve(a: DiffusionConfig, b: DiffusionConfig) -> bool:
-    """Whether two processes mix noise alike and tell the network the same: what a length of 4000 with rescaled timesteps is to 1000."""
+    """Whether two processes have the same noise levels and timesteps, as 4000 rescaled steps and 1000 steps do."""
     first, second = a.respaced(a.steps), b.respaced(b.steps)
     for share in (0.1, 0.35, 0.6, 0.85):
         i, j = (int(share * s.steps) for s in (first, second))
@@ -94,8 +94,8 @@ def same_curve(a: DiffusionConfig, b: DiffusionConfig) -> bool:
 
 
 def same_wiring(a: UNetConfig, b: UNetConfig) -> bool:
-    """Whether two configurations use the weights alike."""
-    widths = calibrate._widths(a)
+    """Whether two configurations use the weights in the same way."""
+    widths = attention_widths(a)
     heads = [a.heads(w) for w in widths]
     order = a.use_new_attention_order == b.use_new_attention_order or max(heads) == 1
     return heads == [b.heads(w) for w in widths] and order
@@ -126,13 +126,12 @@ def main() -> int:
                         kept.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copy(path, kept)
             else:
-                truth = load_ddpm(DeviceContext())
-                assert truth.found is not None
-                config, process = truth.found.unet, truth.config
+                truth = load_checkpoint(DeviceContext()).detection
+                config, process = truth.unet, truth.diffusion
                 save_file(load_file(EMBEDDED), path)
             trained = time.perf_counter() - begun
-            found = load_ddpm(DeviceContext(), path, {"image_size": config.image_size}).found
-            assert found is not None and found.probe is not None
+            found = load_checkpoint(DeviceContext(), path, {"image_size": config.image_size}).detection
+            assert found.probe is not None
             right = (
                 same_wiring(found.unet, config) and same_curve(found.diffusion, process) and found.diffusion.objective == process.objective
             )

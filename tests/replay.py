@@ -27,17 +27,9 @@ from blended_core import options as options_module
 from blended_core.adm.unet import UNet, UNetConfig, timestep_embedding
 from blended_core.augment import ViewParameters, affine_matrices, perspective_matrices, warp_views
 from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
+from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import (
-    DiffusionConfig,
-    DiffusionModel,
-    ddim_reverse_step,
-    ddim_step,
-    ddpm_step,
-    guided_x0,
-    posterior_mean,
-    q_sample,
-)
+from blended_core.diffusion import DiffusionConfig, coefficient, ddim_step, ddpm_step, guided_x0, posterior_mean, predict_eps, q_sample
 from blended_core.guidance import clip_gradient, guided_prediction
 from blended_core.losses import d_background_reference, d_clip, range_loss, seen_by_clip
 from blended_core.options import GuidanceOptions
@@ -328,8 +320,8 @@ class RecordingClip(ClipModel):
     pictures: Tensor
     embeddings: Tensor
 
-    def encode_normalised(self, pictures: Tensor) -> Tensor:
-        self.pictures, self.embeddings = pictures, super().encode_normalised(pictures)
+    def encode_normalized(self, pictures: Tensor) -> Tensor:
+        self.pictures, self.embeddings = pictures, super().encode_normalized(pictures)
         return self.embeddings
 
 
@@ -527,11 +519,11 @@ def replay_diffusion_step(case: Case) -> None:
     scale = amplification(schedule, t)
     with torch.no_grad():
         plain = model.predict(x_t, t, schedule, labels)
-        clipped = model.predict(x_t, t, schedule, labels, clip_denoised=True)
+    clipped = plain.x0.clamp(-1, 1)
     case.compare_scaled("pred_xstart", X0, plain.x0, "pmv.noclip.pred_xstart", scale)
-    case.compare_scaled("pred_xstart", X0, clipped.x0, "pmv.clip.pred_xstart", scale)
+    case.compare_scaled("pred_xstart", X0, clipped, "pmv.clip.pred_xstart", scale)
     case.compare_scaled("mean", SAMPLE, plain.mean, "pmv.noclip.mean", scale)
-    case.compare_scaled("mean", SAMPLE, clipped.mean, "pmv.clip.mean", scale)
+    case.compare_scaled("mean", SAMPLE, posterior_mean(clipped, x_t, t, schedule), "pmv.clip.mean", scale)
     case.compare("variance", NETWORK, plain.variance, case["pmv.noclip.variance"].expand_as(x_t))
     case.compare("log_variance", SAMPLE, plain.log_variance, case["pmv.noclip.log_variance"].expand_as(x_t))
 
@@ -550,7 +542,14 @@ def replay_diffusion_step(case: Case) -> None:
             sample = ddim_step(x_t, x0, t, noise, schedule, eta)
             case.compare_scaled("DDIM sample", SAMPLE, sample, f"ddim.{name}.{guided}.sample", scale)
     case.compare_scaled("guided pred_xstart", X0, shifted, "ddim.eta07.cond.pred_xstart", scale)
-    case.compare_if_recorded("DDIM reversed", SAMPLE, "ddim_reverse.sample", lambda: ddim_reverse_step(x_t, plain.x0, t, schedule))
+    case.compare_if_recorded("DDIM reversed", SAMPLE, "ddim_reverse.sample", lambda: ddim_reversed(x_t, plain.x0, t, schedule))
+
+
+def ddim_reversed(x_t: Tensor, x0: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """One deterministic DDIM step toward more noise, which the reference code has and the library does not need."""
+    eps = predict_eps(x_t, x0, t, schedule)
+    following = schedule.alphas_cumprod_next
+    return x0 * coefficient(np.sqrt(following), t, x_t) + coefficient(np.sqrt(1 - following), t, x_t) * eps
 
 
 def replay_losses(case: Case) -> None:
@@ -607,7 +606,7 @@ def mean_over_views(embeddings: Tensor, text: Tensor, batch: int) -> Tensor:
 def replay_clip(case: Case) -> None:
     clip = case.folder.clip(case.name)
     image = case["image"].clone().requires_grad_()
-    embeddings = clip.encode_normalised(image)
+    embeddings = clip.encode_normalized(image)
     case.compare("image embedding", NETWORK, embeddings, "image_embed")
     case.compare("text embedding", NETWORK, clip.encode_tokens(case["tokens"].long()), "text_embed")
     case.compare("gradient", GRADIENT, torch.autograd.grad(embeddings.square().sum(), image)[0], "grad_image")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from blended_core.cli import edit as edit_command
 from blended_core.cli import main
-from blended_core.diffusion import DiffusionConfig, DiffusionModel
+from blended_core.denoiser import DiffusionModel
+from blended_core.diffusion import DiffusionConfig
 from blended_core.edit import edit_picture, prepared_mask
 from blended_core.errors import BlendedError
 from blended_core.io.images import to_uint8

@@ -22,8 +22,8 @@ from benchmarks.report import as_text, figures, plot, reached, table
 from benchmarks.step import above, attention_kernels, beside, differences, kept, largest
 from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, ours, plain_attention, reference
 from blended_core.adm.unet import AttentionBlock
+from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import DiffusionModel
 
 from .tiny import CONFIG
 

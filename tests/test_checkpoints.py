@@ -1,4 +1,4 @@
-"""Detection and loading of diffusion checkpoints: published families, file forms, refusals, broken files."""
+"""Detection and loading of diffusion checkpoints: published families, file formats, files of other models, damaged files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blended_core.adm.detect import detect, find_prefix, read_settings
-from blended_core.adm.load import inspect_checkpoint, load_ddpm
+from blended_core.adm.detect import detect, find_prefix
+from blended_core.adm.load import inspect_checkpoint, load_checkpoint, load_ddpm
+from blended_core.adm.settings import read_settings
 from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.cli import main
 from blended_core.device import DeviceContext
@@ -49,7 +50,7 @@ TINY_SETTINGS = {
 
 
 def weights(config: UNetConfig = TINY, seed: int = 0) -> dict[str, Tensor]:
-    """Random, the last layers too, so that every weight matters to the output."""
+    """Random weights, also in the last layers, so that every weight changes the output."""
     generator = torch.Generator().manual_seed(seed)
     return {k: torch.randn(shape, generator=generator) * 0.1 for k, shape in table(config).items()}
 
@@ -68,8 +69,8 @@ def expected(state: dict[str, Tensor], config: UNetConfig = TINY) -> Tensor:
     return output(unet, config)
 
 
-def test_nothing_is_drawn_for_weights_that_a_file_replaces(tmp_path: Path) -> None:
-    """Initial values drawn on the meta device would import torch's compiler: seconds, before the first tensor is read."""
+def test_weights_that_a_file_replaces_are_not_initialized(tmp_path: Path) -> None:
+    """Initialization on the meta device would import torch's compiler, which takes seconds."""
     config = replace(TINY, num_classes=4)
     save_file(weights(config), tmp_path / "x.safetensors")
     called = set()
@@ -87,7 +88,7 @@ def test_nothing_is_drawn_for_weights_that_a_file_replaces(tmp_path: Path) -> No
 
 @pytest.fixture(autouse=True)
 def _no_guesses() -> Any:
-    """A warning about guesses is an error, except where a test expects it."""
+    """Turns warnings into errors, except where a test expects them."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", BlendedWarning)
         yield
@@ -97,7 +98,7 @@ def _no_guesses() -> Any:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family(name: str) -> None:
+def test_a_published_family_is_detected_under_every_prefix(name: str) -> None:
     config, diffusion = FAMILIES[name]
     shapes = table(config)
     for prefix in PREFIXES:
@@ -108,12 +109,12 @@ def test_family(name: str) -> None:
         assert found.family is not None
     assert found.sources["num_heads"] == found.sources["schedule"] == found.sources["image_size"] == "signature"
     assert found.sources["model_channels"] == found.sources["variance"] == "shapes"
-    # One of the 512 px fine-tunes predicts v, so nothing but a guess says ε there.
+    # One of the 512 px fine-tunes predicts v, so ε is only a guess.
     assert found.guessed == (("objective",) if name == "512 uncond fine-tune" else ())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_file_of_full_size_is_known_by_its_names_and_shapes(name: str, tmp_path: Path) -> None:
+def test_a_file_of_full_size_is_detected_from_its_names_and_shapes(name: str, tmp_path: Path) -> None:
     prefix = PREFIXES[list(FAMILIES).index(name) % len(PREFIXES)]
     hollow_file(tmp_path / "x.safetensors", table(FAMILIES[name][0], prefix))
     found = inspect_checkpoint(tmp_path / "x.safetensors")
@@ -126,14 +127,14 @@ def test_a_network_of_full_size_is_loaded_value_for_value(form: str, tmp_path: P
     config, process = FAMILIES["p2 ffhq"]
     path = tmp_path / f"x.{form}"
     state = whole_file(path, config, prefix="ema.module.")
-    model = load_ddpm(CPU, path)
-    assert (model.detection.unet, model.config) == (config, process)
-    loaded = model.network.state_dict()
+    checkpoint = load_checkpoint(CPU, path)
+    assert (checkpoint.detection.unet, checkpoint.model.config, checkpoint.path) == (config, process, path)
+    loaded = checkpoint.model.network.state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], v.float()) for k, v in state.items())
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_no_family(name: str) -> None:
+def test_a_network_of_no_family_is_detected_and_its_guesses_are_listed(name: str) -> None:
     config = ODD[name]
     found = detect(table(config))
     assert found.unet == config
@@ -144,8 +145,8 @@ def test_no_family(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adm_256_uncond", "adm_64_imagenet_cond"])
-def test_golden_key_tables(name: str) -> None:
-    """The reference implementation's own names, shapes and flags; the flags, as a sidecar, agree with what is detected."""
+def test_recorded_names_shapes_and_flags_of_the_reference_agree(name: str) -> None:
+    """Given as a sidecar, the flags agree with the settings that are detected without them."""
     golden = json.loads((DATA / f"{name}.json").read_text())
     shapes = {k: tuple(v) for k, v in golden["state_dict_shapes"].items()}
     found = detect(shapes)
@@ -155,13 +156,13 @@ def test_golden_key_tables(name: str) -> None:
         unet.load_state_dict({k: torch.empty(s) for k, s in shapes.items()}, strict=True, assign=True)
     assert sum(p.numel() for p in unet.parameters()) == golden["n_params"]
     stated = detect(shapes, sidecar=golden["args"])
-    assert replace(stated.unet, num_heads=1) == found.unet  # a number of heads is not used beside num_head_channels
+    assert replace(stated.unet, num_heads=1) == found.unet  # num_heads is not used beside num_head_channels
     assert stated.diffusion.schedule == golden["args"]["noise_schedule"]
     assert stated.diffusion.rescale_timesteps == golden["args"]["rescale_timesteps"]
     assert stated.sources["schedule"] == "sidecar"
 
 
-def test_averaged_weights_are_preferred() -> None:
+def test_averaged_weights_take_precedence() -> None:
     shapes = table(TINY)
     for others, best in (
         (["", "ema."], "ema."),
@@ -171,10 +172,10 @@ def test_averaged_weights_are_preferred() -> None:
     ):
         assert find_prefix({p + k: v for p in others for k, v in shapes.items()}) == best
     both = {**shapes, **{"ema." + k: v for k, v in shapes.items() if not k.startswith("output_blocks")}}
-    assert find_prefix(both) == ""  # half a network is no better for being averaged
+    assert find_prefix(both) == ""  # an averaged encoder is not a complete network
 
 
-def test_order_of_sources() -> None:
+def test_overrides_precede_metadata_and_metadata_precedes_a_sidecar() -> None:
     shapes = table(TINY)
     levels = {"sidecar": {"steps": 100, "objective": "x0", "schedule": "cosine"}, "metadata": {"steps": 200, "objective": "v"}}
     found = detect(shapes, overrides={"steps": 300}, **levels)
@@ -184,7 +185,7 @@ def test_order_of_sources() -> None:
     assert found.settings["model_channels"] == (32, "shapes")
 
 
-def test_number_of_heads_beats_channels_of_a_weaker_source() -> None:
+def test_a_number_of_heads_precedes_channels_per_head_of_a_weaker_source() -> None:
     shapes = table(FAMILIES["openai 256 uncond"][0])
     assert detect(shapes).unet.heads(512) == 8
     assert detect(shapes, overrides={"num_heads": 4}).unet.heads(512) == 4
@@ -192,7 +193,7 @@ def test_number_of_heads_beats_channels_of_a_weaker_source() -> None:
     assert detect(shapes, sidecar={"num_heads": 4}, overrides={"num_head_channels": "128"}).unet.heads(512) == 4
 
 
-def test_flags_of_guided_diffusion() -> None:
+def test_flags_of_guided_diffusion_are_understood() -> None:
     flags = {
         "image_size": "64", "num_channels": 192, "num_res_blocks": 3, "attention_resolutions": "32,16,8", "channel_mult": "",
         "learn_sigma": "True", "class_cond": True, "num_head_channels": 48, "num_heads_upsample": -1,
@@ -202,7 +203,7 @@ def test_flags_of_guided_diffusion() -> None:
     found = detect(table(FAMILIES["openai 64 cond"][0]), sidecar=flags)
     assert found.diffusion == DiffusionConfig("linear", 500, False, "x0", "learned_range")
     assert found.unet == replace(FAMILIES["openai 64 cond"][0], num_head_channels=48, use_new_attention_order=False)
-    # Attention where the network never is (or at no resolution of it) changes nothing, as in guided-diffusion itself.
+    # Attention at a resolution that the network does not have changes nothing, as in guided-diffusion.
     assert detect(table(TINY), overrides={**TINY_SETTINGS, "attention_downsampling": "2,64,0"}).unet == TINY
     assert detect(table(replace(TINY, channel_mult=(1, 2, 2))), sidecar={"attention_downsampling": [2, 3]}).unet.attention_downsampling == (
         2,
@@ -216,7 +217,7 @@ def test_flags_of_guided_diffusion() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"no_such": 1}, "no_such.*no setting"),
+        ({"no_such": 1}, "no_such.*not a setting"),
         ({"steps": "many"}, "steps.*'many'.*whole number"),
         ({"steps": 0}, "steps"),
         ({"num_head_channels": 0}, "num_head_channels"),
@@ -225,7 +226,7 @@ def test_flags_of_guided_diffusion() -> None:
         ({"objective": "score"}, "objective 'score'"),
         ({"noise_schedule": "sqrt"}, "schedule 'sqrt'"),
         ({"steps": 10, "diffusion_steps": 20}, "twice.*10.*20"),
-        ({"model_channels": 64}, "model_channels is 64.*shapes.* 32"),
+        ({"model_channels": 64}, "model_channels is 64.*shapes.* show 32"),
         ({"class_cond": True}, "class_cond"),
         ({"learn_sigma": False}, "out_channels is 3.* 6"),
         ({"attention_resolutions": "16"}, "attention_downsampling.*pixels of 16"),
@@ -237,18 +238,19 @@ def test_flags_of_guided_diffusion() -> None:
         ({"steps": float("inf")}, "steps"),
     ],
 )
-def test_wrong_settings(given: dict[str, Any], says: str) -> None:
+def test_a_wrong_setting_gives_an_error_that_names_it(given: dict[str, Any], says: str) -> None:
     for source in ("overrides", "metadata", "sidecar"):
-        with pytest.raises(BlendedError, match=f"(?s){says}"):
+        with pytest.raises(BlendedError, match=f"(?s){says}") as caught:
             detect(table(TINY), **{source: given})
+        assert "overrides" in caught.value.options or source != "overrides" or given in ({"schedule": "sqrt"}, {"objective": "score"})
 
 
-def test_groups_of_settings() -> None:
+def test_settings_may_be_grouped() -> None:
     stated = read_settings({"unet": {"image_size": 16}, "diffusion": {"steps": 7}}, "sidecar")
     assert stated == {"image_size": 16, "steps": 7}
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- files of other models -------------------------------------------------------------------------------------------------------
 
 
 def without(shapes: dict[str, tuple[int, ...]], start: str) -> dict[str, tuple[int, ...]]:
@@ -283,15 +285,15 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_refusal_says_what_it_is(name: str) -> None:
+def test_the_error_states_what_the_file_holds_instead(name: str) -> None:
     shapes, says = FOREIGN[name]
     with pytest.raises(BlendedError, match=says) as caught:
         detect(shapes)
     assert "Use" in str(caught.value)
 
 
-def test_nonsense_tables_get_a_sentence() -> None:
-    """Keys taken away, shapes bent, indices absurd: a detection or a BlendedError, never anything else."""
+def test_damaged_tables_of_shapes_give_a_blended_error() -> None:
+    """Tensors removed, shapes changed, absurd indices: a detection or a BlendedError, never another exception."""
     rng = random.Random(0)
     outcomes = {True: 0, False: 0}
     base = table(replace(ODD["half first"], num_classes=3))
@@ -320,7 +322,7 @@ def test_nonsense_tables_get_a_sentence() -> None:
     for shape in ((256, 0), (0, 0), (256,), ()):
         with pytest.raises(BlendedError, match=r"time_embed\.0\.weight has the shape"):
             detect({**base, "time_embed.0.weight": shape})
-    for key in base:  # alone, each key is no network
+    for key in base:  # one tensor alone is not a network
         with pytest.raises(BlendedError):
             detect({key: base[key]})
 
@@ -328,32 +330,32 @@ def test_nonsense_tables_get_a_sentence() -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_safetensors_round_trip(tmp_path: Path) -> None:
+def test_a_safetensors_file_with_metadata_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     config = replace(TINY, num_classes=4, use_new_attention_order=True, num_head_channels=16)
     state = {k: v.half() for k, v in weights(config).items()}
     diffusion = {"schedule": "cosine", "steps": 250, "rescale_timesteps": False, "objective": "v"}
     metadata = {"format": "pt", "unet": json.dumps(config.to_dict()), "diffusion": json.dumps(diffusion), "trained_steps": "7"}
     path = tmp_path / "ours.safetensors"
     save_file(state, path, metadata=metadata)
-    model = load_ddpm(CPU, path)
-    assert model.found is not None
-    assert model.found.unet == config
+    checkpoint = load_checkpoint(CPU, path)
+    model, detection = checkpoint.model, checkpoint.detection
+    assert detection.unet == config
     assert model.config == DiffusionConfig("cosine", 250, False, "v", "learned_range")
-    assert {model.found.sources[k] for k in ("objective", "num_head_channels", "image_size", "use_new_attention_order")} == {"metadata"}
-    assert model.found == inspect_checkpoint(path)
+    assert {detection.sources[k] for k in ("objective", "num_head_channels", "image_size", "use_new_attention_order")} == {"metadata"}
+    assert detection == inspect_checkpoint(path)
     assert (model.image_size, model.num_classes, model.multiple_of) == (16, 4, 2)
     assert not model.network.training
     for parameter in model.network.parameters():
         assert not parameter.requires_grad and parameter.dtype == torch.float32 and parameter.device.type == "cpu"
     assert torch.equal(output(model.network, config), expected({k: v.float() for k, v in state.items()}, config))
     before = output(model.network, config)
-    with path.open("r+b") as stream:  # the network does not depend on the file any more
+    with path.open("r+b") as stream:  # the network does not depend on the file after loading
         stream.seek(path.stat().st_size // 2)
         stream.write(b"\xff" * (path.stat().st_size // 2))
     assert torch.equal(output(model.network, config), before)
 
 
-def test_precision_and_layout(tmp_path: Path) -> None:
+def test_weights_have_the_precision_and_layout_of_the_context(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file(weights(), path)
     model = load_ddpm(DeviceContext(dtype=torch.bfloat16, channels_last=True), path, TINY_SETTINGS)
@@ -382,57 +384,58 @@ def bent(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("form", FORMS)
-def test_torch_files(form: str, zipped: bool, tmp_path: Path) -> None:
+def test_a_state_dict_is_found_in_every_container_of_torch_save(form: str, zipped: bool, tmp_path: Path) -> None:
     wrap, prefix = FORMS[form]
     state = weights()
     path = tmp_path / "model.pt"
     torch.save(wrap(state), path, _use_new_zipfile_serialization=zipped)
-    model = load_ddpm(CPU, path, TINY_SETTINGS)
-    assert model.found is not None and model.found.prefix == prefix
-    assert torch.equal(output(model.network), expected(state))
+    checkpoint = load_checkpoint(CPU, path, TINY_SETTINGS)
+    assert checkpoint.detection.prefix == prefix
+    assert torch.equal(output(checkpoint.model.network), expected(state))
 
 
-def test_kind_of_file_is_told_by_content(tmp_path: Path) -> None:
+def test_the_format_is_determined_from_the_content(tmp_path: Path) -> None:
     save_file(weights(), tmp_path / "renamed.ckpt")
     torch.save(weights(), tmp_path / "renamed.pth")
     for name in ("renamed.ckpt", "renamed.pth"):
         assert torch.equal(output(load_ddpm(CPU, str(tmp_path / name), TINY_SETTINGS).network), expected(weights()))
 
 
-def test_sidecar_and_overrides(tmp_path: Path) -> None:
+def test_a_sidecar_and_overrides_are_used(tmp_path: Path) -> None:
     path = tmp_path / "model.v2.pt"
     torch.save(weights(), path)
     with pytest.warns(BlendedWarning, match="model.v2.pt.*num_heads 4.*schedule linear.*objective eps"):
-        assert load_ddpm(CPU, path, trial=None).config.objective == "eps"
+        assert load_ddpm(CPU, path, probe=None).config.objective == "eps"
     sidecar = tmp_path / "model.v2.json"
     sidecar.write_text(json.dumps({**TINY_SETTINGS, "noise_schedule": "linear", "num_channels": 32}))
-    model = load_ddpm(CPU, path, {"objective": "x0"})
-    assert model.found is not None
-    assert (model.config.objective, model.found.sources["objective"]) == ("x0", "override")
-    assert (model.found.unet, model.found.sources["num_head_channels"]) == (TINY, "sidecar")
-    for text, says in (("{", "no JSON"), ("[1]", "JSON object"), ('{"prompt": "cat"}', "prompt"), ("[" * 100000, "no JSON")):
+    checkpoint = load_checkpoint(CPU, path, {"objective": "x0"})
+    assert (checkpoint.model.config.objective, checkpoint.detection.sources["objective"]) == ("x0", "override")
+    assert (checkpoint.detection.unet, checkpoint.detection.sources["num_head_channels"]) == (TINY, "sidecar")
+    for text, says in (("{", "not valid JSON"), ("[1]", "JSON object"), ('{"prompt": "cat"}', "prompt"), ("[" * 100000, "not valid JSON")):
         sidecar.write_text(text)
         with pytest.raises(BlendedError, match=f"model.v2.pt.*{says}"):
             load_ddpm(CPU, path)
 
 
-def test_embedded() -> None:
-    model = load_ddpm(CPU)
-    assert model.found is not None and model.found.guessed == ()
-    assert model.found.sources["objective"] == "metadata"
-    assert model.config.variance == "learned_range"
+def test_the_embedded_model_states_its_settings() -> None:
+    checkpoint = load_checkpoint(CPU)
+    assert checkpoint.detection.guessed == () and checkpoint.detection.sources["objective"] == "metadata"
+    assert checkpoint.model.config.variance == "learned_range"
+    assert repr(checkpoint.model).startswith("DiffusionModel(UNet, 64 px, DiffusionConfig(")
+    assert repr(checkpoint.model.network).startswith("UNet(64 px, ") and len(repr(checkpoint)) < 2000
 
 
-# --- broken files ---------------------------------------------------------------------------------------------------
+# --- damaged files ---------------------------------------------------------------------------------------------------
 
 
 def refused(path: Path, says: str) -> None:
     with pytest.raises(BlendedError, match=f"(?s){path.name}.*{says}") as caught:
         load_ddpm(CPU, path, TINY_SETTINGS)
     assert "weights_only" not in str(caught.value)  # no advice to turn the protection off
+    assert "--" not in str(caught.value) and caught.value.options
 
 
-def test_strict(tmp_path: Path) -> None:
+def test_every_name_and_shape_must_match(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     state = weights()
     for change, says in (
@@ -448,16 +451,16 @@ def test_strict(tmp_path: Path) -> None:
             inspect_checkpoint(path, TINY_SETTINGS)
 
 
-def test_values(tmp_path: Path) -> None:
+def test_values_must_be_finite_and_in_the_range_of_the_precision(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     key = "middle_block.1.qkv.weight"
     for value, says in (
         (torch.full((192, 64, 1), float("nan")), f"12288 of the 12288 values of {key}"),
         (torch.zeros(192, 64, 1).index_fill_(0, torch.tensor([3]), float("inf")), "64 of the 12288"),
         (torch.full((192, 64, 1), 1e39, dtype=torch.float64), r"values up to 1e\+39, too large for torch\.float32"),
-        (torch.zeros(192, 64, 1, dtype=torch.int8), "quantised"),
-        (torch.zeros(192, 64, 1, dtype=torch.complex64), "quantised"),
-        (torch.zeros(192, 64, 1).to_sparse(), "no plain"),
+        (torch.zeros(192, 64, 1, dtype=torch.int8), "quantized"),
+        (torch.zeros(192, 64, 1, dtype=torch.complex64), "quantized"),
+        (torch.zeros(192, 64, 1).to_sparse(), "not a dense"),
     ):
         torch.save({**weights(), key: value}, path)
         refused(path, says)
@@ -467,17 +470,17 @@ def test_values(tmp_path: Path) -> None:
         load_ddpm(DeviceContext(dtype=torch.float16), path, TINY_SETTINGS)
 
 
-def test_broken_files(tmp_path: Path) -> None:
-    refused(tmp_path / "absent.pt", "no checkpoint|there is no")
+def test_damaged_files_give_an_error(tmp_path: Path) -> None:
+    refused(tmp_path / "absent.pt", "there is no file .*absent.pt")
     refused(tmp_path, "folder")
     for suffix in (".pt", ".safetensors", ".ckpt"):
         for name, content, says in (
             ("empty", b"", "empty"),
             ("page", b"\n<!DOCTYPE html><html>quota exceeded", "web page"),
             ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
-            ("noise", random.Random(1).randbytes(5000), "fetch it again"),
-            ("text", b"hello", "fetch it again"),
-            ("header", b"\xff" * 7 + b"\x7f{}", "fetch it again"),
+            ("noise", random.Random(1).randbytes(5000), "download it again"),
+            ("text", b"hello", "download it again"),
+            ("header", b"\xff" * 7 + b"\x7f{}", "download it again"),
         ):
             path = tmp_path / (name + suffix)
             path.write_bytes(content)
@@ -485,7 +488,7 @@ def test_broken_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_truncated(kind: str, tmp_path: Path) -> None:
+def test_truncated_files_give_an_error(kind: str, tmp_path: Path) -> None:
     path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pt")
     if kind == "safetensors":
         save_file(weights(), path)
@@ -495,7 +498,7 @@ def test_truncated(kind: str, tmp_path: Path) -> None:
     load_ddpm(CPU, path, TINY_SETTINGS)
     for share in (0.0001, 0.01, 0.5, 0.999):
         path.write_bytes(whole[: int(len(whole) * share)])
-        refused(path, "fetch it again")
+        refused(path, "download it again")
 
 
 class Hostile:
@@ -507,7 +510,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_pickles_run_nothing(zipped: bool, tmp_path: Path) -> None:
+def test_no_pickle_runs_code(zipped: bool, tmp_path: Path) -> None:
     path, target = tmp_path / "model.pt", tmp_path / "touched"
     torch.save({**weights(), "extra": Hostile(target)}, path, _use_new_zipfile_serialization=zipped)
     refused(path, "would run .*refused")
@@ -522,8 +525,8 @@ def test_pickles_run_nothing(zipped: bool, tmp_path: Path) -> None:
 
 
 def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Name → (file, what its sentence says), of everything that a person may take for a checkpoint."""
-    out = {"absent": (folder / "absent.pt", "there is no checkpoint")}
+    """Name → (file, part of its error), of files that a user may take for a checkpoint."""
+    out = {"absent": (folder / "absent.pt", "there is no file")}
     for name, (shapes, says) in FOREIGN.items():
         hollow_file(folder / f"{name}.safetensors", shapes)
         out[name] = folder / f"{name}.safetensors", says
@@ -532,7 +535,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     data = whole.read_bytes()
     for name, content, says in (
         ("nothing.pt", b"", "is empty"),
-        ("cut.pt", data[: len(data) // 2], "fetch it again"),
+        ("cut.pt", data[: len(data) // 2], "download it again"),
         ("page.pt", b"<!DOCTYPE html><p>quota", "is a web page"),
         ("pickle.pt", pickle.dumps(Hostile(folder / "touched")), "so it is refused"),
     ):
@@ -543,17 +546,17 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     for name, content, says in (
         ("opt.pt", opt, "state of an optimizer"),
         ("nan.pt", {**weights(), "out.2.bias": torch.full((6,), torch.nan)}, "not finite"),
-        ("shaped.pt", {**weights(), "out.2.bias": torch.zeros(7)}, "another shape|fetch"),
+        ("shaped.pt", {**weights(), "out.2.bias": torch.zeros(7)}, "another shape|download"),
     ):
         torch.save(content, folder / name)
         out[name] = folder / name, says
     (folder / "pipeline" / "unet").mkdir(parents=True)
     (folder / "pipeline" / "model_index.json").write_text("{}")
-    out["diffusers folder"] = folder / "pipeline", "folder of the diffusers library"
+    out["diffusers folder"] = folder / "pipeline", "folder in the layout of the diffusers library"
     return out
 
 
-def test_every_wrong_file_ends_with_a_sentence_and_nothing_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_wrong_file_ends_with_one_line_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there, out = tmp_path / "there", tmp_path / "out"
     there.mkdir()
     out.mkdir()
@@ -571,7 +574,7 @@ def test_every_wrong_file_ends_with_a_sentence_and_nothing_written(tmp_path: Pat
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
-def test_containers_without_a_network(tmp_path: Path) -> None:
+def test_containers_without_a_network_give_an_error(tmp_path: Path) -> None:
     path = tmp_path / "opt000100.pt"
     loop: dict[str, Any] = {"step": 3}
     loop["self"] = loop
@@ -590,8 +593,8 @@ def test_containers_without_a_network(tmp_path: Path) -> None:
         refused(path, says)
 
 
-def test_containers_that_multiply(tmp_path: Path) -> None:
-    """Lists that hold one another many times are small in a file and endless when walked naively."""
+def test_nested_lists_are_searched_once(tmp_path: Path) -> None:
+    """Lists that contain one another many times are small in a file and endless for a naive search."""
     path = tmp_path / "model.pt"
     item: list[Any] = []
     for _ in range(7):
@@ -602,13 +605,13 @@ def test_containers_that_multiply(tmp_path: Path) -> None:
     assert time.process_time() - start < 5  # a hundred million visits take far longer
 
 
-def test_wrong_metadata(tmp_path: Path) -> None:
+def test_wrong_metadata_gives_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for metadata, says in (
-        ({"unet": "{"}, "'unet'.*no JSON"),
+        ({"unet": "{"}, "'unet'.*not valid JSON"),
         ({"diffusion": "3"}, "JSON object"),
         ({"unet": json.dumps({**TINY.to_dict(), "num_res_blocks": 2})}, "num_res_blocks is 2.*shapes"),
-        ({"diffusion": json.dumps({"flow": True})}, "flow.*no setting"),
+        ({"diffusion": json.dumps({"flow": True})}, "flow.*not a setting"),
     ):
         save_file(weights(), path, metadata=metadata)
         refused(path, says)

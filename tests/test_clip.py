@@ -1,4 +1,4 @@
-"""open_clip models: embedded, by local file, by tag; what prompts say when they do not fit."""
+"""CLIP models: embedded, from a local file, from a tag; warnings about prompts."""
 
 from __future__ import annotations
 
@@ -67,18 +67,19 @@ def test_a_local_file_is_loaded_and_differentiable(tiny_file: Path) -> None:
         ("ViT-B-16:nowhere.pt", "neither a file nor a tag of ViT-B-16"),
     ],
 )
-def test_wrong_names_give_sentences(spec: str, sentence: str) -> None:
-    with pytest.raises(BlendedError, match=sentence):
+def test_wrong_names_give_an_error(spec: str, sentence: str) -> None:
+    with pytest.raises(BlendedError, match=sentence) as caught:
         load_clip(CONTEXT, spec)
+    assert caught.value.options == ("clip",)
 
 
-def test_a_file_that_does_not_fit_gives_a_sentence(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_architecture_gives_an_error(tiny_file: Path, tmp_path: Path) -> None:
     save_file({"visual.conv1.weight": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(BlendedError, match="could not load tiny-for-tests"):
         load_clip(CONTEXT, f"tiny-for-tests:{tmp_path / 'other.safetensors'}")
 
 
-def test_weights_keep_the_activation_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_a_tag_get_the_activation_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, object]] = []
 
     def stop(*_: object, **options: object) -> None:
@@ -86,21 +87,21 @@ def test_weights_keep_the_activation_they_were_trained_with(monkeypatch: pytest.
         raise RuntimeError("no download in tests")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", stop)
-    monkeypatch.setattr("blended_core.clip.model.unreachable", lambda address: "")
+    monkeypatch.setattr("blended_core.clip.files.unreachable", lambda address: "")
     for tag in ("openai", "dfn2b", "laion2b_s34b_b88k"):
         with pytest.raises(BlendedError, match="no download in tests"):
             load_clip(CONTEXT, f"ViT-B-16:{tag}")
     assert [o.get("force_quick_gelu", False) for o in asked] == [True, True, False]
 
 
-def test_a_file_without_word_of_its_activation_is_pointed_out(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_file_that_does_not_state_its_activation_gives_a_warning(tiny_file: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny-for-tests-quickgelu.json").write_text(json.dumps({**TINY, "quick_gelu": True}), "utf-8")
     open_clip.add_model_config(tmp_path / "tiny-for-tests-quickgelu.json")
-    with pytest.warns(BlendedWarning, match="write tiny-for-tests-quickgelu:FILE"):
+    with pytest.warns(BlendedWarning, match="use tiny-for-tests-quickgelu:FILE"):
         load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}")
 
 
-def test_long_texts_are_cut_with_a_warning_that_names_the_rest(embedded: ClipModel) -> None:
+def test_a_warning_names_the_part_of_a_text_that_is_cut(embedded: ClipModel) -> None:
     words = "a dog in the snow and " * 6 + "a castle"
     with pytest.warns(BlendedWarning, match="it was cut before «.*castle»"):
         prompt = embedded.prompt(words)
@@ -110,7 +111,7 @@ def test_long_texts_are_cut_with_a_warning_that_names_the_rest(embedded: ClipMod
         embedded.prompt("a dog in the snow")
 
 
-def test_tokenizers_of_hugging_face_warn_too(embedded: ClipModel) -> None:
+def test_tokenizers_of_hugging_face_give_the_same_warning(embedded: ClipModel) -> None:
     class Inner:
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             assert not add_special_tokens
@@ -130,19 +131,21 @@ def test_tokenizers_of_hugging_face_warn_too(embedded: ClipModel) -> None:
         clip.prompt("word " * 30)
 
 
-def test_words_beyond_the_little_world_are_named(embedded: ClipModel) -> None:
-    with pytest.warns(BlendedWarning, match="never saw «zebra»"):
+def test_words_that_the_embedded_model_does_not_know_are_named(embedded: ClipModel) -> None:
+    with pytest.warns(BlendedWarning, match="not trained on «zebra»; it knows apple, .* and meadow, "):
         embedded.prompt("a zebra")
 
 
-def test_blank_prompts_are_removal_and_weights_must_match(embedded: ClipModel) -> None:
+def test_blank_prompts_ask_for_removal_and_weights_must_match(embedded: ClipModel) -> None:
     assert len(embedded.prompt("", "  ")) == 0
-    assert embedded.prompt("a dog", "", "a cat", weights=[1, 2, 3]).weights == (1, 3)
+    prompt = embedded.prompt("a dog", "", "a cat", weights=[1, 2, 3])
+    assert prompt.weights == (1, 3) and repr(prompt) == "Prompt('a dog': 1, 'a cat': 3)"
+    assert repr(embedded) == "ClipModel('embedded', 64 px, 24 tokens)"
     with pytest.raises(BlendedError, match="2 prompts were given with 1 weights"):
         embedded.prompt("a", "b", weights=[1])
 
 
-def test_prompts_made_in_inference_mode_can_guide(embedded: ClipModel) -> None:
+def test_prompts_encoded_in_inference_mode_can_guide(embedded: ClipModel) -> None:
     with torch.inference_mode():
         prompt = load_clip(CONTEXT).prompt("a dog")
     picture = torch.zeros(1, 3, 64, 64, requires_grad=True)
@@ -150,7 +153,7 @@ def test_prompts_made_in_inference_mode_can_guide(embedded: ClipModel) -> None:
     assert picture.grad is not None
 
 
-def test_the_embedded_clip_knows_its_world(embedded: ClipModel) -> None:
+def test_the_embedded_model_recognizes_the_objects_of_the_toy_world(embedded: ClipModel) -> None:
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 10:54, 10:54] = 1
     prompts = [embedded.prompt(f"a {name}") for name in OBJECTS]
@@ -163,18 +166,18 @@ def test_the_embedded_clip_knows_its_world(embedded: ClipModel) -> None:
     assert right >= len(OBJECTS) - 1
 
 
-def test_ranking_by_views_is_not_taken_in_by_what_pleases_one(embedded: ClipModel) -> None:
+def test_ranking_by_many_views_is_not_deceived_by_a_pattern_for_one_view(embedded: ClipModel) -> None:
     mask = torch.ones(1, 1, 64, 64)
     prompt = embedded.prompt("a dog")
     real = torch.from_numpy(render(Scene("meadow", (Placed("dog", 0.5, 0.5, 0.6),), 1))).permute(2, 0, 1)[None].float() / 127.5 - 1
     empty = torch.from_numpy(render(Scene("meadow", (), 1))).permute(2, 0, 1)[None].float() / 127.5 - 1
     pattern = empty.clone().requires_grad_()
-    for _ in range(40):  # pushes single pixels until CLIP sees a dog in the one view that it is shown
+    for _ in range(40):  # changes single pixels until CLIP sees a dog in the one unwarped view
         (gradient,) = torch.autograd.grad((embedded.encode_image(pattern) @ prompt.embeddings.T).sum(), pattern)
         pattern = (pattern + 0.02 * gradient.sign()).clamp(-1, 1).detach().requires_grad_()
     pictures = torch.cat([real, empty, pattern.detach()])
     one, many = (score(pictures, mask, embedded, prompt).tolist() for score in (clip_distance, clip_distance_of_views))
-    assert one[2] < one[0] < one[1], "by one view the pattern is more of a dog than the dog"
+    assert one[2] < one[0] < one[1], "by one view the pattern is nearer to a dog than the dog"
     assert many[0] < many[2], "by many it is not"
     again = [float(clip_distance_of_views(picture[None], mask, embedded, prompt)) for picture in pictures]
     assert again == pytest.approx(many, abs=1e-5), "a picture's score does not depend on those beside it"
@@ -188,7 +191,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_published_architectures_are_told_by_their_shapes(name: str) -> None:
+def test_published_architectures_are_determined_from_their_shapes(name: str) -> None:
     with torch.device("meta"):
         network = open_clip.CLIP(**{k: v for k, v in open_clip.get_model_config(name).items() if k in TINY})
     shapes = {f"state_dict.module.{k}": tuple(v.shape) for k, v in network.state_dict().items()}
@@ -197,7 +200,7 @@ def test_published_architectures_are_told_by_their_shapes(name: str) -> None:
     assert name in names and {n.removesuffix("-quickgelu") for n in names} <= {name, f"{name}-worldwide"}, names
 
 
-def test_a_file_alone_is_recognised(tiny_file: Path, tmp_path: Path) -> None:
+def test_the_architecture_of_a_file_is_determined(tiny_file: Path, tmp_path: Path) -> None:
     assert architecture_of(tiny_file) == "tiny-for-tests"
     by_name, alone = load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}"), load_clip(CONTEXT, str(tiny_file))
     picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -207,7 +210,7 @@ def test_a_file_alone_is_recognised(tiny_file: Path, tmp_path: Path) -> None:
     assert torch.equal(load_clip(CONTEXT, str(wrapped)).encode_image(picture), alone.encode_image(picture))
 
 
-def test_an_archive_of_torchscript_is_read_without_running_it(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_torchscript_archive_is_read_without_running_it(tiny_file: Path, tmp_path: Path) -> None:
     clip = load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}")
 
     class Archive(torch.nn.Module):
@@ -231,7 +234,7 @@ def test_an_archive_of_torchscript_is_read_without_running_it(tiny_file: Path, t
     theirs = {k: v for k, v in torch.jit.load(str(path)).state_dict().items()}
     ours = read_torchscript(path)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], v) and ours[k].dtype == v.dtype for k, v in theirs.items())
-    assert {k: v.shape for k, v in read_torchscript(path, numbers=False).items()} == {k: v.shape for k, v in theirs.items()}
+    assert {k: v.shape for k, v in read_torchscript(path, values=False).items()} == {k: v.shape for k, v in theirs.items()}
     again = load_clip(CONTEXT, str(path))
     assert torch.allclose(again.encode_image(picture), clip.encode_image(picture), atol=2e-2)
     path.write_bytes(path.read_bytes()[:-2000])
@@ -248,17 +251,17 @@ class Plain:
     pass
 
 
-def archive(path: Path, description: bytes, **numbers: bytes) -> Path:
+def archive(path: Path, description: bytes, **values: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as made:
         made.writestr("x/data.pkl", description)
         made.writestr("x/code/__torch__.py", "")
-        for name, data in numbers.items():
+        for name, data in values.items():
             made.writestr(f"x/data/{name[1:]}", data)
     return path
 
 
 def described(key: str = "0", count: int = 4, size: tuple[int, ...] = (2, 2), stride: tuple[int, ...] = (2, 1), offset: int = 0) -> bytes:
-    """A module with one tensor, as PyTorch's own pickler writes it."""
+    """A module with one tensor, as PyTorch's pickler writes it."""
     import io
 
     class Pickler(pickle.Pickler):
@@ -276,31 +279,31 @@ def described(key: str = "0", count: int = 4, size: tuple[int, ...] = (2, 2), st
     return b"\x80\x02c__torch__\nNet\n)\x81}X\x06\x00\x00\x00weight" + stream.getvalue()[2:-1] + b"sb."
 
 
-def test_descriptions_of_an_archive_build_tensors_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_description_of_an_archive_can_only_build_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pt"
     data = torch.arange(4.0).numpy().tobytes()
     assert torch.equal(read_torchscript(archive(path, described(), _0=data))["weight"], torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     for description, sentence in (
-        (pickle.dumps(Hostile(), 2), r"asks for .*which a set of weights does not need, so it is refused"),
-        (described(size=(3, 2)), "reaches beyond its numbers"),
-        (described(size=(2, 2), stride=(2, -1)), "reaches beyond its numbers"),
-        (described(offset=-1), "reaches beyond its numbers"),
-        (described(count=5), "not as many as they should be"),
-        (described(key="../../0"), "is no storage"),
-        (described(key="7"), "no whole archive"),
-        (described()[:-9], "no whole archive"),
-        (b"", "no whole archive"),
+        (pickle.dumps(Hostile(), 2), r"asks for .*which weights do not need, so it is refused"),
+        (described(size=(3, 2)), "exceeds its storage"),
+        (described(size=(2, 2), stride=(2, -1)), "exceeds its storage"),
+        (described(offset=-1), "exceeds its storage"),
+        (described(count=5), "does not have the declared size"),
+        (described(key="../../0"), "is not a storage"),
+        (described(key="7"), "not a complete TorchScript archive"),
+        (described()[:-9], "not a complete TorchScript archive"),
+        (b"", "not a complete TorchScript archive"),
     ):
         with pytest.raises(BlendedError, match=sentence):
             read_torchscript(archive(path, description, _0=data))
-    # A module that holds itself twice: read once, not two to the power of the depth times.
+    # A module that contains itself twice is read once, not two to the power of the depth times.
     itself = b"\x80\x02c__torch__\nNet\n)\x81q\x00}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00K\x05h\x00ub."
     assert read_torchscript(archive(path, itself)) == {}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("x/data.pkl", described(count=1 << 20))
         packed.writestr("x/data/0", bytes(4 << 20))
-    with pytest.raises(BlendedError, match="not as many"):
+    with pytest.raises(BlendedError, match="does not have the declared size"):
         read_torchscript(path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
@@ -309,29 +312,29 @@ def test_descriptions_of_an_archive_build_tensors_and_nothing_else(tmp_path: Pat
     ("keys", "sentence"),
     [
         (("vision_model.embeddings.patch_embedding.weight",), "layout of the transformers library"),
-        (("visual.trunk.stem.0.weight", "logit_scale"), "of a kind that files are not recognised of"),
-        (("text_model.embeddings.token_embedding.weight",), "text half of a CLIP"),
+        (("visual.trunk.stem.0.weight", "logit_scale"), "cannot be determined from its shapes"),
+        (("text_model.embeddings.token_embedding.weight",), "text encoder of a CLIP"),
         (("model.output_blocks.0.0.weight",), "diffusion model, not a CLIP"),
-        (("weight",), "is no CLIP: nothing in it is named visual.conv1.weight"),
-        (("visual.conv1.weight",), "parts of it are missing"),
+        (("weight",), "is not a CLIP: no tensor is named visual.conv1.weight"),
+        (("visual.conv1.weight",), "tensors are missing"),
     ],
 )
-def test_other_files_are_told_what_they_are(tmp_path: Path, keys: tuple[str, ...], sentence: str) -> None:
+def test_the_error_about_another_file_states_what_it_holds(tmp_path: Path, keys: tuple[str, ...], sentence: str) -> None:
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
     with pytest.raises(BlendedError, match=rf"other\.safetensors: .*{sentence}"):
         load_clip(CONTEXT, str(path))
 
 
-def test_a_network_that_open_clip_lacks_is_described(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_network_that_open_clip_does_not_have_is_described(tiny_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     save_file(open_clip.CLIP(**{**TINY, "embed_dim": 24}).state_dict(), path)
-    with pytest.raises(BlendedError, match=r"1 layers, patch 8, width 32, 16 px and an embedding of 24, and open_clip knows no such"):
+    with pytest.raises(BlendedError, match=r"1 layers, patch 8, width 32, 16 px and an embedding of 24, and open_clip has no such"):
         architecture_of(path)
 
 
-def test_weights_out_of_reach_are_named_with_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dead proxy is a dead network; nothing is asked for a minute, and the sentence says what to put where."""
+def test_the_error_about_unreachable_weights_names_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the error comes at once and states which file to copy where."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -353,7 +356,7 @@ def test_weights_out_of_reach_are_named_with_file_and_folder(tmp_path: Path, mon
         "architecture ViT-B-16-quickgelu.",
     ):
         assert part in str(told.value)
-    with pytest.raises(BlendedError, match=r"--clip ViT-B-32:FILE\.$"):
+    with pytest.raises(BlendedError, match=r"use ViT-B-32:FILE\.$"):
         load_clip(CONTEXT, "ViT-B-32:laion2b_s34b_b79k")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BlendedError, match="HF_HUB_OFFLINE is set"):
@@ -361,21 +364,21 @@ def test_weights_out_of_reach_are_named_with_file_and_folder(tmp_path: Path, mon
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_weights_that_are_kept_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert not clip_files.source_of("ViT-B-32", "laion2b_s34b_b79k").kept
+    assert not clip_files.source_of("ViT-B-32", "laion2b_s34b_b79k").downloaded
     home = tmp_path / "models--laion--CLIP-ViT-B-32-laion2B-s34B-b79K"
     (home / "snapshots" / "abc").mkdir(parents=True)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("abc")
     (home / "snapshots" / "abc" / "open_clip_pytorch_model.bin").write_bytes(b"weights")
     found = clip_files.source_of("ViT-B-32", "laion2b_s34b_b79k")
-    assert found.kept and found.folder == home
+    assert found.downloaded and found.folder == home
 
 
-def test_whatever_answers_is_within_reach() -> None:
+def test_an_address_is_reachable_if_a_server_responds() -> None:
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_error(403 if "closed" in self.path else 200)

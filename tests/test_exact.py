@@ -54,7 +54,7 @@ def on(device: str, **changes: object) -> Models:
 def plain_network(device: str) -> Models:
     models = on(device)
     assert isinstance(models.ddpm.network, UNet)
-    models.ddpm.network.set_frugal(False)
+    models.ddpm.network.set_recompute(False)
     return models
 
 
@@ -142,7 +142,7 @@ def there_and_back(unet: UNet) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_made_again_is_what_was_there(name: str) -> None:
     unet = unet_of(LAYERS[name])
-    little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    little, plain = there_and_back(unet), there_and_back(unet.set_recompute(False))
     for found, wanted in zip(little, plain, strict=True):
         assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
 
@@ -150,7 +150,7 @@ def test_what_is_made_again_is_what_was_there(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_it_is_as_near_to_the_truth(dtype: torch.dtype) -> None:
     unet, exact = unet_of(LAYERS["blocks resample"], dtype), there_and_back(unet_of(LAYERS["blocks resample"]))
-    little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    little, plain = there_and_back(unet), there_and_back(unet.set_recompute(False))
     for found, wanted, truth in zip(little, plain, exact, strict=True):
         assert float((found - truth).norm()) <= 1.2 * float((wanted - truth).norm()) + 1e-3 * float(truth.norm())
 
@@ -158,14 +158,14 @@ def test_in_half_precision_it_is_as_near_to_the_truth(dtype: torch.dtype) -> Non
 def test_half_is_kept() -> None:
     unet, cpu = unet_of(tiny.CONFIG), torch.device("cpu")
     little = peak_bytes(lambda: there_and_back(unet), cpu)
-    unet.set_frugal(False)
+    unet.set_recompute(False)
     assert little < 0.55 * peak_bytes(lambda: there_and_back(unet), cpu)
 
 
 def test_where_a_kernel_is_missing_the_plain_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = unet_of(LAYERS["blocks resample"])
-    plain = there_and_back(unet.set_frugal(False))
-    unet.set_frugal(True)
+    plain = there_and_back(unet.set_recompute(False))
+    unet.set_recompute(True)
     assert not torch.equal(there_and_back(unet)[1], plain[1]), "scale and shift are summed in another order, which tells the two apart"
     monkeypatch.setattr(recompute, "works_on", lambda _device: False)
     for found, wanted in zip(there_and_back(unet), plain, strict=True):
@@ -185,8 +185,8 @@ TRAINED = {
 @pytest.mark.parametrize("layers", ["blocks resample", "convolutions resample"])
 def test_weights_that_are_trained_get_their_gradients(name: str, layers: str) -> None:
     found = []
-    for frugal_ in (True, False):
-        unet = unet_of(LAYERS[layers]).set_frugal(frugal_)
+    for enabled in (True, False):
+        unet = unet_of(LAYERS[layers]).set_recompute(enabled)
         trained = [p.requires_grad_() for key, p in unet.named_parameters() if TRAINED[name] in key]
         output = unet(torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6)), torch.tensor([30.0]))
         found.append(torch.autograd.grad(output.square().sum(), trained))
@@ -196,8 +196,8 @@ def test_weights_that_are_trained_get_their_gradients(name: str, layers: str) ->
 
 def test_a_class_embedding_that_is_searched_for_gets_its_gradient() -> None:
     found = []
-    for frugal_ in (True, False):
-        unet = unet_of(LAYERS["classes"]).set_frugal(frugal_)
+    for enabled in (True, False):
+        unet = unet_of(LAYERS["classes"]).set_recompute(enabled)
         label = torch.zeros(1, 4 * unet.config.model_channels).requires_grad_()
         output = unet(torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6)), torch.tensor([30.0]), label)
         found.append(torch.autograd.grad(output.square().sum(), label)[0])
@@ -234,7 +234,7 @@ def test_a_layer_that_somebody_changed_does_what_it_was_changed_to(change: str) 
     unet = unet_of(tiny.CONFIG)
     before = there_and_back(unet)
     changed_layer(unet, change)
-    little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+    little, plain = there_and_back(unet), there_and_back(unet.set_recompute(False))
     for found, wanted, old in zip(little, plain, before, strict=True):
         assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
         assert float((old - wanted).abs().max()) > 1e-3 * float(wanted.abs().max())
@@ -243,7 +243,7 @@ def test_a_layer_that_somebody_changed_does_what_it_was_changed_to(change: str) 
 def test_under_autocast_the_plain_layers_run() -> None:
     unet = unet_of(tiny.CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
-        little, plain = there_and_back(unet), there_and_back(unet.set_frugal(False))
+        little, plain = there_and_back(unet), there_and_back(unet.set_recompute(False))
     assert torch.equal(little[0], plain[0]) and torch.equal(little[1], plain[1])
 
 

@@ -1,4 +1,4 @@
-"""The calibration probe, what is kept of it, and the commands that show and use it."""
+"""The calibration probe, its cache, and the commands that show and use its decisions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from blended_core.adm import probe as calibrate
+from blended_core.adm.cache import cache_file
 from blended_core.adm.describe import as_table, summary
-from blended_core.adm.detect import KNOWN_FILES, detect, settings_of_file
-from blended_core.adm.load import inspect_checkpoint, load_ddpm, may_be_checkpoint
-from blended_core.adm.probe import Probe, ProbeOptions
+from blended_core.adm.detect import Detection, detect
+from blended_core.adm.families import KNOWN_FILES
+from blended_core.adm.load import inspect_checkpoint, load_checkpoint, load_ddpm, may_be_checkpoint
+from blended_core.adm.probe import ProbeOptions, ProbeResult, head_candidates, process_candidates
 from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.cli import main
 from blended_core.device import DeviceContext
@@ -38,7 +39,7 @@ OPEN = ("num_heads", "num_head_channels", "use_new_attention_order", "schedule",
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """The embedded network without a word about what it is."""
+    """The embedded network without metadata."""
     path = tmp_path / "bare.safetensors"
     save_file(load_file(EMBEDDED), path)
     return path
@@ -46,135 +47,140 @@ def bare(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A random network, tried out in a moment."""
+    """A random network that is probed quickly."""
     path = tmp_path / "small.safetensors"
     save_file(tiny_unet(model_channels=64).state_dict(), path)
     return path
 
 
-def test_the_embedded_network_is_found_out(bare: Path) -> None:
+def detected(path: Path, overrides: dict[str, Any] | None = None, probe: ProbeOptions | None = None) -> tuple[Detection, ProbeResult]:
+    """The detection of a file and the result of its probe."""
+    detection = load_checkpoint(CPU, path, overrides, probe=probe or ProbeOptions()).detection
+    assert detection.probe is not None
+    return detection, detection.probe
+
+
+def test_the_embedded_network_is_determined_without_its_metadata(bare: Path) -> None:
     truth = inspect_checkpoint("embedded")
-    with pytest.warns(BlendedWarning, match=r"bare\.safetensors does not tell its .*objective.*finding out by trying"):
-        found = load_ddpm(CPU, bare).found
-    assert found is not None and found.probe is not None
+    with pytest.warns(BlendedWarning, match=r"bare\.safetensors does not state its .*objective.*probe determines them, once"):
+        found, result = detected(bare)
     assert found.diffusion == truth.diffusion
     assert kinds.same_wiring(found.unet, truth.unet)
     assert {found.sources[name] for name in OPEN} == {"probe"}
-    assert found.probe.margins["objective"] > 3 and found.probe.margins["schedule"] > 1.1 and found.probe.margins["heads"] > 1
-    assert 4 < found.probe.forwards < 30
+    assert result.margins["objective"] > 3 and result.margins["schedule"] > 1.1 and result.margins["heads"] > 1
+    assert 4 < result.forwards < 30
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        again = load_ddpm(CPU, bare).found
-    assert again is not None and again.probe is not None and again.probe.forwards == 0
+        again, cached = detected(bare)
+    assert cached.forwards == 0
     assert (again.unet, again.diffusion) == (found.unet, found.diffusion)
-    assert not any("finding out" in str(w.message) for w in told)
+    assert not any("determines them" in str(w.message) for w in told)
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_what_is_stated_is_not_tried(bare: Path) -> None:
-    stated = load_ddpm(CPU, bare, {"schedule": "cosine", "objective": "v", "num_heads": 2}).found
-    assert stated is not None
+def test_stated_settings_are_not_probed(bare: Path) -> None:
+    stated, _ = detected(bare, {"schedule": "cosine", "objective": "v", "num_heads": 2})
     assert (stated.diffusion.schedule, stated.diffusion.objective, stated.unet.num_heads) == ("cosine", "v", 2)
     assert {stated.sources[name] for name in ("schedule", "objective", "num_heads")} == {"override"}
-    whole = load_ddpm(CPU, bare, dict.fromkeys(OPEN, None) | {"schedule": "linear", "steps": 1000, "rescale_timesteps": True, "objective": "x0",
-        "num_head_channels": 32, "num_heads": 1, "use_new_attention_order": False, "image_size": 64}).found  # fmt: skip
-    assert whole is not None and whole.probe is None and whole.guessed == ()
+    complete = load_checkpoint(CPU, bare, dict.fromkeys(OPEN, None) | {"schedule": "linear", "steps": 1000, "rescale_timesteps": True, "objective": "x0",
+        "num_head_channels": 32, "num_heads": 1, "use_new_attention_order": False, "image_size": 64}).detection  # fmt: skip
+    assert complete.probe is None and complete.guessed == ()
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_a_picture_of_the_person_is_taken_and_a_kept_decision_is_not(small: Path) -> None:
+def test_with_a_picture_of_the_user_the_cache_is_not_used(small: Path) -> None:
     picture = torch.rand(1, 3, 50, 90, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    first = load_ddpm(CPU, small).found
-    second = load_ddpm(CPU, small, trial=ProbeOptions(picture)).found
-    assert first is not None and second is not None and first.probe is not None and second.probe is not None
-    assert second.probe.forwards > 0 and second.probe.error != first.probe.error
-    with pytest.raises(BlendedError, match=r"picture of the probe is \(1, 4, 8, 8\)"):
-        load_ddpm(CPU, small, trial=ProbeOptions(torch.zeros(1, 4, 8, 8)))
+    _, first = detected(small)
+    _, second = detected(small, probe=ProbeOptions(picture))
+    assert second.forwards > 0 and second.error != first.error
+    with pytest.raises(BlendedError, match=r"picture of the probe is \(1, 4, 8, 8\)") as caught:
+        load_ddpm(CPU, small, probe=ProbeOptions(torch.zeros(1, 4, 8, 8)))
+    assert caught.value.options == ("probe_picture",)
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_a_trial_runs_where_it_is_told_to_and_can_be_stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_runs_in_its_own_context_and_can_be_stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    tried: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     placed: list[DeviceContext] = []
 
-    def place() -> DeviceContext:
+    def context() -> DeviceContext:
         placed.append(DeviceContext(channels_last=True))
         return placed[0]
 
     def on_forward(done: int, expected: int) -> None:
-        tried.append((done, expected))
-        if len(tried) == 3:
+        calls.append((done, expected))
+        if len(calls) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_ddpm(CPU, small, trial=ProbeOptions(place=place, on_forward=on_forward))
-    assert [done for done, _ in tried] == [1, 2, 3] and all(expected >= 10 for _, expected in tried)
-    assert not calibrate.kept_decisions().exists()
-    model = load_ddpm(CPU, small, trial=ProbeOptions(place=place))
-    assert len(placed) == 2 and model.detection.probe is not None and model.detection.probe.forwards > 3
-    load_ddpm(CPU, small, trial=ProbeOptions(place=place))
-    assert len(placed) == 2, "a remembered decision moves nothing"
+        load_ddpm(CPU, small, probe=ProbeOptions(context=context, on_forward=on_forward))
+    assert [done for done, _ in calls] == [1, 2, 3] and all(expected >= 10 for _, expected in calls)
+    assert not cache_file().exists()
+    _, result = detected(small, probe=ProbeOptions(context=context))
+    assert len(placed) == 2 and result.forwards > 3
+    load_ddpm(CPU, small, probe=ProbeOptions(context=context))
+    assert len(placed) == 2, "a cached decision does not move the network"
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}'])
-def test_a_damaged_cache_costs_only_time(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+def test_a_damaged_cache_only_costs_time(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
-    calibrate.kept_decisions().write_text(content)
-    found = load_ddpm(CPU, small).found
-    assert found is not None and found.probe is not None and found.probe.forwards > 0
-    kept = json.loads(calibrate.kept_decisions().read_text())
-    assert any(key.startswith(sha256(small)) for key in kept)
+    cache_file().write_text(content)
+    assert detected(small)[1].forwards > 0
+    cached = json.loads(cache_file().read_text())
+    (entry,) = [value for key, value in cached.items() if key.startswith(sha256(small))]
+    assert sorted(entry) == ["agreement", "blind", "error", "forwards", "margins", "rivals", "seconds", "settings"]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["probes.json"]
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_a_cache_that_cannot_be_written_is_no_error(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_not_an_error(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "file" / "cache"))
-    assert load_ddpm(CPU, small).found is not None
+    assert detected(small)[1].forwards > 0
 
 
-def test_random_weights_are_said_to_know_nothing(small: Path) -> None:
-    with pytest.warns(
-        BlendedWarning, match=r"small\.safetensors: under none of the settings does the network know noise .*inspect --picture"
-    ):
-        found = load_ddpm(CPU, small).detection
-    assert found.probe is not None and found.probe.clueless and found.probe.unsure
-    assert found.probe.error > found.probe.blind
-    assert ": hardly" in as_table(found, small)
+def test_a_warning_states_that_random_weights_do_not_predict_noise(small: Path) -> None:
+    with pytest.warns(BlendedWarning, match=r"small\.safetensors: the network does not predict noise .*give the probe a picture") as warned:
+        found, result = detected(small)
+    assert ("probe_picture",) in [getattr(w.message, "options", ()) for w in warned]
+    assert result.uninformative and result.unsure
+    assert result.error > result.trivial_error
+    assert ": unsure" in as_table(found, small)
 
 
-def decided(margin: float, agreement: float, error: float = 0.05) -> Probe:
-    return Probe({"num_heads": 2}, {"heads": margin}, {"heads": agreement}, {"heads": "4 heads, old qkv order"}, error, 0.25, 9, 1.0)
+def decided(margin: float, agreement: float, error: float = 0.05) -> ProbeResult:
+    return ProbeResult({"num_heads": 2}, {"heads": margin}, {"heads": agreement}, {"heads": "4 heads, old qkv order"}, error, 0.25, 9, 1.0)
 
 
-def test_what_is_unsure() -> None:
+def test_a_decision_with_small_margin_and_agreement_is_unsure() -> None:
     assert decided(1.05, 0.7).unsure == {"heads": "4 heads, old qkv order"}
     assert decided(1.05, 0.9).unsure == decided(1.2, 0.6).unsure == {}
-    assert decided(1.05, 0.7, 0.2).clueless and not decided(1.05, 0.7, 0.15).clueless
+    assert decided(1.05, 0.7, 0.2).uninformative and not decided(1.05, 0.7, 0.15).uninformative
+    assert ProbeResult.from_dict(decided(1.05, 0.7).to_dict()) == decided(1.05, 0.7)
 
 
-def test_a_small_margin_is_worth_a_warning(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blended_core.adm.load.probe", lambda *_: decided(1.05, 0.7))
-    with pytest.warns(BlendedWarning, match=r"hardly decided heads \(1\.05 times better than 4 heads, old qkv order\)"):
-        load_ddpm(CPU, small, trial=ProbeOptions(torch.zeros(1, 3, 8, 8)))
+def test_an_unsure_decision_gives_a_warning(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blended_core.adm.load.run_probe", lambda *_: decided(1.05, 0.7))
+    with pytest.warns(BlendedWarning, match=r"the probe is not sure about heads \(1\.05 times better than 4 heads, old qkv order\)"):
+        load_ddpm(CPU, small, probe=ProbeOptions(torch.zeros(1, 3, 8, 8)))
 
 
-def test_every_wiring_is_tried_once() -> None:
+def test_every_candidate_is_listed_once() -> None:
     config = UNetConfig(image_size=16, model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_downsampling=(2,))
-    found = calibrate._wirings(config, OPEN)
+    found = head_candidates(config, OPEN)
     counts = [(w.heads(128), w.use_new_attention_order and w.heads(128) > 1) for w in found]
     assert len(set(counts)) == len(counts)
     assert set(counts) == {(1, False), *((n, order) for n in (2, 4, 8) for order in (False, True))}
-    assert calibrate._wirings(config, ()) == [config]
-    assert len(calibrate._processes(DiffusionConfig(), OPEN)) == 4
-    assert [p.schedule for p in calibrate._processes(DiffusionConfig(), ("schedule",))] == ["linear", "cosine"]
+    assert head_candidates(config, ()) == [config]
+    assert len(process_candidates(DiffusionConfig(), OPEN)) == 4
+    assert [p.schedule for p in process_candidates(DiffusionConfig(), ("schedule",))] == ["linear", "cosine"]
 
 
-def test_rewiring_changes_the_answer_and_back() -> None:
+def test_rewiring_a_network_is_the_same_as_building_another() -> None:
     unet = tiny_unet(model_channels=64, num_head_channels=None, num_heads=4)
     x, t = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0])
     before = unet(x, t)
@@ -193,18 +199,17 @@ def test_rewiring_changes_the_answer_and_back() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 @pytest.mark.parametrize("kind", ["cosine"])
-def test_a_network_trained_for_seconds_is_found_out(kind: str, tmp_path: Path) -> None:
+def test_a_network_trained_for_seconds_is_determined(kind: str, tmp_path: Path) -> None:
     config, process = kinds.KINDS[kind]
     path = tmp_path / "trained.safetensors"
     save_file(kinds.train(config, process, 250).state_dict(), path)
-    found = load_ddpm(CPU, path, {"image_size": kinds.SIDE}).found
-    assert found is not None
+    found, _ = detected(path, {"image_size": kinds.SIDE})
     assert kinds.same_wiring(found.unet, config)
     assert kinds.same_curve(found.diffusion, process)
     assert found.diffusion.objective == process.objective
 
 
-def test_a_published_file_is_known_by_its_hash() -> None:
+def test_a_published_file_is_identified_by_its_hash() -> None:
     (digest, (family, settings)), *_ = KNOWN_FILES.items()
     config = UNetConfig(
         512, 256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), resblock_updown=True, use_scale_shift_norm=True, num_head_channels=64
@@ -212,8 +217,8 @@ def test_a_published_file_is_known_by_its_hash() -> None:
     with torch.device("meta"):
         found = detect({k: tuple(v.shape) for k, v in UNet(config).state_dict().items()})
     assert found.family == family and found.guessed == ("objective",)
-    assert settings_of_file(found, digest + "0" * 56) == settings == {"objective": "eps"}
-    assert settings_of_file(found, "0" * 64) == {}
+    assert found.known_settings(digest + "0" * 56) == settings == {"objective": "eps"}
+    assert found.known_settings("0" * 64) == {}
     assert found.decided(settings, "file").guessed == ()
 
 
@@ -228,7 +233,7 @@ def test_inspect_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, out.splitlines())) < 120
 
 
-def test_inspect_as_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(bare), "--json", "--set", "num_heads=4"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["settings"]["objective"] == {"value": "x0", "decided_by": "probe", "sure": told["settings"]["objective"]["sure"]}
@@ -239,25 +244,24 @@ def test_inspect_as_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["settings"]["objective"] == {"value": "eps", "decided_by": "default", "sure": "not sure"}
 
 
-def test_inspect_takes_a_picture(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_uses_a_picture(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
     assert main(["inspect", str(small), "--picture", str(tmp_path / "mine.png")]) == 0
-    assert "passes of the network" in capsys.readouterr().out
+    assert "forward passes" in capsys.readouterr().out
     assert main(["inspect", str(small), "--picture", str(tmp_path / "absent.png")]) == 2
 
 
-def test_tables_of_every_kind_of_source(bare: Path) -> None:
+def test_the_table_names_the_source_of_every_setting(bare: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = load_ddpm(CPU, bare).found
-    assert found is not None
+        found, _ = detected(bare)
     table = as_table(found, bare)
-    assert "trying" in table and "times better than" in table and "guessed: image_size" in table
-    assert "found by trying" in summary(found) and len(summary(found).splitlines()) <= 5
+    assert "the probe" in table and "times better than" in table and "guessed: image_size" in table
+    assert "decided by the probe" in summary(found) and len(summary(found).splitlines()) <= 5
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_convert_writes_what_edits_as_the_original(bare: Path, tmp_path: Path, half: bool) -> None:
+def test_a_converted_file_edits_like_the_original(bare: Path, tmp_path: Path, half: bool) -> None:
     sidecar = bare.with_suffix(".json")
     with safe_open(str(EMBEDDED), "pt") as file:
         texts: dict[str, Any] = file.metadata()
@@ -265,13 +269,13 @@ def test_convert_writes_what_edits_as_the_original(bare: Path, tmp_path: Path, h
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(bare), str(out), *(["--half"] if half else [])]) == 0
     (tmp_path / "plain").touch()
-    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as they may any new file"
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode, "it has the permissions of any new file"
     sidecar.unlink()
     bare.unlink()
-    before, after = load_ddpm(CPU), load_ddpm(CPU, out)
-    assert after.found is not None and after.found.guessed == () and after.config == before.config
-    for name, value in before.network.state_dict().items():
-        assert torch.equal(after.network.state_dict()[name], value), name  # the embedded weights are halves already
+    before, after = load_checkpoint(CPU), load_checkpoint(CPU, out)
+    assert after.detection.guessed == () and after.model.config == before.model.config
+    for name, value in before.model.network.state_dict().items():
+        assert torch.equal(after.model.network.state_dict()[name], value), name  # the embedded weights are float16 already
     assert (out.stat().st_size < 1.1 * EMBEDDED.stat().st_size) == half
     edits = []
     for number, ddpm in enumerate(("embedded", str(out))):
@@ -287,7 +291,7 @@ def test_convert_writes_what_edits_as_the_original(bare: Path, tmp_path: Path, h
     assert np.array_equal(*edits)
 
 
-def test_convert_refuses_and_leaves_nothing(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversion_that_fails_writes_nothing(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = tmp_path / "there.safetensors"
     there.write_bytes(b"mine")
     assert main(["convert", "embedded", str(there)]) == 2
@@ -300,10 +304,10 @@ def test_convert_refuses_and_leaves_nothing(bare: Path, tmp_path: Path, capsys: 
     assert main(["convert", str(bare), str(tmp_path / "x.safetensors"), "--half", "--no-probe"]) == 2
     assert "out.2.bias has values up to 1e+09" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.safetensors", "there.safetensors"]
-    assert main(["convert", "embedded", str(there), "--overwrite"]) == 0 and load_ddpm(CPU, there).found is not None
+    assert main(["convert", "embedded", str(there), "--overwrite"]) == 0 and load_checkpoint(CPU, there).detection.guessed == ()
 
 
-def test_a_quick_look_tells_what_cannot_be_a_checkpoint(tmp_path: Path) -> None:
+def test_files_that_cannot_be_a_checkpoint_are_recognized_by_their_first_bytes(tmp_path: Path) -> None:
     network = {k: torch.zeros(v.shape) for k, v in tiny_unet().state_dict().items()}
     classifier = {k: v for k, v in network.items() if not k.startswith("output_blocks")}
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
@@ -317,4 +321,4 @@ def test_a_quick_look_tells_what_cannot_be_a_checkpoint(tmp_path: Path) -> None:
     assert may_be_checkpoint(tmp_path / "net.safetensors") and not may_be_checkpoint(tmp_path / "classifier.safetensors")
     shutil.copy(EMBEDDED, tmp_path / "embedded.safetensors")
     assert may_be_checkpoint(tmp_path / "embedded.safetensors")
-    assert may_be_checkpoint(tmp_path / "absent.pt")  # what cannot be read is told later, with a sentence
+    assert may_be_checkpoint(tmp_path / "absent.pt")  # the error follows when it is loaded

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.augment import ViewParameters
 from blended_core.clip.model import ClipModel
-from blended_core.diffusion import DiffusionConfig, DiffusionModel, predict_eps
+from blended_core.denoiser import DiffusionModel
+from blended_core.diffusion import DiffusionConfig, predict_eps
 from blended_core.random import SeededRandom
 from blended_core.sample import Models
 

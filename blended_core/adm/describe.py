@@ -1,4 +1,4 @@
-"""What a checkpoint is, for people and for programs."""
+"""How the settings of a checkpoint were decided, as a table, as plain values, and as a few lines."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from .detect import Detection
 from .probe import group_of
 
-DECIDED = {
+DECIDED_BY = {
     "shapes": "the shapes of the weights",
     "signature": "the family's signature",
     "metadata": "the file's metadata",
     "sidecar": "the .json beside it",
     "override": "you",
     "file": "the file's hash",
-    "probe": "trying",
+    "probe": "the probe",
     "default": "a guess",
 }
-SURE = {
+CERTAINTY = {
     "shapes": "certain",
     "metadata": "stated",
     "sidecar": "stated",
@@ -28,80 +28,70 @@ SURE = {
 }
 
 
-def how_sure(found: Detection, setting: str) -> str:
-    """A few words about a setting: 'certain', '15.6 times better than v', 'not sure'."""
-    source = found.sources[setting]
-    if source == "probe" and found.probe is not None:
-        margin = found.probe.margin_of(setting)
-        if margin is None:
-            return "the only one that fits"
+def certainty(detection: Detection, setting: str) -> str:
+    """How certain a setting is, in a few words: 'certain', '15.60 times better than v, in 100% of the cells', 'not sure'."""
+    source, probe = detection.sources[setting], detection.probe
+    if source == "probe" and probe is not None:
         group = group_of(setting)
-        words = f"{margin:.2f} times better than {found.probe.rivals[group]}, in {found.probe.agreement[group]:.0%} of the places"
-        return f"{words}: hardly" if group in found.probe.unsure or found.probe.clueless else words
-    if source in SURE:
-        return SURE[source]
-    return "not sure" if setting in found.guessed else "changes nothing here"
+        if group not in probe.margins:
+            return "the only possible value"
+        words = f"{probe.margins[group]:.2f} times better than {probe.rivals[group]}, in {probe.agreement[group]:.0%} of the cells"
+        return f"{words}: unsure" if group in probe.unsure or probe.uninformative else words
+    if source in CERTAINTY:
+        return CERTAINTY[source]
+    return "not sure" if setting in detection.guessed else "no effect here"
 
 
-def as_dict(found: Detection, path: Path) -> dict[str, Any]:
-    """Plain values: family, prefix, and for every setting its value, source and certainty."""
-    probe = found.probe
+def as_dict(detection: Detection, path: Path) -> dict[str, Any]:
+    """Plain values: family, prefix, for every setting its value, source and certainty, and the result of the probe."""
     return {
         "file": str(path),
-        "family": found.family,
-        "prefix": found.prefix,
+        "family": detection.family,
+        "prefix": detection.prefix,
         "settings": {
-            name: {"value": value, "decided_by": source, "sure": how_sure(found, name)} for name, (value, source) in found.settings.items()
+            name: {"value": value, "decided_by": source, "sure": certainty(detection, name)}
+            for name, (value, source) in detection.settings.items()
         },
-        "guessed": list(found.guessed),
-        "probe": None
-        if probe is None
-        else {
-            "margins": probe.margins,
-            "agreement": probe.agreement,
-            "rivals": probe.rivals,
-            "error": probe.error,
-            "blind": probe.blind,
-            "forwards": probe.forwards,
-            "seconds": probe.seconds,
-        },
+        "guessed": list(detection.guessed),
+        "probe": None if detection.probe is None else {k: v for k, v in detection.probe.to_dict().items() if k != "settings"},
     }
 
 
-def as_table(found: Detection, path: Path) -> str:
-    """Columns for a terminal: setting, value, decided by, how sure."""
+def as_table(detection: Detection, path: Path) -> str:
+    """A table for a terminal: setting, value, decided by, how sure."""
     rows = [("setting", "value", "decided by", "how sure")]
-    rows += [(name, _text(value), DECIDED[source], how_sure(found, name)) for name, (value, source) in found.settings.items()]
+    rows += [(name, _text(value), DECIDED_BY[source], certainty(detection, name)) for name, (value, source) in detection.settings.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])).rstrip() for row in rows]
     lines.insert(1, "  ".join("─" * width for width in (*widths, 8)))
-    head = [f"{path.name}: {found.family or 'an ADM network of no published family'}"]
-    if found.prefix:
-        head.append(f"weights under {found.prefix!r}")
+    head = [f"{path.name}: {detection.family or 'an ADM network of no published family'}"]
+    if detection.prefix:
+        head.append(f"weights under {detection.prefix!r}")
     foot = []
-    if found.probe is not None:
-        did = f"{found.probe.forwards} passes of the network, {found.probe.seconds:.1f} s" if found.probe.forwards else "remembered"
-        foot.append(f"tried out: {did}; the error of its noise is {found.probe.error:.4f}, of answering nothing {found.probe.blind:.3f}")
-    if found.guessed:
-        foot.append(f"guessed: {', '.join(found.guessed)}; state what you know with --set KEY=VALUE")
+    if (probe := detection.probe) is not None:
+        effort = f"{probe.forwards} forward passes, {probe.seconds:.1f} s" if probe.forwards else "cached"
+        foot.append(f"calibration probe: {effort}; error of the predicted noise {probe.error:.4f}, trivial error {probe.trivial_error:.3f}")
+    if detection.guessed:
+        foot.append(f"guessed: {', '.join(detection.guessed)}")
     return "\n".join([*head, "", *lines, *([""] if foot else []), *foot])
 
 
-def summary(found: Detection) -> str:
-    """Some lines for a narrow place, such as a node."""
-    unet, process = found.unet, found.diffusion
+def summary(detection: Detection) -> str:
+    """At most five lines, for narrow places such as a node."""
+    unet, process = detection.unet, detection.diffusion
     count = "1 head" if unet.num_heads == 1 else f"{unet.num_heads} heads"
     heads = count if unet.num_head_channels is None else f"heads of {unet.num_head_channels}"
     classes = f", {unet.num_classes} classes" if unet.num_classes else ""
     lines = [
-        found.family or "an ADM of no published family",
+        detection.family or "an ADM network of no published family",
         f"{unet.image_size} px, {unet.model_channels} channels × {', '.join(f'{m:g}' for m in unet.channel_mult)}{classes}",
         f"{process.schedule} {process.steps}, predicts {process.objective}, {heads}",
     ]
-    if found.probe is not None:
-        lines.append("found by trying: " + ", ".join(f"{group} ({margin:.2f}×)" for group, margin in found.probe.margins.items()))
-    if found.guessed:
-        lines.append(f"guessed: {', '.join(found.guessed)}")
+    if detection.probe is not None:
+        margins = ", ".join(f"{group} ({margin:.2f}×)" for group, margin in detection.probe.margins.items())
+        lines.append(f"decided by the probe: {margins}")
+    if detection.guessed:
+        lines.append(f"guessed: {', '.join(detection.guessed)}")
     return "\n".join(lines)
 
 

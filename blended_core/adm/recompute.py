@@ -1,12 +1,12 @@
-"""Layers of a frozen network that keep for the way back what it cannot do without, and make the rest again.
+"""Layers of a frozen network that store little for the backward pass and compute the rest again.
 
-Plain autograd keeps the input of every operation: of a residual block's normalisation, of its SiLU, and of its convolution, though the gradient of a
-convolution's input needs only the weights. Here normalisation, scale and shift, and SiLU are one operation that keeps its input and two numbers a
-group, and convolutions keep nothing but their size: less than half of the memory, and no more time, for the way back reads what it makes anew from
-the cache.
+Plain autograd stores the input of every operation: in a residual block of its normalization, its SiLU and its convolution, though the gradient with
+respect to the input of a convolution needs only the weights. Here normalization, scale and shift, and SiLU are one operation that stores its input and
+two numbers per group, and convolutions store only sizes. This takes less than half of the memory and no more time, because the backward pass reads the
+recomputed values from the cache.
 
-The numbers are those of the plain layers up to rounding. The plain layers run where anything but the picture wants a gradient (training, a class
-embedding that is searched for), under autocast, and where somebody has changed a layer: hooks, circular padding, a wrapper in its place.
+The results equal those of the plain layers up to rounding. The plain layers run where anything but the image needs a gradient (training, an optimized
+class embedding), under autocast, and where a layer was changed: hooks, circular padding, a wrapper in its place.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def stands_in(layer: nn.Module, *others: Tensor | None) -> bool:
-    """Whether the functions below do what calling the layer would; ``others``: what else goes into it beside the picture."""
+def can_replace(layer: nn.Module, *others: Tensor | None) -> bool:
+    """Whether the functions below compute what calling the layer would; ``others``: its inputs beside the image."""
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
     if isinstance(layer, nn.GroupNorm):
@@ -33,23 +33,29 @@ def stands_in(layer: nn.Module, *others: Tensor | None) -> bool:
 
 
 def works_on(device: torch.device) -> bool:
-    """Whether torch has the kernels there that are called below; elsewhere the plain layers run."""
+    """Whether torch has the kernels called below on a device; on others the plain layers run."""
     return device.type in ("cpu", "cuda")
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, recompute: bool = True) -> Tensor:
-    """silu(norm(x)·scale + shift), normalised in float32.
+    """silu(norm(x)·scale + shift), normalized in float32.
 
     Args:
-        norm: its layer; x: [B, C, H, W].
+        norm: the normalization layer; x: [B, C, H, W].
         scale, shift: [B, C] each, or both None.
-        recompute: False: as plain autograd has it.
+        recompute: False runs the plain layers.
 
     Returns:
-        [B, C, H, W] in the type of ``x``.
+        [B, C, H, W] in the dtype of ``x``.
     """
-    turned = x.device.type == "cpu" and not x.is_contiguous()  # channels last, which torch's own layers keep and these would turn back
-    if not recompute or turned or not works_on(x.device) or torch.is_autocast_enabled(x.device.type) or not stands_in(norm, scale, shift):
+    channels_last = x.device.type == "cpu" and not x.is_contiguous()  # a layout that torch's own layers keep and these would not
+    if (
+        not recompute
+        or channels_last
+        or not works_on(x.device)
+        or torch.is_autocast_enabled(x.device.type)
+        or not can_replace(norm, scale, shift)
+    ):
         h = norm(x)
         if scale is not None and shift is not None:
             h = torch.addcmul(shift.to(h.dtype)[:, :, None, None], h, scale.to(h.dtype)[:, :, None, None])
@@ -57,13 +63,13 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
     weight, bias = norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)
     if scale is not None and shift is not None:
         weight, bias = weight * scale, torch.addcmul(shift, bias, scale)
-    # Every image has its own weights then. As groups of one wide image torch's kernel takes them all at once.
+    # Every image has its own weights. Laid out as groups of one wide image, they need one call of torch's kernel.
     out: Tensor = _NormSilu.apply(x, weight.reshape(-1), bias.reshape(-1), norm.num_groups, norm.eps)
     return out
 
 
 class _NormSilu(torch.autograd.Function):
-    """silu(GroupNorm(x)) with weights [B·C] of each image; the gradient of x alone, for which it is computed a second time."""
+    """silu(GroupNorm(x)) with weights [B·C]; has a gradient of x alone, for which it is computed a second time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -81,19 +87,19 @@ class _NormSilu(torch.autograd.Function):
         h = torch.native_group_norm(wide, weight, bias, *sizes, ctx.eps)[0].to(x.dtype)
         gradient = torch.ops.aten.silu_backward(gradient.reshape(wide.shape), h)
         del h
-        found = torch.ops.aten.native_group_norm_backward(gradient.float(), wide, mean, rstd, weight, *sizes, [True, False, False])[0]
-        return found.reshape(x.shape).to(x.dtype), None, None, None, None
+        result = torch.ops.aten.native_group_norm_backward(gradient.float(), wide, mean, rstd, weight, *sizes, [True, False, False])[0]
+        return result.reshape(x.shape).to(x.dtype), None, None, None, None
 
 
 def _wide(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """A batch laid out as the channels of one image, in float32, and what torch's kernels are told of it: images, channels, pixels, groups."""
+    """A batch laid out as the channels of one image, in float32, and its sizes for torch's kernels: images, channels, pixels, groups."""
     b, c, height, width = x.shape
     return x.float().reshape(1, b * c, height, width), (1, b * c, height * width, b * groups)
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, recompute: bool = True) -> Tensor:
-    """``layer(x)``, without keeping x."""
-    if not recompute or not works_on(x.device) or torch.is_autocast_enabled(x.device.type) or not stands_in(layer):
+    """``layer(x)`` without storing x for the backward pass; ``recompute`` False calls the layer."""
+    if not recompute or not works_on(x.device) or torch.is_autocast_enabled(x.device.type) or not can_replace(layer):
         out: Tensor = layer(x)
         return out
     out = _Convolve.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
@@ -101,7 +107,7 @@ def convolve(layer: nn.Conv2d, x: Tensor, recompute: bool = True) -> Tensor:
 
 
 class _Convolve(torch.autograd.Function):
-    """A convolution with the gradient of its input alone."""
+    """A convolution that has a gradient of its input alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
@@ -113,10 +119,10 @@ class _Convolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # Only the size of the input counts. On a CPU a tensor of repeated values would be written out, one that is never touched is not.
+        # Only the size of the input matters. A CPU would materialize an expanded tensor; an empty one that is never read takes no memory.
         size = gradient.new_empty(ctx.shape) if gradient.device.type == "cpu" else gradient.new_empty(1).expand(ctx.shape)
         like = gradient if gradient.shape == ctx.shape else size
-        found = torch.ops.aten.convolution_backward(
+        result = torch.ops.aten.convolution_backward(
             gradient, like, weight, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, [True, False, False]
         )[0]
-        return found, None, None, None, None
+        return result, None, None, None, None

@@ -1,8 +1,7 @@
-"""The ADM UNet: the network of improved-diffusion and guided-diffusion, state-dict compatible with both.
+"""The ADM UNet: the network of improved-diffusion and guided-diffusion.
 
-Sources: Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021); Dhariwal & Nichol, "Diffusion
-Models Beat GANs on Image Synthesis" (2021). Parameter names and shapes are those of the published checkpoints, so that
-their files load with ``strict=True``.
+Parameter names and shapes are those of the published checkpoints, so their state dicts load with ``strict=True``. Sources: Nichol & Dhariwal,
+"Improved Denoising Diffusion Probabilistic Models" (2021); Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021).
 """
 
 from __future__ import annotations
@@ -20,17 +19,24 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import BlendedError
 from .recompute import convolve, norm_silu
 
-GROUPS = 32  # groups of every normalisation layer in both code bases
+GROUPS = 32
+"""Of every group normalization in both code bases."""
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What has to be known to build the network.
+    """The architecture of a network.
 
-    ``attention_downsampling`` counts in powers of two of the input side (2, 4, 8 …), as the constructors of
-    guided-diffusion do; their command lines count in pixels instead (``attention_resolutions`` of 32,16,8 for a model of
-    256 px is 8,16,32 here). ``num_head_channels`` wins over ``num_heads``; ``num_heads_upsample`` is used in the output
-    half only where heads are counted (None: the same as ``num_heads``).
+    Attributes:
+        image_size: side in pixels that the network was trained at.
+        channel_mult: channels of each resolution as multiples of ``model_channels``.
+        attention_downsampling: downsampling factors (2, 4, 8 …) of the resolutions with attention, as in the constructors of guided-diffusion. Its
+            command lines count in pixels instead: ``attention_resolutions`` of 32,16,8 at 256 px is 8,16,32 here.
+        num_head_channels: channels of an attention head; takes precedence over ``num_heads``.
+        num_heads_upsample: heads in the output half where ``num_heads`` counts; None: the same as ``num_heads``.
+
+    Raises:
+        BlendedError: for values that no network can have.
     """
 
     image_size: int = 256
@@ -68,24 +74,24 @@ class UNetConfig:
             channels = int(multiplier * self.model_channels)
             if channels < 1 or channels % GROUPS:
                 raise BlendedError(
-                    f"multiplier {multiplier} of {self.model_channels} channels gives {channels}; every level needs a "
+                    f"multiplier {multiplier} of {self.model_channels} channels gives {channels}; every resolution needs a "
                     f"multiple of {GROUPS} channels."
                 )
         if self.num_classes is not None and self.num_classes < 1:
-            raise BlendedError(f"num_classes is {self.num_classes}; give the number of classes, or None for none.")
+            raise BlendedError(f"num_classes is {self.num_classes}; give the number of classes, or None.")
 
     @property
     def downsampling(self) -> int:
-        """Height and width of the input must be multiples of this."""
+        """The factor between the input and the smallest resolution; height and width of the input must be multiples of it."""
         return int(2 ** (len(self.channel_mult) - 1))
 
     @property
     def learn_sigma(self) -> bool:
-        """True if the second half of the output channels is the variance interpolation v."""
+        """Whether the second half of the output channels is the interpolation coefficient of the learned variance."""
         return self.out_channels == 2 * self.in_channels
 
     def heads(self, channels: int, upsample: bool = False) -> int:
-        """Attention heads of a block of that many channels."""
+        """Number of attention heads of a block with that many channels; BlendedError if they do not divide it."""
         if self.num_head_channels is not None:
             heads, rest = divmod(channels, self.num_head_channels)
             if rest or not heads:
@@ -97,12 +103,12 @@ class UNetConfig:
         return heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a sidecar file or safetensors metadata keeps them."""
+        """Plain values, as in a sidecar file or in safetensors metadata."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
-        """The inverse of :meth:`to_dict`; unknown names raise :class:`BlendedError`."""
+        """The inverse of :meth:`to_dict`; BlendedError for unknown names."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -111,7 +117,7 @@ class UNetConfig:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding, cosines first. ``timesteps`` [B], may be fractional → [B, dim] float32."""
+    """Sinusoidal embedding, cosines first; ``timesteps`` [B], fractional or not → [B, dim] float32."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)[None]
@@ -120,7 +126,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm whose statistics are float32 whatever the activations are."""
+    """GroupNorm that computes in float32 in every precision of its input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels)
@@ -160,7 +166,7 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block conditioned on the time embedding; resamples itself when ``resample`` is 'up' or 'down'."""
+    """Residual block conditioned on the time embedding; ``resample``: 'up', 'down' or ''."""
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, scale_shift: bool, resample: str = "") -> None:
         super().__init__()
@@ -173,7 +179,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels), nn.SiLU(), nn.Identity(), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         )
-        # The Identity above keeps the index of the reference's dropout, which has no weights and is off at inference.
+        # The Identity has the index of the dropout in guided-diffusion, which has no weights and is off at inference.
         nn.init.zeros_(self.out_layers[3].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.out_layers[3].bias)  # type: ignore[arg-type]
         self.skip_connection: nn.Module = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -198,9 +204,9 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions of a level.
+    """Self-attention over all positions.
 
-    ``new_order`` says how the 3·C channels of qkv are laid out: (3, heads, C/heads), else (heads, 3, C/heads).
+    ``new_order``: the 3·C channels of qkv are laid out as (3, heads, C/heads), else as (heads, 3, C/heads).
     """
 
     def __init__(self, channels: int, heads: int, new_order: bool) -> None:
@@ -222,16 +228,16 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.view(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         else:
             q, k, v = qkv.view(b, -1, self.heads, 3, c // self.heads).permute(3, 0, 2, 1, 4)
-        # On transposed views SDPA silently takes its slow math backend; contiguous operands keep the fused one.
+        # On transposed views SDPA uses its slow math backend without a warning; contiguous operands keep the fused one.
         h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
         h = h.transpose(1, 2).reshape(b, -1, c)
         h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias).transpose(1, 2).reshape(b, c, height, width)
-        # Those are laid out channels last. Left so, they would turn all that follows, and each convolution would turn its weights.
+        # h is laid out channels last. Every later activation would take over this layout, and each convolution would convert its weights to it.
         return x + (h.contiguous() if x.is_contiguous() else h)
 
 
 class Stage(nn.Sequential):
-    """A run of layers of which the residual blocks are given the time embedding too."""
+    """Layers in sequence; residual blocks receive the time embedding too."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -240,14 +246,18 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """ε (or v, or x0) prediction of an ADM checkpoint.
+    """The network of an ADM checkpoint, which predicts ε, v or x0.
 
     Args:
         config: the architecture.
 
-    The module is built in float32 and training mode does nothing special: there is no dropout.
-    ``set_compute_dtype`` moves the convolutions and attention of the torso to half precision and leaves normalisation, the
-    embeddings and the output head in float32. ``gradient_checkpointing`` trades a second forward for activation memory.
+    Attributes:
+        compute_dtype: of convolutions and attention between the first and the last layer (:meth:`set_compute_dtype`). Normalization, embeddings and
+            the output head stay in float32.
+        gradient_checkpointing: computes the activations of each block again in the backward pass, for less memory.
+        recompute: keeps less for the backward pass (:meth:`set_recompute`).
+
+    There is no dropout, so training mode and evaluation mode are the same.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -303,11 +313,17 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.out[2].bias)  # type: ignore[arg-type]
 
+    def __repr__(self) -> str:
+        c = self.config
+        classes = f", {c.num_classes} classes" if c.num_classes is not None else ""
+        mult = ", ".join(f"{m:g}" for m in c.channel_mult)
+        return f"UNet({c.image_size} px, {c.model_channels} channels × ({mult}), {c.in_channels} → {c.out_channels}{classes}, {self.compute_dtype})"
+
     def rewire(self, config: UNetConfig) -> UNet:
-        """Takes another number of heads or order of qkv with the same weights; returns self.
+        """Sets the number of heads and the order of qkv, which do not change the weights; returns self.
 
         Raises:
-            BlendedError: if the heads do not divide a block's channels. The network is as before then.
+            BlendedError: if the heads do not divide the channels of a block. The network is not changed then.
         """
         blocks = [
             (module, half is self.output_blocks)
@@ -322,9 +338,9 @@ class UNet(nn.Module):
         return self
 
     def set_compute_dtype(self, dtype: torch.dtype) -> UNet:
-        """float32, bfloat16 or float16 for the torso; returns self."""
+        """Sets :attr:`compute_dtype` to float32, bfloat16 or float16; returns self."""
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise BlendedError(f"the UNet computes in float32, bfloat16 or float16, not {dtype}.")
+            raise BlendedError(f"the UNet computes in float32, bfloat16 or float16, not {dtype}.", option="dtype")
         self.compute_dtype = dtype
         for stage in (self.input_blocks, self.middle_block, self.output_blocks):
             for module in stage.modules():
@@ -332,22 +348,30 @@ class UNet(nn.Module):
                     module.to(dtype)
         return self
 
-    def set_frugal(self, recompute: bool) -> UNet:
-        """Whether little is kept for the way back (:mod:`~blended_core.adm.recompute`), as it is at first; returns self."""
+    def set_recompute(self, recompute: bool) -> UNet:
+        """Whether normalizations are computed again in the backward pass (:mod:`~blended_core.adm.recompute`), the default; returns self."""
         for module in self.modules():
             if isinstance(module, (UNet, ResBlock, Upsample, Downsample)):
                 module.recompute = recompute
         return self
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """``x`` [B, C, H, W] in −1..1 plus noise, ``timesteps`` [B], ``y`` [B] class indices → [B, out_channels, H, W].
+        """The output for noisy images.
 
-        ``y`` may also be [B, 4·model_channels]: a class embedding, added as it is (zeros: no class).
-        Raises BlendedError if H or W is no multiple of ``config.downsampling``, or if labels and model do not fit.
+        Args:
+            x: [B, C, H, W], images in −1..1 with noise added.
+            timesteps: [B], in the units that the network was trained with.
+            y: class indices [B], or a class embedding [B, 4·model_channels] that is added as it is (zeros: no class).
+
+        Returns:
+            [B, out_channels, H, W] float32.
+
+        Raises:
+            BlendedError: if H or W is not a multiple of ``config.downsampling``, or if labels are missing or not expected.
         """
         step = self.config.downsampling
         if x.shape[2] % step or x.shape[3] % step:
-            raise BlendedError(f"the model takes pictures whose sides are multiples of {step}; it was given {x.shape[3]}×{x.shape[2]}.")
+            raise BlendedError(f"the model needs images whose sides are multiples of {step}, not {x.shape[3]}×{x.shape[2]}.")
         emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels))
         if self.config.num_classes is None:
             if y is not None:

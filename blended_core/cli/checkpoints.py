@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,22 +13,20 @@ from tqdm import tqdm
 
 from ..adm.convert import convert as write_converted
 from ..adm.describe import as_dict, as_table
-from ..adm.load import load_ddpm
+from ..adm.load import Checkpoint, load_checkpoint
 from ..adm.probe import ProbeOptions
 from ..device import DeviceContext
-from ..diffusion import DiffusionModel
 from ..errors import BlendedError
 from ..io.images import read_picture
-from ..toy.models import DDPM
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Prints the settings of a checkpoint as a table, or as JSON."""
-    model, path = _load(args)
+    checkpoint = _load(args)
     if args.json:
-        print(json.dumps(as_dict(model.detection, path), indent=1, ensure_ascii=False))
+        print(json.dumps(as_dict(checkpoint.detection, checkpoint.path), indent=1, ensure_ascii=False))
     else:
-        print(as_table(model.detection, path))
+        print(as_table(checkpoint.detection, checkpoint.path))
     return 0
 
 
@@ -41,19 +38,18 @@ def convert(args: argparse.Namespace) -> int:
         raise BlendedError(f"{args.target} exists; choose another name, or add --overwrite.")
     if not args.target.absolute().parent.is_dir():
         raise BlendedError(f"the folder {args.target.absolute().parent} does not exist; create it first.")
-    model, path = _load(args)
-    size = write_converted(model, args.target, half=args.half)
-    print(f"{path.name} → {args.target}: {size / 1e6:.1f} MB{' in half precision' if args.half else ''}, settings included")
+    checkpoint = _load(args)
+    size = write_converted(checkpoint.model, args.target, half=args.half)
+    print(f"{checkpoint.path.name} → {args.target}: {size / 1e6:.1f} MB{' in half precision' if args.half else ''}, settings included")
     return 0
 
 
-def _load(args: argparse.Namespace) -> tuple[DiffusionModel, Path]:
-    """The model that a command names, in float32, and its file."""
+def _load(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that a command names, in float32."""
     context = DeviceContext.choose(args.device or "auto", "fp32")
     picture = None if args.picture is None else read_picture(args.picture).tensor() * 2 - 1
     with context.autograd(), probe_options(picture) as probe:
-        model = load_ddpm(context, args.file, parse_overrides(args.overrides or ()), trial=probe if args.probe else None)
-    return model, DDPM if args.file == "embedded" else Path(args.file).expanduser()
+        return load_checkpoint(context, args.file, parse_overrides(args.overrides or ()), probe=probe if args.probe else None)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Files of CLIP weights: which of open_clip's architectures they are of, told by names and shapes alone."""
+"""Files of CLIP weights: their architecture in open_clip, determined from names and shapes, and whether the weights of a tag can be obtained."""
 
 from __future__ import annotations
 
@@ -15,114 +15,126 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adm.load import open_checkpoint
 from ..errors import BlendedError
+from ..weights.open import file_errors, open_weights
 from ..weights.torchscript import is_torchscript, read_torchscript
 
 Shapes = Mapping[str, Sequence[int]]
 ANCHOR = "visual.conv1.weight"
-QUICK = "-quickgelu"
-BESIDE = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives carry beside the weights
-PATIENCE = 10.0  # seconds for an answer from where weights are fetched
-WANTED = "Use weights in the layout of OpenAI's CLIP or of open_clip, or choose a tag."
+"""A tensor that CLIP models with a ViT or a ResNet of OpenAI's layout have."""
+QUICKGELU = "-quickgelu"
+"""Suffix of open_clip's architectures with OpenAI's activation."""
+ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
+"""Entries of OpenAI's archives that are not weights."""
+TIMEOUT_SECONDS = 10.0
+"""For the first response of a server of weights."""
+ADVICE = "Use weights in the layout of OpenAI's CLIP or of open_clip, or choose a tag."
 
 
 def architecture_of(path: Path) -> str:
-    """The name in open_clip of the network that a file's weights belong to.
+    """The architecture in open_clip that a file of weights belongs to.
 
-    Shapes do not tell the activation: where open_clip has the same network with OpenAI's QuickGELU under another name, that one is
-    meant for an archive of TorchScript, which is how OpenAI published its weights, and the plain one for any other file.
+    The shapes do not determine the activation. Where open_clip has the same network with OpenAI's QuickGELU under another name, a TorchScript archive,
+    the format in which OpenAI published its weights, belongs to that one, and any other file to the plain one.
 
     Raises:
-        BlendedError: if the file cannot be read, is no CLIP, or of a size that open_clip does not know.
+        BlendedError: if the file cannot be read, is not a CLIP, or of a size that open_clip does not know.
     """
-    scripted = is_torchscript(path)
-    shapes: Shapes = (
-        open_checkpoint(path).shapes if not scripted else {k: v.shape for k, v in read_torchscript(path, numbers=False).items()}
-    )
-    try:
-        found = signature(shapes)
-    except BlendedError as error:
-        raise BlendedError(f"{path.name}: {error}") from None
-    names = [name for name, known in known_signatures().items() if known == found]
-    if not names:
-        raise BlendedError(
-            f"{path.name}: it is a CLIP of {described(found)}, and open_clip knows no such network; set the architecture by hand if you know it."
+    with file_errors(path, "clip"):
+        scripted = is_torchscript(path)
+        shapes: Shapes = (
+            {k: v.shape for k, v in read_torchscript(path, values=False).items()} if scripted else open_weights(path, ADVICE).shapes
         )
-    return min(names, key=lambda name: ((QUICK in name) != scripted, len(name), name))
+        found = signature(shapes)
+        names = [name for name, known in known_signatures().items() if known == found]
+        if not names:
+            raise BlendedError(
+                f"it is a CLIP with {described(found)}, and open_clip has no such network; give the architecture yourself if you know it."
+            )
+    return min(names, key=lambda name: ((QUICKGELU in name) != scripted, len(name), name))
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where open_clip gets the weights of a tag: ``address`` of a file or a repository, ``file`` in it, ``folder`` where they are kept."""
+class WeightsSource:
+    """Where open_clip obtains the weights of a tag: ``address`` of a file or a repository, ``file`` in it, ``folder`` of the downloaded copy."""
 
     address: str
     file: str
     folder: Path
-    kept: bool
+    downloaded: bool
 
 
-def source_of(name: str, tag: str) -> Source:
-    """Where open_clip gets the weights of a tag, and whether they are on this computer already."""
+def source_of(name: str, tag: str) -> WeightsSource:
+    """Where open_clip obtains the weights of a tag, and whether they are on this computer."""
     import open_clip
-    from huggingface_hub import constants, try_to_load_from_cache  # open_clip depends on it
+    from huggingface_hub import constants, try_to_load_from_cache  # a dependency of open_clip
 
     known = open_clip.get_pretrained_cfg(name, tag)
     repository, _, file = str(known.get("hf_hub", "")).rpartition("/")
     if not repository:
         address = str(known.get("url", ""))
         folder, file = Path("~/.cache/clip").expanduser(), address.rpartition("/")[2]
-        return Source(address, file, folder, (folder / file).is_file())
+        return WeightsSource(address, file, folder, (folder / file).is_file())
     files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     cache = Path(constants.HF_HUB_CACHE)
-    kept = any(isinstance(try_to_load_from_cache(repository, f, cache_dir=cache), str) for f in files)
+    downloaded = any(isinstance(try_to_load_from_cache(repository, f, cache_dir=cache), str) for f in files)
     folder = cache / f"models--{repository.replace('/', '--')}"
-    return Source(f"{constants.ENDPOINT}/{repository}", " or ".join(files), folder, kept)
+    return WeightsSource(f"{constants.ENDPOINT}/{repository}", " or ".join(files), folder, downloaded)
+
+
+def check_available(name: str, tag: str, quick: bool, folder: Path | None) -> None:
+    """Raises BlendedError if the weights of a tag are not on this computer and cannot be downloaded; the text says which file to copy where.
+
+    Args:
+        name, tag: of open_clip.
+        quick: the weights were trained with OpenAI's activation.
+        folder: where the user keeps files of weights; None if there is no such folder.
+    """
+    import open_clip
+
+    source = source_of(name, tag)
+    reason = "" if source.downloaded else unreachable(source.address)
+    if not reason:
+        return
+    architecture = name + QUICKGELU if quick and name + QUICKGELU in open_clip.list_models() else name
+    use = f"use {architecture}:FILE." if folder is None else f"put it into {folder}, and select it with the architecture {architecture}."
+    raise BlendedError(
+        f"the weights of {name}:{tag} are not on this computer, and {source.address} cannot be reached ({reason}). open_clip keeps them in "
+        f"{source.folder}: copy that folder from a computer that has them. Or download {source.file} on another computer, and {use}",
+        option="clip",
+    )
 
 
 def unreachable(address: str) -> str:
-    """Why an address cannot be reached, in a few words, or '' if something answers there.
+    """Why an address cannot be reached, in a few words; '' if a server responds.
 
-    Asked beforehand, since the downloader asks a dead network a dozen times over a minute.
+    Checked before a download, because the downloader retries a dozen times over a minute if there is no network.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE):
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_SECONDS):
             return ""
-    except urllib.error.HTTPError:  # an answer, if not a friendly one
-        return ""
-    except http.client.HTTPException:  # no answer that it understands, but one
+    except (urllib.error.HTTPError, http.client.HTTPException):  # a response, even if it is an error
         return ""
     except urllib.error.URLError as error:
-        if isinstance(error.reason, ssl.SSLError):  # the downloader may trust others than Python does
+        if isinstance(error.reason, ssl.SSLError):  # the downloader may trust other certificates than Python does
             return ""
         return str(getattr(error.reason, "strerror", None) or error.reason)
     except (OSError, ValueError) as error:
         return str(error) or type(error).__name__
 
 
-def quick_name(name: str) -> str:
-    """The architecture with OpenAI's activation, if open_clip has one under another name."""
-    import open_clip
-
-    return name + QUICK if name + QUICK in open_clip.list_models() else name
-
-
-def scripted_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in an archive of TorchScript, in float32.
-
-    Raises:
-        BlendedError: if it cannot be read.
-    """
-    return {k: v.float() for k, v in read_torchscript(path).items() if k not in BESIDE}
+def torchscript_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a TorchScript archive, in float32; BlendedError if it cannot be read."""
+    return {k: v.float() for k, v in read_torchscript(path).items() if k not in ARCHIVE_CONSTANTS}
 
 
 def signature(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes say of both towers; two networks of open_clip with one signature have the same weights' names and shapes.
+    """The sizes of both towers, from the shapes. Networks of open_clip with equal signatures have tensors of equal names and shapes.
 
     Raises:
-        BlendedError: a sentence about what the file is instead.
+        BlendedError: if the file is not a CLIP; the text says what it holds instead.
     """
     prefixes = [key[: -len(ANCHOR)] for key in shapes if key == ANCHOR or key.endswith("." + ANCHOR)]
     if not prefixes:
@@ -139,7 +151,7 @@ def signature(shapes: Shapes) -> dict[str, Any]:
         }
         return {"embed_dim": table["text_projection"][-1], "text": text, "vision": _vision(table)}
     except (KeyError, ValueError, IndexError):
-        raise BlendedError(f"it looks like a CLIP, but parts of it are missing or misshapen; fetch it again. {WANTED}") from None
+        raise BlendedError(f"it looks like a CLIP, but tensors are missing or have other shapes; download it again. {ADVICE}") from None
 
 
 def _vision(table: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -158,12 +170,12 @@ def _vision(table: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _count(table: Mapping[str, Any], pattern: str) -> int:
-    """One more than the highest number at a place in the names."""
+    """One more than the largest number that a pattern matches in the names."""
     return 1 + max(int(m[1]) for key in table if (m := re.match(pattern, key)))
 
 
 def known_signatures() -> dict[str, dict[str, Any]]:
-    """Name → signature of every network of open_clip with towers of its own."""
+    """Name → signature of every network of open_clip whose towers are neither of timm nor of Hugging Face."""
     import open_clip
 
     out = {}
@@ -193,21 +205,21 @@ def known_signatures() -> dict[str, dict[str, Any]]:
 
 
 def why_not(shapes: Shapes) -> str:
-    """A sentence about a file without a CLIP of that layout."""
+    """What a file without :data:`ANCHOR` holds, as the text of an error."""
     if any("vision_model.embeddings." in key for key in shapes):
-        return f"it is a CLIP in the layout of the transformers library. {WANTED}"
+        return f"it is a CLIP in the layout of the transformers library. {ADVICE}"
     if any(key.endswith("logit_scale") for key in shapes):
-        return f"it is a CLIP whose picture tower is of a kind that files are not recognised of. Set the architecture by hand. {WANTED}"
+        return f"it is a CLIP whose architecture cannot be determined from its shapes. Give the architecture yourself. {ADVICE}"
     if any(key.startswith(("text_model.", "transformer.text_model.")) for key in shapes):
-        return f"it is the text half of a CLIP, as Stable Diffusion uses it; guidance needs the half that sees pictures too. {WANTED}"
+        return f"it is the text encoder of a CLIP, as Stable Diffusion uses it; guidance needs the image encoder too. {ADVICE}"
     if any(".output_blocks." in f".{key}" for key in shapes):
-        return "it is a diffusion model, not a CLIP; it belongs into Load DDPM (--ddpm)."
+        return "it is a diffusion model, not a CLIP; load it as the diffusion model."
     first = ", ".join(sorted(shapes)[:3]) or "nothing"
-    return f"it is no CLIP: nothing in it is named {ANCHOR} (its first entries are {first}). {WANTED}"
+    return f"it is not a CLIP: no tensor is named {ANCHOR} (the first names are {first}). {ADVICE}"
 
 
 def described(found: Mapping[str, Any]) -> str:
-    """'ViT layers 12, width 768, patch 16, 224 px and an embedding of 512'."""
+    """'12 layers, patch 16, width 768, 224 px and an embedding of 512'."""
     vision = found["vision"]
     layers = vision["layers"]
     kind = f"ResNet {'-'.join(map(str, layers))}" if isinstance(layers, tuple) else f"{layers} layers, patch {vision['patch_size']}"

@@ -94,7 +94,7 @@ Estimate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def estimator(device: torch.device, rng: np.random.Generator) -> Estimate:
     """What the embedded diffusion model takes noised pictures for: its x̂0 at each one's level."""
-    model = load_ddpm(DeviceContext(device), trial=None)
+    model = load_ddpm(DeviceContext(device), probe=None)
     schedule = model.config.respaced("1000")
 
     def estimate(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:

@@ -1,0 +1,163 @@
+"""Settings of a checkpoint that somebody states: names, types, and whether they agree with the shapes of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import BlendedError
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)) or int(value) < 1:
+        raise ValueError
+    return int(value)
+
+
+def _optional(value: Any) -> int | None:
+    """A whole number; None, 'none' and guided-diffusion's −1 mean that there is none."""
+    return None if str(value).strip().lower() in ("none", "null", "", "-1") else _whole(value)
+
+
+def _flag(value: Any) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    return words[str(value).strip().lower()]
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value.strip()
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    numbers = tuple(float(part) for part in parts)
+    return tuple(int(n) if n == int(n) else n for n in numbers)
+
+
+SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "image_size": (_whole, "a whole number of pixels, at least 1"),
+    "model_channels": (_whole, "a whole number, at least 1"),
+    "channel_mult": (_numbers, "numbers separated by commas"),
+    "num_res_blocks": (_whole, "a whole number, at least 1"),
+    "attention_downsampling": (_numbers, "whole numbers separated by commas"),
+    "in_channels": (_whole, "a whole number, at least 1"),
+    "out_channels": (_whole, "a whole number, at least 1"),
+    "num_classes": (_optional, "a whole number, at least 1, or none"),
+    "num_heads": (_whole, "a whole number, at least 1"),
+    "num_head_channels": (_optional, "a whole number, at least 1, or none"),
+    "num_heads_upsample": (_optional, "a whole number, at least 1, or none"),
+    "resblock_updown": (_flag, "true or false"),
+    "use_scale_shift_norm": (_flag, "true or false"),
+    "conv_resample": (_flag, "true or false"),
+    "use_new_attention_order": (_flag, "true or false"),
+    "schedule": (_word, "linear or cosine"),
+    "steps": (_whole, "a whole number, at least 1"),
+    "rescale_timesteps": (_flag, "true or false"),
+    "objective": (_word, "eps, v or x0"),
+    "variance": (_word, "learned_range, fixed_small or fixed_large"),
+    # Flags of guided-diffusion that state the same in another way.
+    "num_channels": (_whole, "a whole number, at least 1"),
+    "attention_resolutions": (_numbers, "whole numbers of pixels separated by commas"),
+    "learn_sigma": (_flag, "true or false"),
+    "class_cond": (_flag, "true or false"),
+    "noise_schedule": (_word, "linear or cosine"),
+    "diffusion_steps": (_whole, "a whole number, at least 1"),
+    "predict_xstart": (_flag, "true or false"),
+    "sigma_small": (_flag, "true or false"),
+}
+"""Name → (conversion, what a value must be), of every setting that can be stated."""
+RENAMED = {"num_channels": "model_channels", "noise_schedule": "schedule", "diffusion_steps": "steps"}
+IGNORED = {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas"}
+"""Flags of guided-diffusion that do not describe the weights."""
+POWERS_OF_TWO = {2**i for i in range(32)}
+
+
+def read_settings(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Stated settings under this package's names, converted to their types; values may be texts, as on a command line.
+
+    Args:
+        given: by the names of :class:`UNetConfig` and :class:`DiffusionConfig`, or by guided-diffusion's flags: num_channels, attention_resolutions
+            (in pixels), learn_sigma, class_cond, noise_schedule, diffusion_steps, predict_xstart, sigma_small. They may be grouped under 'unet' and
+            'diffusion'.
+        source: 'override', 'metadata' or 'sidecar', for errors.
+
+    Returns:
+        The settings; attention_resolutions, class_cond and sigma_small unchanged, because their meaning depends on the network
+        (:func:`resolve_settings`).
+
+    Raises:
+        BlendedError: for an unknown name, a value of the wrong type, or two different values for one setting.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        flat.update(value if name in ("unet", "diffusion") and isinstance(value, Mapping) else {name: value})
+    stated: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name in IGNORED or (name == "channel_mult" and value == ""):  # '' asks for the default of the image size
+            continue
+        if name not in SETTINGS:
+            raise _error(source, f"sets {name!r}, which is not a setting; known are {', '.join(SETTINGS)}. Correct or remove it.")
+        convert, requirement = SETTINGS[name]
+        try:
+            new = convert(value)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            raise _error(source, f"sets {name} to {value!r}; it must be {requirement}.") from None
+        target = RENAMED.get(name, name)
+        if name == "learn_sigma":
+            target, new = "out_channels", 6 if new else 3
+        elif name == "predict_xstart":
+            if not new and "objective" in flat:  # the objective may be v
+                continue
+            target, new = "objective", "x0" if new else "eps"
+        if stated.get(target, new) != new:
+            raise _error(source, f"sets {target} twice, to {stated[target]!r} and to {new!r}; remove one of them.")
+        stated[target] = new
+    # A stated number of heads takes precedence over a number of channels per head from a weaker source.
+    if "num_heads" in stated:
+        stated.setdefault("num_head_channels", None)
+    return stated
+
+
+def resolve_settings(stated: Mapping[str, Any], facts: Mapping[str, Any], image_size: int, source: str) -> dict[str, Any]:
+    """Stated settings with the flags that depend on the network replaced by this package's settings.
+
+    Args:
+        stated: from :func:`read_settings`.
+        facts: the settings that the shapes determine.
+        image_size: in pixels.
+        source: as for :func:`read_settings`.
+
+    Raises:
+        BlendedError: if a statement contradicts the shapes.
+    """
+    out = dict(stated)
+    small = out.pop("sigma_small", None)
+    if small is not None and facts["out_channels"] == facts["in_channels"]:  # a learned variance does not use it
+        out.setdefault("variance", "fixed_small" if small else "fixed_large")
+    conditional = out.pop("class_cond", None)
+    if conditional is not None and conditional != (facts["num_classes"] is not None):
+        raise _contradiction(source, "class_cond", conditional, f"{facts['num_classes'] or 'no'} classes")
+    resolutions = out.pop("attention_resolutions", None)
+    if resolutions is not None:
+        if any(r < 1 for r in resolutions):
+            raise _error(source, f"sets attention_resolutions to {resolutions}; they are pixels, at least 1.")
+        out.setdefault("attention_downsampling", tuple(image_size // r for r in resolutions))
+    for name in facts.keys() & out.keys():
+        claim = out[name]
+        if name == "attention_downsampling":  # a factor that the network never reaches has no effect
+            claim = tuple(sorted(d for d in set(claim) if d < 2 ** len(facts["channel_mult"]) and d in POWERS_OF_TWO))
+        if claim != facts[name]:
+            pixels = f" ({resolutions} pixels of {image_size})" if resolutions is not None and name == "attention_downsampling" else ""
+            raise _contradiction(source, name, f"{out[name]}{pixels}", repr(facts[name]))
+        out[name] = facts[name]
+    return out
+
+
+def _contradiction(source: str, name: str, claim: object, fact: str) -> BlendedError:
+    return _error(source, f"states that {name} is {claim}, but the shapes of the weights show {fact}; correct or remove it.")
+
+
+def _error(source: str, text: str) -> BlendedError:
+    return BlendedError(f"the {source} {text}", option="overrides" if source == "override" else ())

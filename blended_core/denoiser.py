@@ -1,0 +1,70 @@
+"""A network together with its diffusion process: x_t and a level → prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .diffusion import DiffusionConfig, Prediction, log_variance, posterior_mean, predict_x0
+from .errors import BlendedError
+from .schedule import Schedule
+
+
+class DiffusionModel:
+    """A network together with the process it was trained on.
+
+    Args:
+        network: maps (x_t [B, C, H, W], timesteps [B], labels or None) to [B, C or 2C, H, W].
+        config: the process. Its variance is 'learned_range' if and only if the network has 2C outputs.
+        image_size: side in pixels that the network was trained at. Other sizes work if they are multiples of ``multiple_of``.
+        num_classes: None for an unconditional network.
+        label_dim: size of a class embedding that the network accepts in place of class indices; 0 if it accepts none.
+    """
+
+    def __init__(
+        self, network: nn.Module, config: DiffusionConfig, image_size: int, num_classes: int | None = None,
+        multiple_of: int = 1, label_dim: int = 0,
+    ) -> None:  # fmt: skip
+        self.network = network
+        self.config = config
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.multiple_of = multiple_of
+        self.label_dim = label_dim
+
+    def __repr__(self) -> str:
+        classes = f", {self.num_classes} classes" if self.num_classes is not None else ""
+        return f"DiffusionModel({type(self.network).__name__}, {self.image_size} px{classes}, {self.config})"
+
+    @classmethod
+    def from_unet(cls, unet: Any, config: DiffusionConfig) -> DiffusionModel:
+        """A model from a :class:`~blended_core.adm.unet.UNet`; BlendedError if the variance does not fit its outputs."""
+        if unet.config.learn_sigma != (config.variance == "learned_range"):
+            predicts = "predicts a variance" if unet.config.learn_sigma else "predicts no variance"
+            raise BlendedError(f"variance is {config.variance!r}, but the network {predicts}.")
+        return cls(
+            unet, config, unet.config.image_size, unet.config.num_classes, unet.config.downsampling,
+            4 * unet.config.model_channels,
+        )  # fmt: skip
+
+    def predict(self, x_t: Tensor, index: int | Tensor, schedule: Schedule, labels: Tensor | None = None) -> Prediction:
+        """One forward pass: x̂0, and mean and variance of p(x_{t−1} | x_t).
+
+        Args:
+            x_t: [B, C, H, W].
+            index: level of the schedule, for the batch or [B].
+            labels: class indices [B], or class embeddings [B, label_dim]; None for an unconditional network.
+        """
+        if isinstance(index, int):
+            timesteps = torch.full((x_t.shape[0],), schedule.model_timestep(index), device=x_t.device)
+        else:
+            timesteps = torch.tensor([schedule.model_timestep(int(i)) for i in index], device=x_t.device)
+        output = self.network(x_t, timesteps, labels)
+        fraction = None
+        if self.config.variance == "learned_range":
+            output, fraction = output.chunk(2, dim=1)
+        x0 = predict_x0(x_t, output, index, schedule, self.config.objective)
+        variance, log = log_variance(fraction, index, schedule, self.config.variance, x_t)
+        return Prediction(x0, posterior_mean(x0, x_t, index, schedule), variance, log)
