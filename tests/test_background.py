@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from blended_core.cli import app as cli
+from blended_core.cli import edit as edit_command
+from blended_core.cli import main
 from blended_core.denoiser import DiffusionModel
 from blended_core.diffusion import DiffusionConfig
 from blended_core.edit import edit_picture
@@ -301,10 +302,10 @@ def test_background_error_sees_one_changed_bit() -> None:
 
 def run_on_file(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[np.ndarray[Any, Any]]:
     """The candidates that the terminal writes, with the tiny networks."""
-    monkeypatch.setattr(cli, "_load", lambda request, options: MODELS)
+    monkeypatch.setattr(edit_command, "load_models", lambda request: MODELS)
     out = folder / "out"
     common = ["--steps", "2", "--candidates", "2", "--views", "1", "--out", str(out)]
-    assert cli.main(["edit", *arguments, *common]) == 0
+    assert main(["edit", *arguments, *common]) == 0
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert [c["background_error"] for c in report["candidates"]] == [0.0, 0.0]
     pictures = []

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from blended_core.adm.unet import AttentionBlock, ResBlock
-from blended_core.cli import app as cli
+from blended_core.cli.edit import options_of_arguments
+from blended_core.cli.parser import build_parser
 from blended_core.clip.model import ClipModel, Prompt
 from blended_core.denoiser import DiffusionModel
 from blended_core.diffusion import DiffusionConfig, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
@@ -496,7 +497,7 @@ def test_classes() -> None:
 @given(st.integers(1, 1000), st.data())
 def test_skip_and_strength_say_the_same(total: int, data: st.DataObject) -> None:
     skip = data.draw(st.integers(0, total - 1))
-    options = cli._options(cli.build_parser().parse_args(["edit", "x.png", "--steps", str(total), "--skip", str(skip)]))
+    options = options_of_arguments(build_parser().parse_args(["edit", "x.png", "--steps", str(total), "--skip", str(skip)]))
     schedule = DiffusionConfig().respaced(options.steps)
     assert len(schedule) == total
     assert schedule.start_index(options.strength) == total - skip - 1
@@ -510,7 +511,7 @@ def test_strength(strength: float, start: int) -> None:
 @pytest.mark.parametrize("arguments", [["--skip", "100"], ["--skip", "-1"], ["--skip", "3", "--strength", "0.5"]])
 def test_skip_is_checked(arguments: list[str]) -> None:
     with pytest.raises(BlendedError, match="--skip"):
-        cli._options(cli.build_parser().parse_args(["edit", "x.png", *arguments]))
+        options_of_arguments(build_parser().parse_args(["edit", "x.png", *arguments]))
 
 
 @pytest.mark.parametrize("respacing", ["1000", "100", "50", "25", "ddim25", "ddim50", "250"])
