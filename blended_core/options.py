@@ -90,8 +90,7 @@ def validate(options: Any) -> None:
         if value is None and default is None:
             continue
         if not declaration.allows(value):
-            usual = f" (default {default:g})" if isinstance(default, float) and not declaration.choices else ""
-            raise BlendedError(f"{name} is {value!r}; give {declaration.requirement(type(default) is int)}{usual}.", option=name)
+            raise BlendedError(f"{name} is {value!r}; give {declaration.requirement(type(default) is int)}.", option=name)
 
 
 @dataclass(frozen=True)

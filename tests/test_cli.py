@@ -515,8 +515,8 @@ def test_old_results_are_recognized_by_name(tmp_path: Path, inputs: list[str], s
 
 
 ERRORS: list[tuple[list[str], str]] = [
-    (["--prompt", "tree", "--strength", "1.5"], "strength is 1.5; give a number above 0 and at most 1 (default 0.75) (--strength)."),
-    (["--prompt", "tree", "--steps", "lots"], "respacing 'lots' is not understood"),
+    (["--prompt", "tree", "--strength", "1.5"], "strength is 1.5; give a number above 0 and at most 1 (--strength)."),
+    (["--prompt", "tree", "--steps", "lots"], "respacing 'lots' has the wrong form"),
     (["--prompt", "tree", "--steps", "ddim37"], "no whole stride"),
     (["--prompt", "tree", "--candidates", "0"], "candidates is 0"),
     (["--prompt", "tree", "--views", "0"], "views is 0"),
@@ -556,8 +556,8 @@ def test_errors_are_one_sentence_and_write_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ddpm", "{tmp}/none.pt"], "there is no checkpoint"),
-        (["--device", "abacus"], "'abacus' cannot be used here"),
+        (["--ddpm", "{tmp}/none.pt"], "none.pt: there is no file"),
+        (["--device", "abacus"], "'abacus' cannot be used on this computer"),
         (["--clip", "ViT-B-16"], "names no weights"),
         (["--clip", "ViT-B-61:openai"], "open_clip has no model"),
     ],
