@@ -6,7 +6,7 @@ import os
 from statistics import median
 from typing import Any
 
-from blended_core.cli.app import WAITING_THREADS
+from blended_core.cli.process import WAITING_THREADS
 
 from .loading import python
 from .measure import ratio

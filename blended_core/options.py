@@ -11,8 +11,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from typing import Any
 
 from .errors import BlendedError
-from .random import MAX_SEED
 from .schedule import check_respacing
+
+MAX_SEED = 2**64 - 1
+REGION = "mask and region"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Option:
         low, high: inclusive limits of a number; ``above``: the lower limit itself is excluded.
         step, node_low, node_high: of the widget in ComfyUI, where they differ from 1 and from the limits.
         flag: of the terminal, where it is not the name with dashes; '' if the terminal has none. ``metavar``: its placeholder.
+        node_input: name of the input of the nodes, where it is not the name of the option.
+        group: heading under which --help and docs/options.md list the option, where it is not that of its class.
         unit: what a number counts.
     """
 
@@ -38,6 +42,8 @@ class Option:
     node_high: float | None = None
     flag: str | None = None
     metavar: str | None = None
+    node_input: str | None = None
+    group: str | None = None
     unit: str = ""
 
     def requirement(self, whole: bool = False) -> str:
@@ -46,7 +52,7 @@ class Option:
             return f"one of {', '.join(self.choices)}"
         limits = [] if self.low is None else [f"above {self.low:g}" if self.above else f"of at least {self.low:g}"]
         if self.high is not None:
-            limits.append(f"at most {self.high:.20g}" if isinstance(self.high, int) else f"at most {self.high:g}")
+            limits.append(f"at most {self.high if isinstance(self.high, int) else f'{self.high:g}'}")
         return " and ".join(
             [
                 f"a {'whole ' if whole else ''}number" + (f" of {self.unit}" if self.unit else "") + (f" {limits[0]}" if limits else ""),
@@ -102,7 +108,7 @@ class GuidanceOptions:
         low=0.0, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
     )  # fmt: skip
     range_scale: float = option(
-        50.0, "Weight of the range loss, which pulls colors back into the range of a picture.",
+        50.0, "Weight of the range loss, which pulls values back into the valid range of an image.",
         low=0.0, node_high=100000.0, step=10.0, metavar="λ",
     )  # fmt: skip
     background_scale: float = option(
@@ -112,18 +118,19 @@ class GuidanceOptions:
     )  # fmt: skip
     gradient: str = option(
         "x0",
-        "Where the gradient is taken. x0: at the estimate of the clean picture, as in the paper; fast, little memory. unet: through the "
+        "Where the gradient is taken. x0: at the prediction of the clean image, as in the paper; fast, little memory. unet: through the "
         "diffusion model, as in the reference code; slower, several times the memory.",
         choices=("unet", "x0"),
     )  # fmt: skip
     clip_input: str = option(
         "x0",
-        "What CLIP sees. x0: the estimate of the clean picture. mixed: that estimate mixed with the noisy picture, as in the reference code.",
+        "What CLIP sees. x0: the prediction of the clean image. mixed: the prediction mixed with the noisy image, as in the reference code.",
         choices=("x0", "mixed"),
     )  # fmt: skip
     distance: str = option(
         "spherical",
-        "Distance between the CLIP embeddings of picture and text. cosine is the paper's, spherical the reference code's.",
+        "Distance between the CLIP embeddings of image and text. cosine: as in the paper. spherical: the squared great-circle "
+        "distance, limited so that its gradient is finite. spherical_unclamped: without that limit, as in the reference code.",
         choices=("spherical", "cosine", "spherical_unclamped"),
     )  # fmt: skip
     background_loss: str = option(
@@ -146,12 +153,12 @@ class GuidanceOptions:
     )  # fmt: skip
     clamp: float | None = option(
         None,
-        "Largest root mean square of the gradient of one image. In ComfyUI, 0 means no limit.",
+        "Largest root mean square of the gradient of one image. By default, and with 0 in ComfyUI, there is no limit.",
         low=0.0, above=True, node_low=0.0, node_high=1000.0, step=0.01, metavar="RMS",
     )  # fmt: skip
     reference_size: int = option(
         256,
-        "Picture side that the weights of the losses refer to, so that one scale suits models of every size. 0: weights are used as they are.",
+        "Image side that the weights of the losses refer to, so that one scale suits models of every size. 0: weights are used as they are.",
         low=0, node_high=4096, step=64, metavar="PX", unit="pixels",
     )  # fmt: skip
     x0_if_needed: bool = option(
@@ -160,12 +167,12 @@ class GuidanceOptions:
     start: float = option(
         0.0,
         "Share of the noise levels after which guidance begins; 0 is the noisiest level. Steps without guidance are faster.",
-        low=0.0, high=1.0, step=0.05, flag="--guide-from", metavar="F",
+        low=0.0, high=1.0, step=0.05, flag="--guide-from", node_input="guide_from", metavar="F",
     )  # fmt: skip
     end: float = option(
         1.0,
-        "Share of the noise levels after which guidance ends; 1 is the clean picture. Steps without guidance are faster.",
-        low=0.0, high=1.0, step=0.05, flag="--guide-to", metavar="F",
+        "Share of the noise levels after which guidance ends; 1 is the clean image. Steps without guidance are faster.",
+        low=0.0, high=1.0, step=0.05, flag="--guide-to", node_input="guide_to", metavar="F",
     )  # fmt: skip
     early_views: int = option(
         0,
@@ -209,7 +216,7 @@ class EditOptions:
     preset: str = "best"  # the name that these options began from; has no effect by itself
     algorithm: str = option(
         "blended",
-        "blended: Algorithm 2 of the paper. local: Algorithm 1, where only a loss (λ) keeps the background, which drifts.",
+        "blended: Algorithm 2 of the paper. local: Algorithm 1, which keeps the background only by a loss (background_scale), so that it drifts.",
         choices=("blended", "local"),
     )  # fmt: skip
     steps: str = option(
@@ -226,7 +233,7 @@ class EditOptions:
     sampler: str = option(
         "ddpm", "ddpm adds noise at every step, as in the paper. ddim is deterministic and needs fewer steps.", choices=("ddpm", "ddim")
     )
-    eta: float = option(0.0, "Noise of the ddim sampler: 0 none, 1 as much as ddpm.", low=0.0, high=1.0, step=0.05)
+    eta: float = option(0.0, "Noise of the ddim sampler. 0: none. 1: as much as ddpm.", low=0.0, high=1.0, step=0.05, metavar="F")
     ddim_guidance: str = option(
         "matched",
         "How far guidance moves a ddim step. matched: as far as a ddpm step. score: half as far, by the formula of the score, as in the presets "
@@ -234,11 +241,15 @@ class EditOptions:
         choices=("matched", "score"),
     )  # fmt: skip
     seed: int = option(
-        0, "Seed of all random numbers. A candidate depends on the seed and its own number, not on the batch size.", low=0, high=MAX_SEED
+        0,
+        "Seed of all random numbers. A candidate depends on the seed and its own number, not on the batch size.",
+        low=0,
+        high=MAX_SEED,
+        metavar="N",
     )
     candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, node_high=256, metavar="N")
     batch: int = option(
-        4, "Candidates that are made at once. Changes time and memory, not the random numbers.", low=1, node_high=64, metavar="N"
+        4, "Candidates that are processed at once. Changes time and memory, not the random numbers.", low=1, node_high=64, metavar="N"
     )
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     background_level: str = option(
@@ -267,28 +278,28 @@ class EditOptions:
         choices=("exact", "reference"), flag="",
     )  # fmt: skip
     enforce_background: bool | None = option(
-        None, "Restore the original outside the mask. By default on for Algorithm 2 and off for Algorithm 1."
+        None, "Restore the original outside the mask. By default on for Algorithm 2 and off for Algorithm 1.", group=REGION
     )
-    invert_mask: bool = option(False, "Edit the outside of the mask instead (background replacement).")
+    invert_mask: bool = option(False, "Edit the outside of the mask instead (background replacement).", group=REGION)
     mask_rule: str = option(
         "binary",
         "binary: everything from 50 % gray on is edited. soft: gray values set how freely a pixel may change. nonzero: every value above 0 is "
         "edited.",
-        choices=("binary", "soft", "nonzero"), flag="",
+        choices=("binary", "soft", "nonzero"), flag="", node_input="mask_edges", group=REGION,
     )  # fmt: skip
     crop: str = option(
-        "region", "region: edit a square around the mask. squash: scale the whole picture to a square, as in the reference code.",
-        choices=("region", "squash"),
+        "region", "region: edit a square around the mask. squash: scale the whole image to a square, as in the reference code.",
+        choices=("region", "squash"), group=REGION,
     )  # fmt: skip
     context: float = option(
         1.6,
-        "Side of the edited square over the longer side of the mask. More surroundings fit the edit in better and leave it fewer pixels.",
-        low=1.0, node_high=16.0, step=0.1, metavar="F",
+        "Side of the edited square, as a multiple of the longer side of the mask. A larger context fits the edit in better and leaves it fewer pixels.",
+        low=1.0, node_high=16.0, step=0.1, metavar="F", group=REGION,
     )  # fmt: skip
     feather: int = option(
         0,
         "Pixels over which the edit fades in, counted inward from the mask edge. The outside stays untouched.",
-        low=0, node_high=512, metavar="PX", unit="pixels",
+        low=0, node_high=512, metavar="PX", unit="pixels", group=REGION,
     )  # fmt: skip
     ranking: str = option(
         "views",

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .augment import ViewParameters, draw_views
 from .errors import BlendedError
-
-MAX_SEED = 2**64 - 1
+from .options import MAX_SEED as MAX_SEED
 
 
 class RandomSource(Protocol):

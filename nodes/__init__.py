@@ -1,1 +1,1 @@
-"""What a person drags: shelves of thin nodes over :mod:`blended_core`, and the one file of glue to ComfyUI."""
+"""The nodes of the pack: schema, unit conversion, and calls into :mod:`blended_core`. ComfyUI loads them through :mod:`.extension`."""

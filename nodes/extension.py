@@ -1,33 +1,33 @@
-"""The list of nodes that ComfyUI asks for."""
+"""The entry point for ComfyUI: the folders and the nodes of the pack."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import edit, glue, load, prompt, steps
+from . import folders, load, loop, paste, prompt, rank, sampler, scene, steps
 
 
 class BlendedDiffusionExtension(ComfyExtension):
     """The pack as ComfyUI sees it."""
 
     async def on_load(self) -> None:
-        """Makes the folders of models known."""
-        glue.register_folders()
+        """Registers the model folders."""
+        folders.register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """In the order of the search menu."""
+        """The nodes, in the order of the search menu."""
         return [
-            edit.BlendedSampler,
+            sampler.BlendedSampler,
             load.LoadDDPM,
             load.LoadCLIP,
             prompt.EncodePrompt,
             steps.NoiseBackground,
             steps.CLIPGuidanceStep,
             steps.BlendLatents,
-            steps.DenoiseLoopStart,
-            steps.DenoiseLoopEnd,
-            steps.FinalPaste,
+            loop.DenoiseLoopStart,
+            loop.DenoiseLoopEnd,
+            paste.FinalPaste,
             prompt.GuidanceOptionsNode,
-            edit.RankByCLIP,
-            edit.DemoScene,
+            rank.RankByCLIP,
+            scene.DemoScene,
         ]

@@ -1,15 +1,15 @@
-"""A noisy picture knows its level: what the pack's LATENT carries from node to node.
+"""The LATENT of the pack, which knows its noise level.
 
-Beside ``samples`` [B, 3, S, S] in −1..1 (noisy) a LATENT of ours has one key, :data:`KEY`, with a :class:`Level`. Other nodes
-pass the key on without looking at it, also where it stops being true. So it holds a fingerprint of every row: a row that
-carries a known one is at that level and belongs to that picture, whatever was repeated, taken out or joined in between; any
-other row was changed, and is refused with a sentence. The numbers of the candidates travel in ComfyUI's own ``batch_index``.
+In addition to ``samples`` [B, 3, S, S] in −1..1 (noisy), a LATENT of the pack has one key, :data:`KEY`, with an :class:`EditState`. Other nodes
+pass the key on without reading it, even if they change the samples. Therefore the state holds a fingerprint of every row: a row with a known
+fingerprint has the level and the source image of the state, even after rows were repeated, selected or joined; any other row was changed and is
+refused with an error. The candidates' numbers travel in ComfyUI's own ``batch_index``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..blended_core.diffusion import DiffusionConfig
 from ..blended_core.errors import BlendedError
-from ..blended_core.mask import binary_mask, soft_mask
-from ..blended_core.region import Region
+from ..blended_core.mask import EditMask
+from ..blended_core.region import PictureRegion
 from ..blended_core.schedule import CLEAN, Schedule
 
 KEY = "blended_diffusion"
@@ -30,47 +30,47 @@ Latent = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """Which picture a row shows, and which candidate of it the row is."""
+    """The source image of a row, by index, and the row's candidate number."""
 
-    picture: int
+    image: int
     candidate: int
 
 
 @dataclass(frozen=True, eq=False)
-class Level:
-    """Where on its way a noisy picture is, and what it was made from.
+class EditState:
+    """The noise level of a LATENT, and the edit that it belongs to.
 
     Attributes:
         process, respacing: the noise schedule.
-        index: of the level; CLEAN for a finished picture. start: where the edit began.
-        seed: of all draws.
-        region: the square of the picture that the samples show.
-        soft: whether greys of the mask matter.
-        sources: the pictures' regions before the edit [P, 3, S, S] in −1..1.
-        masks: as they came with the picture [P or 1, 1, H, W], as the edit uses them, or None.
-        rows: by fingerprint.
+        level: index of the noise level; CLEAN at the end. start: the level at which the edit started.
+        seed: seed of all random numbers.
+        region: the square of the image that the samples show.
+        soft: whether the mask is soft.
+        sources: the regions of the source images [N, 3, S, S] in −1..1.
+        masks: the masks of the source images [N or 1, 1, H, W], as the edit uses them, or None.
+        rows: fingerprint → row.
     """
 
     process: DiffusionConfig
     respacing: str
-    index: int
+    level: int
     start: int
     seed: int
-    region: Region
+    region: PictureRegion
     soft: bool
     sources: Tensor
-    masks: Tensor | None
+    masks: EditMask | None
     rows: Mapping[str, Row] = field(default_factory=dict)
 
     @property
     def schedule(self) -> Schedule:
-        """The respaced process."""
+        """The respaced noise schedule."""
         return self.process.respaced(self.respacing)
 
     @property
     def clean(self) -> bool:
         """Whether no noise is left."""
-        return self.index == CLEAN
+        return self.level == CLEAN
 
     @property
     def size(self) -> int:
@@ -80,24 +80,33 @@ class Level:
     def __str__(self) -> str:
         if self.clean:
             return "clean"
-        return f"level {self.index + 1} of {len(self.schedule)}, timestep {int(self.schedule.timestep_map[self.index])} of {self.process.steps}"
+        return f"level {self.level + 1} of {len(self.schedule)}, timestep {int(self.schedule.timestep_map[self.level])} of {self.process.steps}"
+
+    def check_size(self, image: Tensor, name: str) -> None:
+        """Raises BlendedError, naming both sizes, if an image [.., H, W] has another size than the source images."""
+        height, width = image.shape[-2:]
+        if (height, width) != (self.region.height, self.region.width):
+            raise BlendedError(
+                f"the {name} is {width}×{height} and the edit was started with an image of {self.region.width}×{self.region.height}; connect "
+                "the image that is connected to Noise Background (start), or scale this one to its size."
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class Noisy:
-    """A LATENT that was found to be true.
+class NoisyImages:
+    """A LATENT whose state was checked against its samples.
 
     Attributes:
-        latent: the dictionary that it came in.
+        latent: the dictionary itself.
         samples: [B, 3, S, S] float32.
-        level: of all rows.
-        pictures, candidates: of each row.
+        state: the state of all rows.
+        images, candidates: index of the source image, and candidate number, of each row.
     """
 
     latent: Latent
     samples: Tensor
-    level: Level
-    pictures: tuple[int, ...]
+    state: EditState
+    images: tuple[int, ...]
     candidates: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -105,118 +114,120 @@ class Noisy:
 
     @property
     def sources(self) -> Tensor:
-        """The region of each row's picture before the edit [B, 3, S, S]."""
-        return self.level.sources[list(self.pictures)]
+        """The region of each row's source image [B, 3, S, S] in −1..1."""
+        return self.state.sources[list(self.images)]
 
-    def rows_of(self, values: Tensor, what: str) -> Tensor:
-        """Values given once, or for each picture, or for each row; → [1 or B, …]."""
+    def rows_of(self, values: Tensor, name: str) -> Tensor:
+        """Values given once, per source image or per row → [1 or B, …]."""
         count = len(values)
         if count == 1 or count == len(self):
             return values
-        if count == len(self.level.sources):
-            return values[list(self.pictures)]
+        if count == len(self.state.sources):
+            return values[list(self.images)]
         raise BlendedError(
-            f"{count} {what} were given for a LATENT of {len(self)} rows from {len(self.level.sources)} pictures; give one, one for "
-            "each picture, or one for each row."
+            f"{count} {name} were given for a LATENT of {len(self)} rows from {len(self.state.sources)} images; give one, one per image, or one "
+            "per row."
         )
 
-    def mask(self, given: Tensor | None) -> Tensor | None:
-        """The mask in the frame of the samples, [1 or B, 1, S, S]; the one given, else the LATENT's ``noise_mask``, else None.
+    def cut(self, image: Tensor, name: str) -> Tensor:
+        """The region of images [1, N or B, 3, H, W] in 0..1, for each row; [B, 3, S, S] in −1..1."""
+        self.state.check_size(image, name)
+        return self.rows_of(self.state.region.cut(image, self.state.size) * 2 - 1, f"{name}s").expand_as(self.samples)
+
+    def mask_rows(self, mask: EditMask, name: str) -> EditMask:
+        """:meth:`rows_of` for masks."""
+        return mask.with_values(self.rows_of(mask.values, name))
+
+    def region_mask(self, mask: Tensor | None) -> EditMask | None:
+        """The mask in the frame of the samples [1 or B, 1, S, S]: ``mask`` if given, else the LATENT's ``noise_mask``, else None.
 
         Args:
-            given: [M, 1, H, W] in the frame of the whole picture; another size is stretched over it. A noise mask of the
-                samples' size is in their frame already, and one of another size is stretched over them, as KSampler does.
+            mask: [M, 1, H, W] in the frame of the whole image; a mask of another size is stretched over it. A ``noise_mask`` of the samples' size
+                is already in their frame, and one of another size is stretched over the samples, as KSampler does it.
         """
-        region, size, soft = self.level.region, self.level.size, self.level.soft
-        if given is None:
-            noise_mask = self.latent.get("noise_mask")
-            if noise_mask is None:
-                return None
-            values = used_mask(four_dimensional(noise_mask), soft)
-            shape = tuple(values.shape[-2:])
-            if shape == (region.height, region.width) and shape != (size, size):
-                values = region.cut_mask(values, size, soft)
-            elif shape != (size, size):
-                values = used_mask(F.interpolate(values, size=(size, size), mode="bilinear", align_corners=False), soft)
-            return self.rows_of(values, "noise masks")
-        full = fit_mask(given, region.height, region.width, soft)
-        return self.rows_of(region.cut_mask(full, size, soft), "masks")
+        region, size, soft = self.state.region, self.state.size, self.state.soft
+        if mask is not None:
+            return self.mask_rows(region.cut_mask(fit_mask(mask, (region.height, region.width), soft), size), "masks")
+        if (noise_mask := self.latent.get("noise_mask")) is None:
+            return None
+        used = EditMask.of(as_mask_batch(noise_mask), mask_rule(soft))
+        if tuple(used.values.shape[-2:]) == (region.height, region.width) != (size, size):
+            return self.mask_rows(region.cut_mask(used, size), "noise masks")
+        return self.mask_rows(fit_mask(used.values, (size, size), soft), "noise masks")
 
-    def moved(self, samples: Tensor, index: int) -> Latent:
-        """The LATENT with other samples at another level."""
-        return pack(samples, replace(self.level, index=index), self.pictures, self.candidates, self.latent)
+    def at(self, level: int, samples: Tensor) -> Latent:
+        """The LATENT with other samples, at another level."""
+        return pack(samples, replace(self.state, level=level), self.images, self.candidates, self.latent)
 
 
 def pack(
-    samples: Tensor, level: Level, pictures: tuple[int, ...], candidates: tuple[int, ...], base: Mapping[str, Any] | None = None
+    samples: Tensor, state: EditState, images: tuple[int, ...], candidates: tuple[int, ...], base: Mapping[str, Any] | None = None
 ) -> Latent:
-    """A LATENT of ours from its parts; ``base`` gives what else travels with it."""
-    rows = zip(samples, pictures, candidates, strict=True)
-    known = {fingerprint(row): Row(picture, candidate) for row, picture, candidate in rows}
-    return {**(base or {}), "samples": samples, "batch_index": list(candidates), KEY: replace(level, rows=known)}
+    """A LATENT of the pack; ``base`` holds other keys that travel with it."""
+    rows = zip(samples, images, candidates, strict=True)
+    known = {fingerprint(row): Row(image, candidate) for row, image, candidate in rows}
+    return {**(base or {}), "samples": samples, "batch_index": list(candidates), KEY: replace(state, rows=known)}
 
 
-def unpack(latent: Latent, wants: str) -> Noisy:
-    """The noisy picture of a LATENT, its key checked against its samples.
+def unpack(latent: Latent, node: str) -> NoisyImages:
+    """The noisy images of a LATENT, its state checked against its samples.
 
     Args:
         latent: from any node.
-        wants: what needs the level, for the error: "CLIP Guidance Step".
+        node: the node that needs the level, for the error message.
 
     Raises:
-        BlendedError: if the LATENT has no key of ours, or it does not tell the truth about a row.
+        BlendedError: if the LATENT has no state, or the state does not hold for a row.
     """
-    samples, level = latent.get("samples"), latent.get(KEY)
+    samples, state = latent.get("samples"), latent.get(KEY)
     if not isinstance(samples, Tensor):
-        raise BlendedError(f"{wants} got a LATENT without samples; wire one from Noise Background.")
-    if not isinstance(level, Level):
+        raise BlendedError(f"{node} got a LATENT without samples; connect one from Noise Background.")
+    if not isinstance(state, EditState):
         raise BlendedError(
-            f"{wants} needs a LATENT that knows its noise level, and this one ({shape_of(samples)}) does not: begin with Noise "
-            "Background. (Save Latent, Load Latent and Rebatch Latents lose the level; LATENTs of a VAE never have one.)"
+            f"{node} needs a LATENT with a known noise level, and this one ({shape_of(samples)}) has none; start with Noise Background. "
+            "(Save Latent, Load Latent and Rebatch Latents drop the level; LATENTs of a VAE never have one.)"
         )
-    if samples.ndim != 4 or tuple(samples.shape[1:]) != tuple(level.sources.shape[1:]):
+    if samples.ndim != 4 or tuple(samples.shape[1:]) != tuple(state.sources.shape[1:]):
         raise BlendedError(
-            f"the LATENT at {wants} has the shape {shape_of(samples)}, but its level was set for rows of {shape_of(level.sources[0])}: "
-            "another node cut or scaled it. Scale the picture before Noise Background, or after Final Paste."
+            f"the LATENT at {node} has shape {shape_of(samples)}, but its rows had shape {shape_of(state.sources[0])}: another node cropped or "
+            "scaled it. Scale the image before Noise Background, or after Final Paste."
         )
     samples = samples.to(torch.float32)
-    found = [level.rows.get(fingerprint(row)) for row in samples]
-    foreign = [str(i + 1) for i, row in enumerate(found) if row is None]
-    if foreign:
+    rows = [state.rows.get(fingerprint(row)) for row in samples]
+    if changed := [str(i + 1) for i, row in enumerate(rows) if row is None]:
         raise BlendedError(
-            f"row {', '.join(foreign)} of the {len(found)} in the LATENT at {wants} is not what its note ({level}) was written "
-            "for: another node changed the samples, or joined LATENTs of different edits. Blend with Blend Latents; join pictures "
-            "after Final Paste."
+            f"row {', '.join(changed)} of {len(rows)} in the LATENT at {node} does not match its recorded noise level ({state}): another node "
+            "changed the samples, or joined LATENTs of different edits. Blend with Blend Latents, and join images after Final Paste."
         )
-    rows = [row for row in found if row is not None]
+    known = [row for row in rows if row is not None]
     index = latent.get("batch_index")
-    numbers = tuple(int(i) for i in index) if isinstance(index, (list, tuple)) and len(index) == len(rows) else None
-    candidates = numbers or tuple(row.candidate for row in rows)
-    return Noisy(latent, samples, level, tuple(row.picture for row in rows), candidates)
+    numbers = tuple(int(i) for i in index) if isinstance(index, (list, tuple)) and len(index) == len(known) else None
+    return NoisyImages(
+        latent, samples, state, tuple(row.image for row in known), numbers or tuple(row.candidate for row in known)
+    )  # fmt: skip
 
 
-def same_level(foreground: Noisy, background: Noisy) -> None:
-    """Raises BlendedError, naming both, unless two noisy pictures may be blended."""
-    a, b = foreground.level, background.level
+def check_same_level(foreground: NoisyImages, background: NoisyImages) -> None:
+    """Raises BlendedError, naming both levels, unless the two can be blended."""
+    a, b = foreground.state, background.state
     if (a.process, a.respacing) != (b.process, b.respacing):
         raise BlendedError(
-            f"the foreground is at {a} ({a.process.schedule} schedule) and the background at {b} ({b.process.schedule} schedule): two "
-            "different ways down. Both must come from one Noise Background (start)."
+            f"the foreground is at {a} ({a.process.schedule} schedule) and the background at {b} ({b.process.schedule} schedule), which are two "
+            "different noise schedules. Both must come from one Noise Background (start)."
         )
-    if a.index != b.index:
+    if a.level != b.level:
         raise BlendedError(
-            f"the foreground is at {a} and the background at {b}; take the background from Noise Background in its mode match, wired to "
-            "the LATENT that CLIP Guidance Step gives."
+            f"the foreground is at {a} and the background at {b}; take the background from Noise Background in mode match, connected to the "
+            "LATENT of CLIP Guidance Step."
         )
     if a.region != b.region or a.size != b.size:
         raise BlendedError(
-            f"foreground and background show different parts of the picture ({a.region} and {b.region}); begin both with one Noise "
-            "Background."
+            f"foreground and background show different regions of the image ({a.region} and {b.region}); start both with one Noise Background."
         )
 
 
 def fingerprint(row: Tensor) -> str:
-    """Of the values of one row, as float32."""
+    """A hash of the values of one row as float32."""
     values = row.detach().to("cpu", torch.float32).contiguous()
     return hashlib.blake2b(values.numpy().tobytes(), digest_size=12).hexdigest()
 
@@ -226,20 +237,23 @@ def shape_of(tensor: Tensor) -> str:
     return "×".join(str(n) for n in tensor.shape)
 
 
-def four_dimensional(mask: Tensor) -> Tensor:
-    """A MASK or noise mask of any rank as [M, 1, H, W] float32."""
+def as_mask_batch(mask: Tensor) -> Tensor:
+    """A MASK or noise mask of any rank as [M, 1, H, W] float32 on the CPU."""
     if mask.ndim < 2:
-        raise BlendedError(f"the mask has the shape {shape_of(mask)}; a MASK is [batch, height, width].")
+        raise BlendedError(f"the mask has shape {shape_of(mask)}; a MASK is [batch, height, width].")
     return mask.detach().reshape(-1, 1, *mask.shape[-2:]).to("cpu", torch.float32)
 
 
-def used_mask(mask: Tensor, soft: bool) -> Tensor:
-    """Thresholded, unless its greys matter."""
-    return soft_mask(mask) if soft else binary_mask(mask)
+def mask_rule(soft: bool) -> str:
+    """The library's name for how an edit uses a mask."""
+    return "soft" if soft else "binary"
 
 
-def fit_mask(mask: Tensor, height: int, width: int, soft: bool) -> Tensor:
-    """A mask at a picture's size, as the edit uses it; [M, 1, h, w] → [M, 1, height, width]."""
-    if tuple(mask.shape[-2:]) != (height, width):
-        mask = F.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False)
-    return used_mask(mask, soft)
+def stretch_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """A mask stretched to (height, width); [M, 1, h, w] → [M, 1, height, width]."""
+    return mask if tuple(mask.shape[-2:]) == tuple(size) else F.interpolate(mask, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def fit_mask(mask: Tensor, size: Sequence[int], soft: bool) -> EditMask:
+    """The mask as the edit uses it, stretched to (height, width)."""
+    return EditMask.of(stretch_mask(mask, size), mask_rule(soft))

@@ -1,4 +1,4 @@
-"""Networks from files: Load DDPM, Load CLIP."""
+"""Load DDPM and Load CLIP (open_clip)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from ..blended_core.adm.load import load_checkpoint
 from ..blended_core.adm.probe import ProbeOptions
 from ..blended_core.clip.files import architecture_of
 from ..blended_core.clip.model import load_clip
+from ..blended_core.device import DTYPES
 from ..blended_core.errors import BlendedError
-from . import glue
+from . import inputs
+from .folders import CLIP_FOLDER, DDPM_FOLDER, check_file, file_version, find_file, first_path, list_files
+from .memory import LoadedCLIP, LoadedDDPM, device_context, manage, offload_context, probe_context
+from .runtime import Progress, library_scope, show_text
 
+DDPM, CLIP = "Load DDPM", "Load CLIP (open_clip)"
 EMBEDDED = "embedded"
 TAGS = (
     "ViT-B-16:openai",
@@ -24,37 +29,39 @@ TAGS = (
     "ViT-B-16:laion2b_s34b_b88k",
     "ViT-B-32:laion2b_s34b_b79k",
 )
-FETCHED = " (fetched by open_clip)"
+DOWNLOADED = " (fetched by open_clip)"
+"""Ends the choices that open_clip downloads. Part of saved workflows, so it must not change."""
 
 
 class LoadDDPM(io.ComfyNode):
-    """A diffusion model from models/ddpm."""
+    """Loads a diffusion model from models/ddpm."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlendedLoadDDPM",
-            display_name="Load DDPM",
-            category=glue.CATEGORY,
+            display_name=DDPM,
+            category=inputs.CATEGORY,
             description=(
-                "Loads a pixel-space diffusion model (ADM, “guided-diffusion”) that paints the edit. Files lie in models/ddpm; “embedded” is a small "
-                "64-pixel model of a toy world that comes with the pack."
+                "Loads a pixel-space diffusion model (ADM, “guided-diffusion”), which makes the edit. Put checkpoints into models/ddpm. “embedded” is a "
+                "small 64-pixel model of a toy world that is part of the pack."
             ),
             search_aliases=["guided diffusion", "ADM", "diffusion checkpoint", "blended diffusion model", "openai diffusion"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=[EMBEDDED, *glue.files_in(glue.DDPM_FOLDER)],
+                    options=[EMBEDDED, *list_files(DDPM_FOLDER)],
                     default=EMBEDDED,
-                    tooltip="A file in models/ddpm (.safetensors, .pt), or the embedded 64-pixel model. Its settings are found from the weights.",
+                    tooltip="A checkpoint in models/ddpm (.safetensors, .pt), or the embedded 64-pixel model. Its settings are detected from the weights.",
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=["auto", *glue.DTYPES],
+                    options=["auto", *DTYPES],
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Of the network's torso. auto follows ComfyUI; fp32 is exact and slower; choose it when pictures come out black.",
+                    tooltip="Precision of the UNet's blocks. auto: as ComfyUI chooses. fp32: exact and slower; choose it if "
+                    "results are black.",
                 ),
                 io.String.Input(
                     "overrides",
@@ -62,13 +69,13 @@ class LoadDDPM(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     advanced=True,
-                    tooltip="Settings that you know better than the file tells, one a line: num_heads = 4. Leave it empty unless pictures are noise.",
+                    tooltip="Settings of the checkpoint that replace the detected ones, one per line: num_heads = 4. Leave it empty unless results are noise.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                glue.DDPM.Output(
-                    "ddpm", display_name="ddpm", tooltip="The diffusion model, for Noise Background, CLIP Guidance Step or the sampler."
+                inputs.DDPM.Output(
+                    "ddpm", display_name="ddpm", tooltip="The diffusion model, for the sampler, Noise Background or CLIP Guidance Step."
                 )
             ],
         )
@@ -77,92 +84,89 @@ class LoadDDPM(io.ComfyNode):
     def fingerprint_inputs(cls, checkpoint: str, **others: Any) -> str:
         if checkpoint == EMBEDDED:
             return EMBEDDED
-        path = glue.path_of(glue.DDPM_FOLDER, checkpoint)
-        return glue.stamp(path, path.with_suffix(".json"))
+        path = find_file(DDPM_FOLDER, checkpoint)
+        return file_version(path, path.with_suffix(".json"))
 
     @classmethod
     def validate_inputs(cls, checkpoint: str) -> bool | str:
-        # A file that the list leaves out may stand in a saved workflow; execute says what it is, the list could not.
-        return checkpoint == EMBEDDED or glue.is_there(glue.DDPM_FOLDER, checkpoint)
+        # Accepts files that the list omits, because a saved workflow may name one: execute reports what the file is.
+        return checkpoint == EMBEDDED or check_file(DDPM_FOLDER, checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, precision: str = "auto", overrides: str = "") -> io.NodeOutput:
-        with glue.engine():
-            path: Path | str = EMBEDDED if checkpoint == EMBEDDED else glue.path_of(glue.DDPM_FOLDER, checkpoint)
-            context, stated = glue.device_context(precision), settings(overrides)
+        with library_scope(DDPM):
+            path: Path | str = EMBEDDED if checkpoint == EMBEDDED else find_file(DDPM_FOLDER, checkpoint)
+            context = device_context(precision)
             probe = ProbeOptions(
-                context=lambda: glue.probe_context(context, Path(path)),
-                on_forward=lambda done, expected: glue.Progress(expected).update(done),
+                context=lambda: probe_context(context, Path(path)),
+                on_forward=lambda done, expected: Progress(expected).update(done),
             )
-            loaded = load_checkpoint(glue.offload_context(context), path, stated, probe=probe)
-            glue.show_text(cls.hidden.unique_id, summary(loaded.detection))
-            return io.NodeOutput(glue.LoadedDDPM(loaded.model, glue.manage(loaded.model.network), context))
+            loaded = load_checkpoint(offload_context(context), path, parse_overrides(overrides), probe=probe)
+            show_text(cls.hidden.unique_id, summary(loaded.detection))
+            return io.NodeOutput(LoadedDDPM(loaded.model, manage(loaded.model.network), context))
 
 
-def settings(lines: str) -> dict[str, str]:
-    """'num_heads = 4' a line → {'num_heads': '4'}."""
-    out = {}
-    for line in lines.splitlines():
-        name, equals, value = line.partition("=")
-        if not line.strip():
-            continue
-        if not equals or not name.strip() or not value.strip():
-            raise BlendedError(f"the override {line.strip()!r} is not understood; write one setting a line, such as num_heads = 4.")
-        out[name.strip()] = value.strip()
-    return out
+def parse_overrides(text: str) -> dict[str, str]:
+    """'num_heads = 4', one per line → {'num_heads': '4'}."""
+    overrides = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, _, value = (part.strip() for part in line.partition("="))
+        if not name or not value:
+            raise BlendedError(f"{line!r} is not a setting; write one per line, such as num_heads = 4.", option="overrides")
+        overrides[name] = value
+    return overrides
 
 
 class LoadCLIP(io.ComfyNode):
-    """A CLIP of open_clip."""
+    """Loads a CLIP with open_clip."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlendedLoadCLIP",
-            display_name="Load CLIP (open_clip)",
-            category=glue.CATEGORY,
+            display_name=CLIP,
+            category=inputs.CATEGORY,
             description=(
-                "Loads the CLIP that judges how well the edit fits the prompt. It is open_clip's, whose image side has gradients; ComfyUI's own CLIP "
-                "cannot guide. “embedded” knows the toy world's words and nothing else."
+                "Loads the CLIP that guides the edit and ranks the candidates. It is loaded with open_clip, because ComfyUI's own CLIP has no image "
+                "gradients. “embedded” knows only the words of the toy world."
             ),
             search_aliases=["open clip", "openclip", "CLIP guidance model", "ViT-B/16"],
             inputs=[
                 io.Combo.Input(
                     "weights",
-                    options=[EMBEDDED, *glue.files_in(glue.CLIP_FOLDER), *(tag + FETCHED for tag in TAGS)],
+                    options=[EMBEDDED, *list_files(CLIP_FOLDER), *(tag + DOWNLOADED for tag in TAGS)],
                     default=EMBEDDED,
-                    tooltip="The embedded CLIP, a file in models/open_clip, or a model that open_clip fetches once and keeps. ViT-B-16:openai is the paper's.",
+                    tooltip="The embedded CLIP, a file in models/open_clip, or a model that open_clip downloads on first use. The paper uses "
+                    "ViT-B-16:openai.",
                 ),
                 io.String.Input(
                     "architecture",
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="For a file: open_clip's name of its architecture, such as ViT-B-16-quickgelu. Empty: told by the file's shapes.",
+                    tooltip="open_clip's name for the architecture of a file, such as ViT-B-16-quickgelu. Empty: detected from the weights.",
                 ),
                 io.String.Input(
                     "other_tag",
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Any other model of open_clip as MODEL:TAG, such as ViT-L-14:laion2b_s32b_b82k. Fetched on first use; wins over weights.",
+                    tooltip="Any other model of open_clip as MODEL:TAG, such as ViT-L-14:laion2b_s32b_b82k. Downloaded on first use. Replaces weights.",
                 ),
             ],
-            outputs=[glue.CLIP.Output("clip", display_name="clip", tooltip="The CLIP, for Encode Prompt.")],
+            outputs=[inputs.CLIP.Output("clip", display_name="clip", tooltip="The CLIP, for Encode Prompt.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, weights: str, **others: Any) -> str:
-        if weights == EMBEDDED or weights.endswith(FETCHED):
-            return weights
-        return glue.stamp(glue.path_of(glue.CLIP_FOLDER, weights))
+        return weights if weights == EMBEDDED or weights.endswith(DOWNLOADED) else file_version(find_file(CLIP_FOLDER, weights))
 
     @classmethod
     def execute(cls, weights: str, architecture: str = "", other_tag: str = "") -> io.NodeOutput:
-        with glue.engine():
-            spec = other_tag.strip() or weights.removesuffix(FETCHED)
-            if not other_tag.strip() and weights != EMBEDDED and not weights.endswith(FETCHED):
-                path = glue.path_of(glue.CLIP_FOLDER, weights)
-                spec = f"{architecture.strip() or architecture_of(path)}:{path}"
-            clip = load_clip(glue.offload_context(glue.device_context("fp32")), spec, folder=glue.folder_of(glue.CLIP_FOLDER))
-            return io.NodeOutput(glue.LoadedCLIP(clip, glue.manage(clip.model)))
+        with library_scope(CLIP):
+            name = other_tag.strip() or weights.removesuffix(DOWNLOADED)
+            if not other_tag.strip() and weights != EMBEDDED and not weights.endswith(DOWNLOADED):
+                path = find_file(CLIP_FOLDER, weights)
+                name = f"{architecture.strip() or architecture_of(path)}:{path}"
+            clip = load_clip(offload_context(device_context("fp32")), name, folder=first_path(CLIP_FOLDER))
+            return io.NodeOutput(LoadedCLIP(clip, manage(clip.model)))

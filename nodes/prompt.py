@@ -1,6 +1,8 @@
-"""What to draw and how hard to pull: Encode Prompt, Guidance Options."""
+"""Encode Prompt and Guidance Options."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -8,35 +10,39 @@ from comfy_api.latest import io
 from ..blended_core.clip.model import Prompt
 from ..blended_core.errors import BlendedError
 from ..blended_core.options import GuidanceOptions
-from . import glue
+from . import inputs
+from .memory import LoadedCLIP, LoadedGuidance, LoadedPrompt, load_managed_perceptual, load_to_device
+from .runtime import library_scope
 
+ENCODE, OPTIONS = "Encode Prompt", "Guidance Options"
 DEFAULTS = GuidanceOptions()
 
 
 class EncodePrompt(io.ComfyNode):
-    """Text → what CLIP should see."""
+    """Encodes a text with CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BlendedEncodePrompt",
-            display_name="Encode Prompt",
-            category=glue.CATEGORY,
+            display_name=ENCODE,
+            category=inputs.CATEGORY,
             description=(
-                "Puts a text into CLIP's terms. Chain several to ask for all of them at once. An empty text asks for nothing: the masked part is "
-                "then filled from its surroundings (object removal)."
+                "Encodes a text with CLIP. Chain several nodes to combine texts. With an empty text the masked part is filled in from its surroundings "
+                "(object removal)."
             ),
             search_aliases=["prompt", "text encode", "CLIP text", "open clip text"],
             inputs=[
-                glue.CLIP.Input(
-                    "clip", tooltip="From Load CLIP (open_clip). ComfyUI's own CLIP does not fit: it has no gradient for pictures."
+                inputs.CLIP.Input(
+                    "clip",
+                    tooltip="The CLIP, from Load CLIP (open_clip). ComfyUI's own CLIP does not fit, because it has no image gradients.",
                 ),
                 io.String.Input(
                     "text",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="What should appear inside the mask, as a caption would say it: “a bowl of fruit”. Empty: removal.",
+                    tooltip="What should appear inside the mask, worded like a caption: “a bowl of fruit”. Empty: object removal.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -45,179 +51,75 @@ class EncodePrompt(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Of this text among the chained ones. Below 0 pushes away from it.",
+                    tooltip="Weight of this text among the chained texts. A negative weight guides away from the text.",
                 ),
-                glue.PROMPT.Input("previous", optional=True, tooltip="Another Encode Prompt with the same CLIP; its texts count too."),
+                inputs.PROMPT.Input(
+                    "previous", optional=True, tooltip="Another Encode Prompt with the same CLIP. Its texts are added to this prompt."
+                ),
             ],
             outputs=[
-                glue.PROMPT.Output(
-                    "prompt", display_name="prompt", tooltip="For CLIP Guidance Step, the sampler or Rank by CLIP; it carries its CLIP."
+                inputs.PROMPT.Output(
+                    "prompt",
+                    display_name="prompt",
+                    tooltip="The prompt, for the sampler, CLIP Guidance Step or Rank by CLIP. It carries its CLIP.",
                 )
             ],
         )
 
     @classmethod
-    def execute(
-        cls, clip: glue.LoadedCLIP, text: str = "", weight: float = 1.0, previous: glue.LoadedPrompt | None = None
-    ) -> io.NodeOutput:
-        with glue.engine():
+    def execute(cls, clip: LoadedCLIP, text: str = "", weight: float = 1.0, previous: LoadedPrompt | None = None) -> io.NodeOutput:
+        with library_scope(ENCODE):
             if previous is not None and previous.clip is not clip:
                 raise BlendedError(
-                    "the previous prompt was encoded with another CLIP; wire one Load CLIP (open_clip) into both Encode Prompt nodes."
+                    f"the previous prompt was encoded with another CLIP; connect one Load CLIP (open_clip) to both {ENCODE} nodes."
                 )
-            glue.on_device(None, clip)
+            load_to_device(None, clip)
             new = clip.model.prompt(text, weights=[weight])
-            prompt = Prompt(new.texts, new.weights, new.embeddings.cpu())
+            texts, weights, embeddings = new.texts, new.weights, new.embeddings.cpu()
             if previous is not None:
                 before = previous.prompt
-                prompt = Prompt(
-                    before.texts + prompt.texts, before.weights + prompt.weights, torch.cat([before.embeddings, prompt.embeddings])
-                )
-        return io.NodeOutput(glue.LoadedPrompt(prompt, clip))
+                texts, weights, embeddings = (
+                    before.texts + texts, before.weights + weights, torch.cat([before.embeddings, embeddings])
+                )  # fmt: skip
+            return io.NodeOutput(LoadedPrompt(Prompt(texts, weights, embeddings), clip))
 
 
 class GuidanceOptionsNode(io.ComfyNode):
-    """The losses and their weights."""
+    """The losses of the guidance and their weights."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        def option(option: str, name: str | None = None, **changes: Any) -> Any:
+            return inputs.from_option(GuidanceOptions, option, name, **changes)
+
         return io.Schema(
             node_id="BlendedGuidanceOptions",
-            display_name="Guidance Options",
-            category=glue.CATEGORY,
+            display_name=OPTIONS,
+            category=inputs.CATEGORY,
             description=(
-                "How CLIP pulls at the picture: strength, number of views, distance, gradient. Without this node the sampler takes its preset's "
-                "options and the step node those of the preset best."
+                "How CLIP guides the edit: scale, number of views, distance, gradient. Without this node the sampler uses the options of its preset, and "
+                "CLIP Guidance Step those of preset best."
             ),
             search_aliases=["guidance scale", "CLIP guidance settings", "augmentations", "cutouts", "lambda"],
             inputs=[
-                io.Float.Input(
-                    "scale",
-                    default=DEFAULTS.scale,
-                    min=0.0,
-                    max=100000.0,
-                    step=10.0,
-                    optional=True,
-                    tooltip="How hard CLIP pulls. Too low: the edit ignores the prompt. Too high: glaring colours and patterns that only CLIP can read.",
-                ),
-                io.Int.Input(
-                    "views",
-                    default=DEFAULTS.views,
-                    min=1,
-                    max=256,
-                    optional=True,
-                    tooltip="Warped copies that CLIP sees a step. More give cleaner shapes and cost CLIP time; 1 turns the augmentations off.",
-                ),
-                io.Combo.Input(
-                    "gradient",
-                    options=["unet", "x0"],
-                    default=DEFAULTS.gradient,
-                    optional=True,
-                    tooltip="x0: at the estimate of the finished picture, as in the paper; fast, in little memory. unet: through the diffusion model, as in the reference code; slower, in several times the memory.",
-                ),
-                io.Combo.Input(
-                    "distance",
-                    options=["spherical", "cosine", "spherical_unclamped"],
-                    default=DEFAULTS.distance,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Between the CLIP embeddings of picture and text. cosine is the paper's, spherical the reference code's.",
-                ),
-                io.Combo.Input(
-                    "clip_input",
-                    options=["x0", "mixed"],
-                    default=DEFAULTS.clip_input,
-                    optional=True,
-                    advanced=True,
-                    tooltip="What CLIP sees: the estimate of the finished picture, or (reference code) that mixed with the noisy one.",
-                ),
-                io.Float.Input(
-                    "range_scale",
-                    default=DEFAULTS.range_scale,
-                    min=0.0,
-                    max=100000.0,
-                    step=10.0,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Pulls colours back that leave the range of a picture.",
-                ),
-                io.Float.Input(
-                    "background_scale",
-                    default=DEFAULTS.background_scale,
-                    min=0.0,
-                    max=1000000.0,
-                    step=100.0,
-                    optional=True,
-                    advanced=True,
-                    tooltip="λ of Algorithm 1: how much the background should stay by its loss alone. Blending does not need it; above 0 loads LPIPS.",
-                ),
-                io.Float.Input(
-                    "clamp",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Largest root mean square of a picture's gradient; 0: no limit.",
-                ),
-                io.Int.Input(
-                    "view_chunk",
-                    default=DEFAULTS.view_chunk,
-                    min=0,
-                    max=256,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Views that go through CLIP at once; lower needs less memory and gives the same picture. 0: all.",
-                ),
-                io.Int.Input(
-                    "reference_size",
-                    default=DEFAULTS.reference_size,
-                    min=0,
-                    max=4096,
-                    step=64,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Side of the pictures that the scales are meant for: one scale then suits models of every size. 0: scales as they are.",
-                ),
-                io.Float.Input(
-                    "guide_from",
-                    default=DEFAULTS.start,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip="CLIP begins to pull at this part of the noise levels; 0: from the noisiest on. Steps without CLIP are faster.",
-                ),
-                io.Float.Input(
-                    "guide_to",
-                    default=DEFAULTS.end,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip="CLIP stops pulling at this part of the noise levels; 1: at the clean picture. Steps without CLIP are faster.",
-                ),
-                io.Int.Input(
-                    "early_views",
-                    default=DEFAULTS.early_views,
-                    min=0,
-                    max=256,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Views in the noisier half, where there is little to see yet; fewer are faster. 0: as many as views.",
-                ),
-                io.Boolean.Input(
-                    "x0_if_needed",
-                    default=DEFAULTS.x0_if_needed,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where memory does not suffice for the gradient unet, take x0 instead of failing. The picture is another one; the scores say so.",
-                ),
+                option("scale"),
+                option("views"),
+                option("gradient"),
+                option("distance", advanced=True),
+                option("clip_input", advanced=True),
+                option("range_scale", advanced=True),
+                option("background_scale", advanced=True),
+                option("clamp", default=0.0, advanced=True),
+                option("view_chunk", advanced=True),
+                option("reference_size", advanced=True),
+                option("start", "guide_from", advanced=True),
+                option("end", "guide_to", advanced=True),
+                option("early_views", advanced=True),
+                option("x0_if_needed", advanced=True),
             ],
-            outputs=[glue.GUIDANCE.Output("options", display_name="options", tooltip="For the sampler or CLIP Guidance Step.")],
+            outputs=[
+                inputs.GUIDANCE.Output("options", display_name="options", tooltip="The options, for the sampler or CLIP Guidance Step.")
+            ],
         )
 
     @classmethod
@@ -238,21 +140,10 @@ class GuidanceOptionsNode(io.ComfyNode):
         early_views: int = DEFAULTS.early_views,
         x0_if_needed: bool = DEFAULTS.x0_if_needed,
     ) -> io.NodeOutput:
-        with glue.engine():
+        with library_scope(OPTIONS):
             options = GuidanceOptions(
-                scale=scale,
-                views=views,
-                gradient=gradient,
-                distance=distance,
-                clip_input=clip_input,
-                range_scale=range_scale,
-                background_scale=background_scale,
-                clamp=clamp or None,
-                view_chunk=view_chunk,
-                reference_size=reference_size,
-                start=guide_from,
-                end=guide_to,
-                early_views=early_views,
-                x0_if_needed=x0_if_needed,
-            )
-            return io.NodeOutput(glue.LoadedGuidance(options, glue.managed_perceptual() if options.needs_perceptual else None))
+                scale=scale, views=views, gradient=gradient, distance=distance, clip_input=clip_input, range_scale=range_scale,
+                background_scale=background_scale, clamp=clamp or None, view_chunk=view_chunk, reference_size=reference_size, start=guide_from,
+                end=guide_to, early_views=early_views, x0_if_needed=x0_if_needed,
+            )  # fmt: skip
+            return io.NodeOutput(LoadedGuidance(options, load_managed_perceptual() if options.needs_perceptual else None))

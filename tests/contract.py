@@ -1,8 +1,9 @@
-"""Run by ComfyUI's own Python (tests/test_nodes.py): the schema of every node against its execute; prints the differences as JSON."""
+"""Run by ComfyUI's own Python (tests/test_nodes.py): compares the schema of every node with its execute. Prints the differences as JSON."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import inspect
 import json
@@ -16,7 +17,7 @@ NAME = "contract_pack"
 
 
 def pack() -> Any:
-    """The pack as ComfyUI loads it, in a process that thinks it is ComfyUI on a CPU."""
+    """The pack as ComfyUI loads it, in a process configured as ComfyUI on a CPU."""
     sys.path.insert(0, str(Path.cwd()))
     sys.argv = ["main.py", "--cpu"]
     import comfy.options
@@ -31,7 +32,7 @@ def pack() -> Any:
 
 
 def differences(where: str, inputs: list[Any], function: Callable[..., Any], given: set[str]) -> list[str]:
-    """What of a function's parameters and a list of schema inputs does not fit, in words; ``given`` come from elsewhere."""
+    """The differences between a function's parameters and a list of schema inputs; ``given`` parameters are not inputs."""
     parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k not in given}
     out = [f"{where}: {name} is a parameter and no input" for name in set(parameters) - {i.id for i in inputs}]
     for item in inputs:
@@ -47,8 +48,27 @@ def differences(where: str, inputs: list[Any], function: Callable[..., Any], giv
     return out
 
 
+def input_ids(schema: Any) -> set[str]:
+    """Ids of the inputs of a node, including those inside a dynamic choice."""
+    dynamic = [option for item in schema.inputs for option in getattr(item, "options", None) or [] if not isinstance(option, str)]
+    return {item.id for item in schema.inputs} | {item.id for option in dynamic for item in option.inputs}
+
+
+def wrong_controls(schemas: list[Any]) -> list[str]:
+    """Where the table of the inputs that error messages name does not fit the schemas: inputs that do not exist, options that are left out."""
+    runtime, options = (importlib.import_module(f"{NAME}.{module}") for module in ("nodes.runtime", "blended_core.options"))
+    known = {schema.display_name: input_ids(schema) for schema in schemas}
+    declared = {*options.declared(options.EditOptions), *options.declared(options.GuidanceOptions)}
+    out = [f"{node} is no node" for node in runtime.INPUTS if node not in known]
+    for node, ids in known.items():
+        table = runtime.INPUTS.get(node, {})
+        out += [f"{node} has no input {name}" for name in table.values() if name not in ids]
+        out += [f"{name} of {node} is left out" for name in sorted(ids & declared - set(table.values()))]
+    return out
+
+
 def main() -> None:
-    """Every node of the pack."""
+    """Checks every node of the pack."""
 
     async def nodes() -> list[Any]:
         extension = await pack().comfy_entrypoint()
@@ -57,9 +77,11 @@ def main() -> None:
 
     found: list[str] = []
     names = []
+    schemas = []
     for node in asyncio.run(nodes()):
         schema = node.define_schema()
         names.append(schema.node_id)
+        schemas.append(schema)
         found += differences(schema.node_id, schema.inputs, node.execute, {"cls"})
         outputs = [o.id for o in schema.outputs]
         if len(set(outputs)) != len(outputs):
@@ -67,9 +89,9 @@ def main() -> None:
         for item in schema.inputs:
             for option in getattr(item, "options", None) or []:
                 if not isinstance(option, str):
-                    function = getattr(sys.modules[node.__module__], {"start": "begin"}.get(option.key, option.key))
-                    found += differences(f"{schema.node_id} ({option.key})", option.inputs, function, {"picture"})
-    print(json.dumps({"nodes": names, "differences": found}))
+                    function = getattr(sys.modules[node.__module__], {"start": "start_edit", "match": "match_level"}[option.key])
+                    found += differences(f"{schema.node_id} ({option.key})", option.inputs, function, {"image"})
+    print(json.dumps({"nodes": names, "differences": found, "controls": wrong_controls(schemas)}))
 
 
 if __name__ == "__main__":

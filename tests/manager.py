@@ -1,4 +1,4 @@
-"""Run by ComfyUI's own Python (tests/test_nodes.py): what the pack asks of its memory manager; prints what happened as JSON."""
+"""Run by ComfyUI's own Python (tests/test_nodes.py): the pack in ComfyUI's memory manager. Prints the observations as JSON."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from contract import NAME, pack
 
 
 def main() -> None:
-    """Two networks are loaded and one is in use; a warning and an error come out of the engine's scope."""
+    """Two networks are loaded and one is in use; a warning and an error leave the library's scope."""
     pack()
     load = importlib.import_module(f"{NAME}.nodes.load")
-    glue = importlib.import_module(f"{NAME}.nodes.glue")
+    memory = importlib.import_module(f"{NAME}.nodes.memory")
+    runtime = importlib.import_module(f"{NAME}.nodes.runtime")
     errors = importlib.import_module(f"{NAME}.blended_core.errors")
-    mm = glue.mm
+    mm = memory.mm
     networks = [torch.nn.Linear(64, 64) for _ in range(2)]
-    patchers = [glue.manage(network) for network in networks]
+    patchers = [memory.manage(network) for network in networks]
     mm.load_models_gpu(patchers)
 
     def loaded() -> list[bool]:
         return [any(entry.model is patcher for entry in mm.current_loaded_models) for patcher in patchers]
 
     before = loaded()
-    unloaded = glue.unload_others(mm.get_torch_device(), patchers[:1])
+    unloaded = memory.unload_others(mm.get_torch_device(), patchers[:1])
     after = loaded()
-    again = glue.unload_others(mm.get_torch_device(), patchers[:1])
+    again = memory.unload_others(mm.get_torch_device(), patchers[:1])
 
     lines: list[str] = []
 
@@ -45,42 +46,43 @@ def main() -> None:
         warnings.showwarning = lambda message, *_, **__: others.append(str(message))
         warnings.simplefilter("always")
         try:
-            with glue.engine():
-                warnings.warn("memory ran out; use --view-chunk.", errors.BlendedWarning, stacklevel=1)
+            with runtime.library_scope("Load DDPM"):
+                warnings.warn(errors.BlendedWarning("memory ran out.", "view_chunk"), stacklevel=1)
                 during = len(lines)
                 warnings.warn("of another library", UserWarning, stacklevel=1)
-                raise errors.BlendedError("try --dtype bf16")
+                raise errors.BlendedError("memory ran out.", option="dtype")
         except errors.BlendedError as error:
             said = str(error)
-    context = glue.device_context()
-    ddpm, clip = load.load_ddpm(glue.offload_context(context)), load.load_clip(glue.offload_context(context))
-    options = glue.GuidanceOptions
+    context = memory.device_context()
+    ddpm, clip = load.load_ddpm(memory.offload_context(context)), load.load_clip(memory.offload_context(context))
+    options = memory.GuidanceOptions
     ways = {
         "unguided": (None, options()), "x0": (clip, options()), "x0, 64 views": (clip, options(views=64)),
         "x0, 64 in chunks": (clip, options(views=64, view_chunk=8)), "unet": (clip, options(gradient="unet")),
     }  # fmt: skip
-    needed = {name: glue.memory_needed(ddpm, way[0], 4 * 64**2, way[1], 4) for name, way in ways.items()}
-    wrapped = glue.LoadedDDPM(ddpm, glue.manage(ddpm.network), context), glue.LoadedCLIP(clip, glue.manage(clip.model))
+    needed = {name: memory.memory_needed(ddpm, way[0], 4 * 64**2, way[1], 4) for name, way in ways.items()}
+    wrapped = memory.LoadedDDPM(ddpm, memory.manage(ddpm.network), context), memory.LoadedCLIP(clip, memory.manage(clip.model))
     modes = {
-        state.name: guided_in(glue, *wrapped, state) for state in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
+        state.name: guided_in(memory, runtime, *wrapped, state)
+        for state in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
     }
     told = {
-        "modes": modes, "taken apart": taken_apart(glue, wrapped[0]), "before": before, "unloaded": unloaded, "after": after, "again": again, "lines": lines, "during": during, "others": others, "error": said,
-        "needed": needed, "told and taken": told_and_taken(glue, load, clip),
+        "modes": modes, "taken apart": taken_apart(memory, runtime, wrapped[0]), "before": before, "unloaded": unloaded, "after": after, "again": again, "lines": lines, "during": during, "others": others, "error": said,
+        "needed": needed, "told and taken": told_and_taken(memory, load, clip),
         "processor gives up nothing": context.make_room(), "context": type(context).__name__,
     }  # fmt: skip
     print(json.dumps(told))
 
 
-def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
-    """A guided step as ComfyUI loads networks in one of its modes: what it allowed each to take, and the step's numbers.
+def guided_in(memory: Any, runtime: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
+    """A guided step with networks loaded in one of ComfyUI's memory modes: the bytes that each was allowed, and the step's numbers.
 
-    A mode has no effect on a processor, so for the time of loading the manager takes it for a card.
+    The modes have no effect on a CPU, so while networks are loaded the manager is told that the device is a GPU.
     """
     edit = importlib.import_module(f"{NAME}.blended_core.edit")
     draws = importlib.import_module(f"{NAME}.blended_core.random")
-    mm, allowed = glue.mm, []
-    load = glue.ModelPatcher.partially_load
+    mm, allowed = memory.mm, []
+    load = memory.ModelPatcher.partially_load
 
     def watched(self: Any, device: Any, extra_memory: float = 0, **more: Any) -> Any:
         allowed.append(extra_memory)
@@ -91,16 +93,16 @@ def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
     options = importlib.import_module(f"{NAME}.blended_core.options").preset("best", steps="10", batch=1)
     try:
         mm.vram_state, mm.is_device_cpu = state, lambda _device: False
-        glue.ModelPatcher.partially_load = watched
-        with glue.engine():
-            glue.on_device(ddpm, clip, None, 64**2, options.guidance)
+        memory.ModelPatcher.partially_load = watched
+        with runtime.library_scope("Load DDPM"):
+            context = memory.load_to_device(ddpm, clip, None, 64**2, options.guidance)
     finally:
         mm.vram_state, mm.is_device_cpu = before
-        glue.ModelPatcher.partially_load = load
-    with glue.engine():
+        memory.ModelPatcher.partially_load = load
+    with runtime.library_scope("Load DDPM"):
         x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         step = edit.guided_step(
-            glue.models(ddpm, clip, None), x, 5, ddpm.model.config.respaced("10"), options, clip.model.prompt("an apple"),
+            memory.edit_models(ddpm, clip, None, context), x, 5, ddpm.model.config.respaced("10"), options, clip.model.prompt("an apple"),
             torch.ones(1, 1, 64, 64), draws.SeededRandom(0), range(1),
         )  # fmt: skip
     return {
@@ -109,12 +111,12 @@ def guided_in(glue: Any, ddpm: Any, clip: Any, state: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def told_and_taken(glue: Any, load: Any, clip: Any) -> dict[str, list[float]]:
-    """For each precision and direction: the bytes that the manager is told of, and those that the network takes."""
+def told_and_taken(memory: Any, load: Any, clip: Any) -> dict[str, list[float]]:
+    """For each precision and direction: the estimated bytes, and the measured ones."""
     measure = importlib.import_module(f"{NAME}.benchmarks.measure")
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        context = glue.DeviceContext(dtype=dtype)
+        context = memory.DeviceContext(dtype=dtype)
         with context.autograd():
             model = load.load_ddpm(context)
             x, times = torch.zeros(1, 3, 64, 64), torch.tensor([500.0])
@@ -125,23 +127,23 @@ def told_and_taken(glue: Any, load: Any, clip: Any) -> dict[str, list[float]]:
                     torch.autograd.grad(network(there, times).sum(), there)
 
             for name, work, gradient in (("forward", partial(model.network, x, times), "x0"), ("back", back, "unet")):
-                options = glue.GuidanceOptions(gradient=gradient, scale=0.0)
-                needed = glue.memory_needed(model, clip, 64**2, options, dtype.itemsize)
+                options = memory.GuidanceOptions(gradient=gradient, scale=0.0)
+                needed = memory.memory_needed(model, clip, 64**2, options, dtype.itemsize)
                 found[f"{dtype} {name}"] = [needed, measure.peak_bytes(work, context.device)]
     return found
 
 
 def whole(part: Any) -> bool:
-    """Whether the manager holds all of a network to be on its device."""
+    """Whether the manager considers a network to be on its device as a whole."""
     return bool(part.patcher.loaded_size() == part.patcher.model_size())
 
 
-def taken_apart(glue: Any, ddpm: Any) -> dict[str, Any]:
-    """A part of a network is taken away for another one's sake, as with --novram, and the network is used again.
+def taken_apart(memory: Any, runtime: Any, ddpm: Any) -> dict[str, Any]:
+    """A part of a network is unloaded, as with --novram, and the network is used again.
 
-    Both places are the processor here, so what tells them apart is which layers were moved.
+    Both devices are the CPU here, so the test records which layers were moved.
     """
-    mm, moved = glue.mm, []
+    mm, moved = memory.mm, []
     before, to = (mm.vram_state, mm.is_device_cpu), torch.nn.Module.to
 
     def watched(self: Any, *where: Any, **how: Any) -> Any:
@@ -151,14 +153,14 @@ def taken_apart(glue: Any, ddpm: Any) -> dict[str, Any]:
     mm.unload_all_models()
     try:
         mm.vram_state, mm.is_device_cpu = mm.VRAMState.NO_VRAM, lambda _device: False
-        with glue.engine():
-            glue.on_device(ddpm, None)
+        with runtime.library_scope("Load DDPM"):
+            memory.load_to_device(ddpm, None)
             (entry,) = (e for e in mm.current_loaded_models if e.model is ddpm.patcher)
             torch.nn.Module.to = watched
             entry.model_unload(ddpm.patcher.model_size() // 4)
             away, apart = set(moved), whole(ddpm)
             moved.clear()
-            glue.on_device(ddpm, None)
+            memory.load_to_device(ddpm, None)
     finally:
         mm.vram_state, mm.is_device_cpu = before
         torch.nn.Module.to = to

@@ -1,4 +1,4 @@
-"""The pack as ComfyUI imports it: a package named after its folder, with `nodes` and `blended_core` inside."""
+"""The pack as ComfyUI imports it: one package that holds `nodes` and `blended_core`."""
 
 from __future__ import annotations
 

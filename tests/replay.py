@@ -22,19 +22,35 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blended_core import edit
 from blended_core import options as options_module
 from blended_core.adm.unet import UNet, UNetConfig, timestep_embedding
 from blended_core.augment import ViewParameters, affine_matrices, perspective_matrices, warp_views
 from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
 from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import DiffusionConfig, coefficient, ddim_step, ddpm_step, guided_x0, posterior_mean, predict_eps, q_sample
-from blended_core.guidance import clip_gradient, guided_prediction
-from blended_core.losses import d_background_reference, d_clip, range_loss, seen_by_clip
-from blended_core.options import GuidanceOptions
+from blended_core.diffusion import (
+    DiffusionConfig,
+    coefficient,
+    ddim_step,
+    ddpm_step,
+    guided_x0,
+    posterior_mean,
+    predict_eps,
+    q_sample,
+)
+from blended_core.losses import ClipLoss, StepInput, cosine_distance, masked_view, range_loss, spherical_distance
+from blended_core.mask import EditMask
 from blended_core.perceptual import Perceptual
-from blended_core.reference import WholePicture, clip_distance_reference, mixed_estimate
+from blended_core.reference import (
+    SquashedPicture,
+    batch_background_loss,
+    clip_distance,
+    mixed_estimate,
+    reference_index,
+    unclamped_distance,
+)
+from blended_core.region import paste
+from blended_core.sample import Models, edit_steps, final_image, guidance_from, guided_step, noise_background
 from blended_core.schedule import Schedule, named_betas
 
 FORMAT = 1
@@ -325,33 +341,33 @@ class RecordingClip(ClipModel):
         return self.embeddings
 
 
-class RecordedDraws:
-    """The recorded draws of a loop in place of a seed; step j of the recording is index ``start − j``."""
+class RecordedRandom:
+    """The recorded random numbers of a loop in place of a seed; step j of the recording is index ``start − j``."""
 
     def __init__(self, case: Case, start: int, whole_loop: bool = True) -> None:
         self.case, self.start, self.whole_loop = case, start, whole_loop
 
-    def _at(self, key: str, step: int) -> Tensor:
+    def _at(self, key: str, level: int) -> Tensor:
         value = self.case[key]
         if not self.whole_loop:
             return value
-        if not 0 <= self.start - step < len(value):
-            raise CannotReplay(f"{key} holds {len(value)} steps; step {self.start - step} was asked for.")
-        return value[self.start - step]
+        if not 0 <= self.start - level < len(value):
+            raise CannotReplay(f"{key} holds {len(value)} steps; step {self.start - level} was asked for.")
+        return value[self.start - level]
 
-    def noise(self, purpose: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    def noise(self, purpose: str, level: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         key = {"start": "init_noise", "step": "step_noise", "background": "bg_noise"}[purpose]
-        recorded = self.case[key] if purpose == "start" else self._at(key, step)
+        recorded = self.case[key] if purpose == "start" else self._at(key, level)
         recorded = recorded.float() / 32
         if tuple(recorded.shape[1:]) != shape or len(recorded) != len(images):
             raise CannotReplay(f"{key} is {list(recorded.shape)} and the engine asks for {[len(images), *shape]}.")
         return recorded
 
-    def labels(self, step: int, images: Sequence[int], classes: int) -> Tensor:
-        return self._at("y", step).long()
+    def labels(self, level: int, images: Sequence[int], classes: int) -> Tensor:
+        return self._at("y", level).long()
 
-    def views(self, step: int, images: Sequence[int], count: int, size: int, symmetric: bool) -> ViewParameters:
-        views = recorded_views(lambda key: self._at("aug." + key, step))
+    def views(self, level: int, images: Sequence[int], count: int, size: int, symmetric: bool) -> ViewParameters:
+        views = recorded_views(lambda key: self._at("aug." + key, level))
         if len(views) != count * len(images):
             raise CannotReplay(f"{len(views)} warped views are recorded and the engine asks for {count * len(images)}.")
         return views
@@ -469,7 +485,7 @@ def replay_schedule(case: Case) -> None:
         elif key == "model_timesteps_rescaled":
             case.compare("model timesteps", EXACT, told, key)
         elif key == "unscaled_timesteps":
-            ours = [edit.reference_index(i, schedule) for i in range(len(schedule))]
+            ours = [reference_index(i, schedule) for i in range(len(schedule))]
             case.compare("reference index", EXACT, torch.tensor(ours), key)
         else:
             if not hasattr(schedule, key):
@@ -555,8 +571,8 @@ def ddim_reversed(x_t: Tensor, x0: Tensor, t: Tensor, schedule: Schedule) -> Ten
 def replay_losses(case: Case) -> None:
     if "d_spherical" in case:
         x, y = case["x"].clone().requires_grad_(), case["y"][0]
-        for distance, key in (("spherical_unclamped", "d_spherical"), ("cosine", "d_cosine")):
-            values = d_clip(x, y, distance)
+        for distance, key in ((unclamped_distance, "d_spherical"), (cosine_distance, "d_cosine")):
+            values = distance(x, y)
             case.compare("D_CLIP", NETWORK, values, key)
             for rows in (0, 2):
                 name = f"{key}.grad_x" + (f"[{rows}:]" if rows else "")
@@ -564,7 +580,7 @@ def replay_losses(case: Case) -> None:
                     (gradient,) = torch.autograd.grad(values[rows:].sum(), x, retain_graph=True)
                     case.compare("D_CLIP gradient", GRADIENT, gradient[rows:], name)
         # The clamp of our own distance may show only where embeddings are opposite.
-        case.compare("D_CLIP", NETWORK, d_clip(x, y), "d_spherical")
+        case.compare("D_CLIP", NETWORK, spherical_distance(x, y), "d_spherical")
         case.compare("D_CLIP of views", NETWORK, mean_over_views(x.detach(), y, int(case.config["batch"])), "clip_loss_reduction")
     elif "range_loss" in case:
         x = case["x"].clone().requires_grad_()
@@ -574,10 +590,10 @@ def replay_losses(case: Case) -> None:
     elif "lpips" in case:
         perceptual = case.folder.perceptual(int(case.config["hash_salt"]))
         x, source, mask = case["x_in"].clone().requires_grad_(), case["init"], case["mask"]
-        l2 = d_background_reference(x, source, mask, perceptual, 0.0, 1.0)
+        l2 = batch_background_loss(x, source, mask, perceptual, 0.0, 1.0)
         case.compare("D_bg, L2", NETWORK, l2, "l2")
         case.compare("D_bg gradient, L2", GRADIENT, torch.autograd.grad(l2, x)[0], "l2.grad_x")
-        total = d_background_reference(x, source, mask, perceptual, 1.0, 0.0)
+        total = batch_background_loss(x, source, mask, perceptual, 1.0, 0.0)
         case.compare("D_bg, LPIPS", NETWORK, total, case["lpips"].sum())
         case.compare("D_bg gradient, LPIPS", GRADIENT, torch.autograd.grad(total, x)[0], "lpips.grad_x")
         with torch.no_grad():
@@ -598,9 +614,9 @@ def mean_over_views(embeddings: Tensor, text: Tensor, batch: int) -> Tensor:
         def encode_image(self, pictures: Tensor) -> Tensor:
             return embeddings + 0 * pictures.sum()
 
-    options = GuidanceOptions(views=len(embeddings) // batch, distance="spherical_unclamped")
     prompt = Prompt(("recorded",), (1.0,), text[None])
-    return clip_gradient(torch.zeros(batch, 3, 1, 1), Given(), prompt, None, options)[1].sum()
+    loss = ClipLoss(Given(), prompt, views=len(embeddings) // batch, distance=unclamped_distance)
+    return loss.pooled_gradient(torch.zeros(batch, 3, 1, 1), None)[1].sum()
 
 
 def replay_clip(case: Case) -> None:
@@ -627,7 +643,7 @@ def compare_matrices(case: Case, prefix: str, size: int) -> None:
 def replay_augment(case: Case) -> None:
     size, count, batch = case.config["output_size"], case.config["aug_num"], case.config["batch"]
     x = case["x"].clone().requires_grad_()
-    pooled = seen_by_clip(x, torch.ones(1, 1, *x.shape[-2:]), size)
+    pooled = masked_view(x, torch.ones(1, 1, *x.shape[-2:]), size)
     case.compare_if_recorded("after pooling", WARPED, "after_pool", lambda: pooled)
     out = pooled
     if count > 1:
@@ -648,25 +664,25 @@ def replay_augment(case: Case) -> None:
     case.compare("grad_x", GRADIENT, torch.autograd.grad((out * case["w"]).sum(), x)[0], "grad_x")
 
 
-def prepared(case: Case, image: str, mask: str, options: options_module.EditOptions) -> tuple[Tensor, Tensor]:
+def prepared(case: Case, image: str, mask: str, options: options_module.EditOptions) -> tuple[Tensor, EditMask]:
     """Source [1, 3, S, S] in −1..1 and mask [1, 1, S, S] from the recorded files, by the rules of the options."""
     size = int(case.config["size"])
     pixels = case[image]
-    whole = WholePicture(pixels.shape[1], pixels.shape[0])
+    whole = SquashedPicture(pixels.shape[1], pixels.shape[0])
     source = whole.cut(unit(pixels), size) * 2 - 1
     if mask not in case:
-        return source, case["mask"]
+        return source, EditMask(case["mask"])
     grey = case[mask]
     grey = grey[..., 0] if grey.ndim == 3 else grey  # the reference reads the first channel
-    cut = WholePicture(grey.shape[1], grey.shape[0]).cut_mask(edit.prepared_mask(unit(grey), options), size)
-    return source, cut
+    whole_mask = EditMask.of(unit(grey), options.mask_rule, options.invert_mask)
+    return source, SquashedPicture(grey.shape[1], grey.shape[0]).cut_mask(whole_mask, size)
 
 
 def replay_preprocess(case: Case) -> None:
     options = options_module.preset("official", invert_mask=bool(case.config["invert_mask"]))
     source, mask = prepared(case, "image_u8", "mask_u8", options)
     case.compare("init_image", PIXEL, source, "init_image")
-    case.compare("mask", EXACT, mask, "mask")
+    case.compare("mask", EXACT, mask.values, "mask")
 
 
 def official(case: Case, **changes: Any) -> options_module.EditOptions:
@@ -692,7 +708,7 @@ def official(case: Case, **changes: Any) -> options_module.EditOptions:
     )
 
 
-def models_of(case: Case) -> tuple[edit.Models, RecordingClip, Prompt]:
+def models_of(case: Case) -> tuple[Models, RecordingClip, Prompt]:
     """The networks of a guided case and its prompt, whose embedding is compared."""
     folder = case.folder
     clip = folder.clip(case.config["clip"])
@@ -702,7 +718,7 @@ def models_of(case: Case) -> tuple[edit.Models, RecordingClip, Prompt]:
     perceptual = None
     if case.config["editor_args"]["background_preservation_loss"]:
         perceptual = folder.perceptual(int(case.config.get("lpips_salt", 7)))
-    return edit.Models(folder.diffusion_model(case), clip, perceptual, folder.context), clip, prompt
+    return Models(folder.diffusion_model(case), clip, perceptual, folder.context), clip, prompt
 
 
 def replay_guided_step(case: Case) -> None:
@@ -710,22 +726,18 @@ def replay_guided_step(case: Case) -> None:
     models, clip, prompt = models_of(case)
     schedule = models.ddpm.config.respaced(options.steps)
     source, mask = prepared(case, "init_u8", "mask_u8", options)
-    case.compare("mask", EXACT, mask, "mask")
+    case.compare("mask", EXACT, mask.values, "mask")
     index, x = all_equal(case, "t_index"), case["x"]
-    looked_up = edit.reference_index(index, schedule)
+    looked_up = reference_index(index, schedule)
     case.compare("timestep", EXACT, schedule.model_timestep(index), torch.tensor(case["t_cond"].unique().tolist()))
     case.compare("reference index", EXACT, float(looked_up), torch.tensor(all_equal(case, "t_index_in_cond_fn")))
 
-    draws, images = RecordedDraws(case, index, whole_loop=False), range(len(x))
+    random, images = RecordedRandom(case, index, whole_loop=False), range(len(x))
     labels = case.optional("y")
-    views = None
     if options.guidance.views > 1:
-        views = draws.views(index, images, options.guidance.views - 1, clip.image_size, False)
         compare_matrices(case, "aug.", clip.image_size)
-    result = guided_prediction(
-        models.ddpm, x, looked_up, schedule, options.guidance, clip=clip, prompt=prompt, mask=mask, source=source,
-        perceptual=models.perceptual, views=views, labels=labels,
-    )  # fmt: skip
+    guidance = guidance_from(options.guidance, models, prompt)
+    result = guidance(models.ddpm, StepInput(x, looked_up, schedule, images, random, mask.for_clip(), source), labels)
     x0 = result.prediction.x0
     scale = amplification(schedule, looked_up)
     case.compare_scaled("pred_xstart", X0, x0, "pred_xstart", scale)
@@ -737,12 +749,12 @@ def replay_guided_step(case: Case) -> None:
     case.compare_if_recorded("image embedding", DISTANCE, "image_embed", lambda: clip.embeddings)
     if result.gradient is None:
         raise CannotReplay("there was no gradient here.")
-    if result.clip_distance is not None:
-        case.compare("D_CLIP", DISTANCE, result.clip_distance.sum(), "clip_loss")
+    if "clip" in result.values:
+        case.compare("D_CLIP", DISTANCE, result.values["clip"].sum(), "clip_loss")
     case.compare("range", X0, range_loss(x0).sum(), "range_loss")
     case.compare("gradient", GRADIENT, result.gradient, "grad")
     # The same through the function that a loop calls, which looks the index up itself. DDIM, because it needs no noise.
-    step = edit.guided_step(models, x, index, schedule, replace(options, sampler="ddim"), prompt, mask, draws, images, source)
+    step = guided_step(models, x, index, schedule, replace(options, sampler="ddim"), prompt, mask.for_clip(), random, images, source)
     if step.gradient is None:
         raise CannotReplay("the step had no gradient here.")
     case.compare("gradient of the step", GRADIENT, step.gradient, "grad")
@@ -756,17 +768,17 @@ def replay_loop(case: Case) -> None:
     schedule = models.ddpm.config.respaced(options.steps)
     start = schedule.start_index(options.strength)
     source, mask = prepared(case, "init_u8", "mask_u8", options)
-    case.compare("mask", EXACT, mask, "mask")
+    case.compare("mask", EXACT, mask.values, "mask")
     if options.guidance.views > 1:
         compare_matrices(case, "aug.", clip.image_size)
-    draws, images = RecordedDraws(case, start), range(options.batch)
-    case.compare_if_recorded("x_T", SAMPLE, "x_T", lambda: edit.noise_background(source, start, schedule, draws, images, "start"))
+    random, images = RecordedRandom(case, start), range(options.batch)
+    case.compare_if_recorded("x_T", SAMPLE, "x_T", lambda: noise_background(source, start, schedule, random, images, "start"))
 
     x_at, g_at = (case[k].tolist() if k in case else [] for k in ("x_steps", "g_steps"))
     saved = list(case.config.get("saved_j", []))
     told, losses, distances = [], [], []
     step = None
-    for j, step in enumerate(edit.edit_steps(models, source, mask, prompt, options, draws, images)):
+    for j, step in enumerate(edit_steps(models, source, mask, prompt, options, random, images)):
         told.append(schedule.model_timestep(start - j))
         losses.append(float("nan") if step.clip_distance is None else float(step.clip_distance.sum()))
         if j in x_at:
@@ -777,7 +789,7 @@ def replay_loop(case: Case) -> None:
                 raise CannotReplay(f"step {j} had no gradient here.")
             case.compare("gradient", GRADIENT, step.gradient, case["grad"][g_at.index(j)])
         if j in saved:
-            distances += clip_distance_reference(step.x0, mask, clip, prompt).tolist()
+            distances += clip_distance(step.x0, mask.for_clip(), clip, prompt).tolist()
     if step is None or len(told) != case.config["steps"]:
         raise CannotReplay(f"the engine made {len(told)} steps and {case.config['steps']} were recorded.")
     missed = [j for j in (*x_at, *g_at) if not 0 <= j < len(told)]
@@ -786,14 +798,14 @@ def replay_loop(case: Case) -> None:
     case.compare_if_recorded("timesteps", EXACT, "cond_t", lambda: torch.tensor(told))
     case.compare_if_recorded("D_CLIP", DISTANCE, "clip_loss", lambda: torch.tensor(losses))
 
-    edited = edit.final_image(step, options)
-    whole = WholePicture(edited.shape[3], edited.shape[2])
-    final = edit.paste(edited, (source + 1) / 2, mask, whole, options)
+    edited = final_image(step, options)
+    whole = SquashedPicture(edited.shape[3], edited.shape[2])
+    final = paste(edited, (source + 1) / 2, mask, whole, options.feather, options.keeps_background)
     case.compare("final", FINAL, final, "final_pil_in")
     case.compare_if_recorded("final, 8 bit", LEVEL, "final_u8", lambda: final.mul(255).to(torch.uint8).permute(0, 2, 3, 1))
-    case.compare("distances", DISTANCE, clip_distance_reference(edited, mask, clip, prompt), "final_distance")
+    case.compare("distances", DISTANCE, clip_distance(edited, mask.for_clip(), clip, prompt), "final_distance")
     case.compare_if_recorded(
-        "distances", DISTANCE, "final_distance_noaa", lambda: clip_distance_reference(edited, mask, clip, prompt, antialias=False)
+        "distances", DISTANCE, "final_distance_noaa", lambda: clip_distance(edited, mask.for_clip(), clip, prompt, antialias=False)
     )
     case.compare_if_recorded("distances", DISTANCE, "saved_distances", lambda: torch.tensor(distances))
 

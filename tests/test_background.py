@@ -15,29 +15,30 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from blended_core.cli import app as cli
+from blended_core.cli import edit as edit_command
+from blended_core.cli import main
 from blended_core.denoiser import DiffusionModel
 from blended_core.diffusion import DiffusionConfig
-from blended_core.edit import edit_picture, prepared_mask
+from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
 from blended_core.io.images import to_uint8
-from blended_core.mask import final_paste, paste_weights
-from blended_core.options import EditOptions, preset
+from blended_core.mask import EditMask, final_paste
+from blended_core.options import preset
 from blended_core.rank import background_error, seam_energy
 from blended_core.region import paste, region_around
 
 from . import tiny
 
 SIDES = st.one_of(st.sampled_from([1, 2, 3, 15, 16, 17, 31, 64, 97, 127, 199, 200]), st.integers(1, 200))
-GREYS = [0.0, 1.0, 127 / 255, 128 / 255, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), 1e-7, 1 / 255, 0.25, 0.9]
+GRAYS = [0.0, 1.0, 127 / 255, 128 / 255, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), 1e-7, 1 / 255, 0.25, 0.9]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @st.composite
 def masks(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> Tensor:
-    """[1, 1, H, W] with at least one pixel of 1 and one of a random near-threshold grey where there is room."""
+    """[1, 1, H, W] with at least one pixel of 1 and one of a random near-threshold gray where there is room."""
     height, width = draw(sides), draw(sides)
-    kind = draw(st.sampled_from(["rectangles", "pixels", "row", "column", "border", "full", "greys"]))
+    kind = draw(st.sampled_from(["rectangles", "pixels", "row", "column", "border", "full", "grays"]))
     mask = torch.zeros(height, width)
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
 
@@ -47,7 +48,7 @@ def masks(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> Tensor:
 
     if kind == "rectangles":
         for _ in range(draw(st.integers(1, 3))):
-            rectangle(draw(st.sampled_from(GREYS)))
+            rectangle(draw(st.sampled_from(GRAYS)))
     elif kind == "pixels":
         for _ in range(draw(st.integers(1, 4))):
             mask[rng.integers(height), rng.integers(width)] = 1
@@ -60,7 +61,7 @@ def masks(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> Tensor:
     elif kind == "full":
         mask[:] = 1
     else:
-        mask = torch.from_numpy(rng.choice(GREYS, (height, width)).astype(np.float32))
+        mask = torch.from_numpy(rng.choice(GRAYS, (height, width)).astype(np.float32))
     if draw(st.booleans()):
         mask[rng.integers(height), rng.integers(width)] = float("nan")
     if not (mask >= 0.5).any():
@@ -76,6 +77,11 @@ def outside(mask: Tensor, soft: bool, invert: bool = False) -> Tensor:
         # 1 − m is rounded nowhere near a half, and ≥ 0.5 inverted is < 0.5.
         return torch.from_numpy(~(values > 0) if soft else ~(values > 0.5))
     return torch.from_numpy(~(values > 0) if soft else ~(values >= 0.5))
+
+
+def rule_of(soft: bool) -> str:
+    """The rule of a soft or of a binary mask."""
+    return "soft" if soft else "binary"
 
 
 def untouched(result: Tensor, original: Tensor, keep: Tensor) -> bool:
@@ -100,7 +106,7 @@ def test_final_paste_never_touches_the_outside(mask: Tensor, dtype: torch.dtype,
     edited[(poison > 0.3) & (poison < 0.4)] = -float("inf")
     before = original.clone(), edited.clone(), mask.clone()
 
-    result = final_paste(edited, original, mask, soft=soft, feather=feather)
+    result = final_paste(edited, original, EditMask.of(mask, rule_of(soft)), feather)
 
     keep = outside(mask, soft)
     assert result.shape == edited.shape
@@ -116,9 +122,9 @@ def test_final_paste_never_touches_the_outside(mask: Tensor, dtype: torch.dtype,
 def test_the_threshold_lies_between_127_and_128() -> None:
     mask = torch.tensor([127 / 255, 128 / 255, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), float("nan")]).view(1, 1, 1, 5)
     original, edited = torch.zeros(1, 3, 1, 5), torch.ones(1, 3, 1, 5)
-    assert final_paste(edited, original, mask)[0, 0, 0].tolist() == [0, 1, 1, 0, 0]
+    assert final_paste(edited, original, EditMask.of(mask))[0, 0, 0].tolist() == [0, 1, 1, 0, 0]
     soft = torch.tensor([0.0, 1e-30, 1 / 255, 1.0, float("nan")]).view(1, 1, 1, 5)
-    result = final_paste(edited, original, soft, soft=True)[0, 0, 0].tolist()
+    result = final_paste(edited, original, EditMask.of(soft, "soft"))[0, 0, 0].tolist()
     assert result[0] == result[4] == 0
     assert 0 < result[2] < 0.02
     assert result[3] == 1
@@ -128,22 +134,22 @@ def test_inverting_a_mask_moves_no_threshold() -> None:
     """Of 127 and 128 of 255 exactly one is edited, either way round; a NaN never is."""
     mask = torch.tensor([0.0, 127 / 255, 0.5, 128 / 255, 1.0, float("nan")]).view(1, 1, 1, 6)
     for rule in ("binary", "nonzero", "soft"):
-        plain, inverted = (prepared_mask(mask, EditOptions(mask_rule=rule, invert_mask=i))[0, 0, 0].tolist() for i in (False, True))
+        plain, inverted = (EditMask.of(mask, rule, invert).values[0, 0, 0].tolist() for invert in (False, True))
         assert plain[:5] == {"binary": [0, 0, 1, 1, 1], "nonzero": [0, 1, 1, 1, 1], "soft": mask.flatten().tolist()[:5]}[rule]
         assert inverted[:5] == pytest.approx([1 - m for m in plain[:5]])
         assert plain[5] == inverted[5] == 0
 
 
 @pytest.mark.parametrize("feather", [1, 4, 9])
-def test_feather_fades_inwards_only(feather: int) -> None:
+def test_feather_fades_inward_only(feather: int) -> None:
     mask = torch.zeros(1, 1, 40, 40)
     mask[..., 5:35, 5:35] = 1
-    weights = paste_weights(mask, False, feather)
+    weights = EditMask.of(mask).paste_weights(feather)
     assert (weights[mask == 0] == 0).all()
     assert (weights[mask == 1] > 0).all()
     middle = weights[0, 0, 20, 5:35]
     depth = middle[: feather + 1]
-    assert (depth.diff() > 0).all(), "the weight must rise from the edge inwards"
+    assert (depth.diff() > 0).all(), "the weight must rise from the edge inward"
     assert (middle[feather:-feather] == 1).all(), "beyond the feather the edit is whole"
 
 
@@ -158,10 +164,9 @@ def test_all_256_values_survive_the_way_to_the_file(size: int, soft: bool) -> No
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8, :] = 1
     edited = torch.full((1, 3, size, size), float("nan"))
-    region = replace(region_around(mask, size), side=16, left=0, top=0)
-    options = EditOptions(mask_rule="soft" if soft else "binary")
+    region = replace(region_around(EditMask.of(mask), size), side=16, left=0, top=0)
     for half in (mask, 1 - mask):  # every value is once outside
-        pasted = paste(edited, original, half, region, options)
+        pasted = paste(edited, original, EditMask.of(half, rule_of(soft)), region)
         numbers = torch.from_numpy(to_uint8(pasted)).permute(2, 0, 1)[None]
         keep = (half == 0).expand_as(numbers)
         assert torch.equal(numbers[keep], SOURCE_256[keep])
@@ -187,26 +192,25 @@ def seam_of_everything(picture: Tensor, inside: Tensor) -> float:
 def test_what_is_computed_around_the_mask_is_what_the_whole_picture_gives(
     mask: Tensor, soft: bool, feather: int, context: float, size: int
 ) -> None:
-    options = EditOptions(mask_rule="soft" if soft else "binary", feather=feather)
-    used = prepared_mask(mask, options)
-    if not bool(((used > 0) if soft else (used >= 0.5)).any()):
+    used = EditMask.of(mask, rule_of(soft))
+    if not bool(used.inside.any()):
         return
     generator = torch.Generator().manual_seed(size)
-    original = torch.rand(1, 3, *used.shape[-2:], generator=generator)
+    original = torch.rand(1, 3, *mask.shape[-2:], generator=generator)
     edited = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
-    region = region_around(used, size, context, soft)
-    whole = final_paste(region.put_back((edited + 1) / 2, original), original, used, soft=soft, feather=feather)
-    assert torch.equal(paste(edited, original, used, region, options), whole)
-    assert seam_energy(whole[:1], used, soft) == pytest.approx(seam_of_everything(whole[0], ((used > 0) if soft else (used >= 0.5))[0, 0]))
+    region = region_around(used, size, context)
+    whole = final_paste(region.put_back((edited + 1) / 2, original), original, used, feather)
+    assert torch.equal(paste(edited, original, used, region, feather), whole)
+    assert seam_energy(whole[:1], used) == pytest.approx(seam_of_everything(whole[0], ((mask > 0) if soft else (mask >= 0.5))[0, 0]))
 
 
 def test_the_background_error_of_a_large_picture_is_summed_in_bands() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(1, 3, 300, 2100, generator=generator) for _ in range(2))
-    mask = (torch.rand(1, 1, 300, 2100, generator=generator) > 0.7).float()
-    outside = (mask == 0).expand_as(a)
+    mask = EditMask.of((torch.rand(1, 1, 300, 2100, generator=generator) > 0.7).float())
+    outside = (mask.values == 0).expand_as(a)
     assert background_error(a, b, mask) == pytest.approx(float((a - b)[outside].abs().double().mean()), rel=1e-9)
-    assert background_error(a, b, torch.ones_like(mask)) == 0
+    assert background_error(a, b, EditMask.of(torch.ones(1, 1, 300, 2100))) == 0
     broken = torch.where(outside, a, torch.nan)
     assert background_error(broken, a, mask) == 0
 
@@ -257,7 +261,7 @@ def test_an_edit_never_touches_the_outside(
     assert changed.any(), "an edit that changes nothing proves nothing"
 
 
-def test_any_grey_counts_in_official() -> None:
+def test_any_gray_counts_in_official() -> None:
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 2:9, 3:11] = 1 / 255
     picture = tiny.random_picture(16, 16)
@@ -279,7 +283,7 @@ def test_a_broken_network_leaves_the_outside_alone(value: float) -> None:
         assert untouched(result.picture(candidate), picture, mask == 0)
         assert candidate.score.background_error == 0.0
         assert candidate.score.clip_distance is None
-    assert len(result.notes) == 1 and "not numbers" in result.notes[0]
+    assert len(result.notes) == 1 and "NaN or Inf produced by the network" in result.notes[0] and result.notes[0].options == ("dtype",)
 
 
 def test_background_error_sees_one_changed_bit() -> None:
@@ -288,9 +292,9 @@ def test_background_error_sees_one_changed_bit() -> None:
     mask[..., :4, :] = 1
     result = original.clone()
     result[..., :4, :] = 0.123
-    assert background_error(result, original, mask) == 0.0
+    assert background_error(result, original, EditMask.of(mask)) == 0.0
     result[0, 1, 8, 3] += 1 / 255
-    assert background_error(result, original, mask) > 0
+    assert background_error(result, original, EditMask.of(mask)) > 0
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -298,10 +302,10 @@ def test_background_error_sees_one_changed_bit() -> None:
 
 def run_on_file(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[np.ndarray[Any, Any]]:
     """The candidates that the terminal writes, with the tiny networks."""
-    monkeypatch.setattr(cli, "_load", lambda request, options: MODELS)
+    monkeypatch.setattr(edit_command, "load_models", lambda request: MODELS)
     out = folder / "out"
     common = ["--steps", "2", "--candidates", "2", "--views", "1", "--out", str(out)]
-    assert cli.main(["edit", *arguments, *common]) == 0
+    assert main(["edit", *arguments, *common]) == 0
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert [c["background_error"] for c in report["candidates"]] == [0.0, 0.0]
     pictures = []

@@ -1,4 +1,4 @@
-"""The terminal, in process: what it writes, repeats, refuses and keeps."""
+"""The commands demo and edit: their files, repeated runs, errors, and runs that end early."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ import pytest
 from PIL import Image
 
 from blended_core import edit as edit_module
-from blended_core.cli import app as cli
+from blended_core.cli import edit as cli
+from blended_core.cli import main
+from blended_core.cli.edit import options_of_arguments
+from blended_core.cli.messages import message_of
+from blended_core.cli.parser import build_parser, flag_of
+from blended_core.cli.report_input import request_of_report
 from blended_core.errors import BlendedError, BlendedWarning
-from blended_core.io import contact_sheet as sheet
-from blended_core.io import images as pictures
 from blended_core.io import results
+from blended_core.io.contact_sheet import contact_sheet
+from blended_core.io.images import write_png
+from blended_core.io.request import Request
+from blended_core.options import EditOptions, GuidanceOptions, declared
 from blended_core.sample import Models, Step
 from blended_core.toy.models import CLIP, DDPM
 from blended_core.toy.world import Placed, Scene, render
@@ -45,12 +52,12 @@ def inputs(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny networks in place of those that a run names."""
-    monkeypatch.setattr(cli, "_load", lambda request, options: tiny.tiny_models())
+    """Every run uses the tiny networks."""
+    monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
 
 
 def run(*arguments: object) -> int:
-    return cli.main([str(a) for a in arguments])
+    return main([str(a) for a in arguments])
 
 
 def report_of(out: Path) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def pixels(path: Path) -> np.ndarray[Any, Any]:
 
 
 def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The sentence that a run fails with: one line on stderr, exit code 2, no traceback."""
+    """The error message of a run: one line on stderr, exit code 2, no traceback."""
     capsys.readouterr()
     assert run(*arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
@@ -85,10 +92,10 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # --- a run with the embedded networks ---------------------------------------------------------------------------------
 
 
-def test_an_edit_keeps_its_promises(
+def test_an_edit_writes_its_files_and_can_be_repeated(
     tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, embedded: Models, capsys: Any
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda request, options: embedded)
+    monkeypatch.setattr(cli, "load_models", lambda request: embedded)
     out = tmp_path / "out"
     assert run("edit", *inputs, "--prompt", "a red apple", *SMALL, "--out", out, "--animate") == 0
     said = capsys.readouterr().out
@@ -136,7 +143,7 @@ def test_an_edit_keeps_its_promises(
 
 
 @pytest.mark.slow
-def test_the_demo_and_its_own_loading(tmp_path: Path, capsys: Any) -> None:
+def test_the_demo_runs_without_files(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "demo"
     assert run("demo", "--out", out, "--candidates", "1", "--device", "cpu", "--seed", "3") == 0
     assert files_in(out) == ["candidates/01_candidate_00.png", "contact_sheet.png", "mask.png", "report.json", "source.png"]
@@ -173,12 +180,12 @@ def test_options_reach_the_report(tmp_path: Path, inputs: list[str], small_netwo
 
 
 @pytest.mark.parametrize("arguments", [["--preset", "official"], ["--preset", "paper"], ["--algorithm", "local", "--enforce-background"]])
-def test_presets_and_algorithms_run(tmp_path: Path, inputs: list[str], small_networks: None, arguments: list[str]) -> None:
+def test_each_preset_and_algorithm_runs(tmp_path: Path, inputs: list[str], small_networks: None, arguments: list[str]) -> None:
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", tmp_path / "out") == 0
     assert [c["background_error"] for c in report_of(tmp_path / "out")["candidates"]] == [0, 0]
 
 
-def test_a_report_of_before_an_option_is_repeated_as_it_was_made(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+def test_a_report_without_newer_options_is_repeated_with_their_old_values(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
     first, again, as_now = tmp_path / "first", tmp_path / "again", tmp_path / "now"
     ddim = ["--sampler", "ddim", "--reference-size", "0", "--guidance-scale", "300"]
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, *ddim, "--ddim-guidance", "score", "--out", first) == 0
@@ -193,7 +200,7 @@ def test_a_report_of_before_an_option_is_repeated_as_it_was_made(tmp_path: Path,
 
 
 def test_removal_needs_no_clip(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(cli, "_load", lambda request, options: Models(tiny.tiny_model()))
+    monkeypatch.setattr(cli, "load_models", lambda request: Models(tiny.tiny_model()))
     out = tmp_path / "out"
     assert run("edit", *inputs, "--prompt", "", *SMALL, "--out", out) == 0
     assert "removal" in capsys.readouterr().out
@@ -203,45 +210,47 @@ def test_removal_needs_no_clip(tmp_path: Path, inputs: list[str], monkeypatch: p
     ]
 
 
-def test_what_was_converted_is_said_and_reported(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+def test_a_conversion_of_the_picture_is_printed_and_reported(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
     grey = tmp_path / "grey.png"
     Image.fromarray(pixels(Path(inputs[0]))).convert("L").save(grey)
     assert run("edit", grey, *inputs[1:], "--prompt", "", *SMALL, "--out", tmp_path / "out") == 0
-    note = "grey.png is a grey picture; it is edited as 8-bit RGB."
+    note = "grey.png is a grayscale picture; it is edited as 8-bit RGB."
     assert f"note: {note}" in capsys.readouterr().err and report_of(tmp_path / "out")["picture"]["notes"] == [note]
 
 
-def test_notes_of_options_that_change_nothing(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+def test_an_option_without_effect_gives_a_note(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
     assert run("edit", *inputs, "--prompt", "", *SMALL, "--eta", "1", "--class", "3", "--out", tmp_path / "out") == 0
     notes = capsys.readouterr().err
-    assert "--eta 1 is of DDIM alone" in notes and "--class 3 changes nothing" in notes
+    assert "--eta 1 has no effect on the sampler ddpm" in notes and "--class 3 has no effect" in notes
     for arguments in (["--sampler", "ddim", "--eta", "1"], ["--preset", "official"]):
         assert run("edit", *inputs, "--prompt", "", *SMALL, *arguments, "--overwrite", "--out", tmp_path / "out") == 0
-        assert "changes nothing" not in capsys.readouterr().err
+        assert "has no effect" not in capsys.readouterr().err
 
 
 def test_skip_counts_the_steps_of_the_preset() -> None:
-    args = cli.build_parser().parse_args(["edit", "photo.jpg", "--mask", "mask.png", "--preset", "fast", "--skip", "10"])
-    assert cli._options(args).strength == 0.75
+    args = build_parser().parse_args(["edit", "photo.jpg", "--mask", "mask.png", "--preset", "fast", "--skip", "10"])
+    assert options_of_arguments(args).strength == 0.75
     args.skip = 60
     with pytest.raises(BlendedError, match="--skip is 60 of 40 steps"):
-        cli._options(args)
+        options_of_arguments(args)
 
 
 @pytest.mark.parametrize(("steps", "total"), [("1500", 1500), ("ddim25", 25), ("50,25,10", 85), (" 100 ", 100)])
 def test_skip_counts_the_steps_of_the_text(steps: str, total: int) -> None:
-    """1500 steps are for the loaded model, whose process may have 4000, to refuse."""
-    options = cli._options(cli.build_parser().parse_args(["edit", "x.png", "--steps", steps, "--skip", "10"]))
+    """Whether 1500 steps are possible depends on the model, which may have 4000."""
+    options = options_of_arguments(build_parser().parse_args(["edit", "x.png", "--steps", steps, "--skip", "10"]))
     assert options.strength == (total - 10) / total
 
 
-def test_a_prompt_of_several_lines(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+def test_a_prompt_may_have_several_lines(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
     assert run("edit", *inputs, "--prompt", "a tree\nand a\tdog", *SMALL, "--out", tmp_path / "out") == 0
     assert report_of(tmp_path / "out")["request"]["prompts"] == ["a tree\nand a\tdog"]
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
 
 
-def test_scores_that_are_no_numbers(tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_of_nan_is_null_in_the_report(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(edit_module, "seam_energy", lambda *_: math.nan)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
     assert [c["seam_energy"] for c in report_of(tmp_path / "out")["candidates"]] == [None, None]
@@ -250,15 +259,15 @@ def test_scores_that_are_no_numbers(tmp_path: Path, inputs: list[str], small_net
         assert "NaN" not in image.info["blended-diffusion"]
 
 
-def test_names_that_are_no_unicode(tmp_path: Path) -> None:
-    """Of a file in Latin-1, as Python has it."""
+def test_a_file_name_that_is_not_utf_8_is_escaped(tmp_path: Path) -> None:
+    """As Python represents a Latin-1 file name."""
     assert json.loads(results.as_json({"image": "caf\udce9 λ", "weights": (1.0, math.inf)})) == {
         "image": "caf\udce9 λ",
         "weights": [1.0, None],
     }
 
 
-def test_pictures_do_not_tell_folders(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+def test_a_result_names_no_folders(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
     weights = tmp_path / "clip.pt"
     weights.write_bytes(b"x")
     arguments = ["--ddpm", tmp_path / "model.pt", "--clip", f"ViT-B-16:{weights}"]
@@ -277,28 +286,79 @@ def test_the_report_names_the_command(tmp_path: Path, inputs: list[str], small_n
     assert report_of(tmp_path / "out")["command"] == shlex.join(["blended-diffusion", *arguments])
 
 
-def test_the_contact_sheet_needs_thumbnails_only(
+def test_the_contact_sheet_needs_only_thumbnails(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (inputs[0], inputs[2]):
         with Image.open(name) as image:
             image.resize((700, 500)).save(name)
     sheets: list[Any] = []
-    monkeypatch.setattr(sheet, "contact_sheet", lambda *given: sheets.append(given))
+    monkeypatch.setattr(results, "contact_sheet", lambda *given: sheets.append(given))
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
-    _, source, mask, results, *titles = sheets[0]
-    assert [r[0].shape for r in results] == [(183, 256, 3)] * 2
+    _, source, mask, tiles, *titles = sheets[0]
+    assert [tile[0].shape for tile in tiles] == [(183, 256, 3)] * 2
     monkeypatch.undo()
-    sheet.contact_sheet(tmp_path / "small.png", source, mask, results, *titles)
-    full = [(pixels(tmp_path / "out" / c["file"]), *r[1:]) for c, r in zip(report_of(tmp_path / "out")["candidates"], results, strict=True)]
-    sheet.contact_sheet(tmp_path / "full.png", source, mask, full, *titles)
+    contact_sheet(tmp_path / "small.png", source, mask, tiles, *titles)
+    candidates = report_of(tmp_path / "out")["candidates"]
+    full = [(pixels(tmp_path / "out" / c["file"]), *tile[1:]) for c, tile in zip(candidates, tiles, strict=True)]
+    contact_sheet(tmp_path / "full.png", source, mask, full, *titles)
     assert np.array_equal(pixels(tmp_path / "small.png"), pixels(tmp_path / "full.png"))
+
+
+REQUEST = Request("edit", "/a/x.png", None, ("a tree", ""), (1.0, -0.5), overrides={"num_heads": 4}, threads=2)
+
+
+def test_a_request_is_the_same_after_a_report() -> None:
+    values = json.loads(json.dumps(REQUEST.to_dict()))
+    assert Request.from_dict(values) == REQUEST
+    assert list(values) == [
+        "command", "image", "mask", "prompts", "weights", "ddpm", "overrides", "clip", "lpips", "options", "device", "dtype",
+        "checkpointing", "threads",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"), [({"weights": (1.0,)}, "weights"), ({"weights": (1.0, math.inf)}, "weights"), ({"threads": 0}, "threads"),
+                            ({"dtype": "fp8"}, "dtype")],
+)  # fmt: skip
+def test_a_wrong_request_names_its_option(changes: dict[str, Any], option: str) -> None:
+    with pytest.raises(BlendedError) as caught:
+        replace(REQUEST, **changes)
+    assert caught.value.options == (option,)
+
+
+def test_every_option_with_a_flag_is_an_argument_of_edit() -> None:
+    """And the parsed value has the type of the option."""
+    values = {"steps": "ddim25", "class_choice": "3", "ddpm": "embedded", "clip": "embedded", "lpips": "auto", "device": "cpu"}
+    for kind in (EditOptions, GuidanceOptions, Request):
+        for name, (declaration, default) in declared(kind).items():
+            if not (flag := flag_of(name, declaration)):
+                continue
+            if default is False or name == "enforce_background":
+                given, wanted = [flag], True
+            else:
+                text = values.get(name, declaration.choices[-1] if declaration.choices else "1")
+                given = [flag, text]
+                wanted = (
+                    3 if name == "class_choice" else text if isinstance(default, str) else type(default)(1) if default is not None else 1
+                )
+            args = build_parser().parse_args(["edit", "x.png", *given])
+            assert getattr(args, name) == wanted, name
+            assert args.flags[name] == flag
+            assert default is None or isinstance(getattr(args, name), type(default)) or name == "class_choice"
+
+
+def test_an_error_is_printed_with_the_flags_of_the_command() -> None:
+    error = BlendedError("guidance starts late.", option=("start", "seed"))
+    assert message_of(error, build_parser().parse_args(["edit"])) == "guidance starts late (--guide-from, --seed)."
+    assert message_of(error, build_parser().parse_args(["demo"])) == "guidance starts late (--seed)."
+    assert message_of(error, build_parser().parse_args(["inspect", "x.pt"])) == "guidance starts late."
 
 
 # --- repeating --------------------------------------------------------------------------------------------------------
 
 
-def test_from_a_folder_that_was_moved(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+def test_a_report_is_repeated_from_a_moved_folder(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", out) == 0
     other.mkdir()
@@ -310,11 +370,11 @@ def test_from_a_folder_that_was_moved(tmp_path: Path, inputs: list[str], small_n
     assert report_of(tmp_path / "again")["candidates"] == old["candidates"]
 
 
-def test_from_is_refused_where_it_would_not_repeat(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+def test_from_is_an_error_where_it_would_not_repeat_the_run(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", out) == 0
     report = out / "report.json"
-    assert "seed" in failed(capsys, "edit", "--from", report, "--seed", "5", "--out", again)
+    assert "leave out --seed, --soft-mask." in failed(capsys, "edit", "--from", report, "--seed", "5", "--soft-mask", "--out", again)
     assert run("edit", "--from", report, "--device", "cpu", "--threads", "1", "--out", again) == 0, "the machine may be another"
     assert "does not exist" in failed(capsys, "edit", "--from", tmp_path / "none.json", "--out", tmp_path / "x")
     good = json.loads(report.read_text("utf-8"))
@@ -324,7 +384,7 @@ def test_from_is_refused_where_it_would_not_repeat(tmp_path: Path, inputs: list[
     }.items():  # fmt: skip
         wrong = tmp_path / f"{name}.json"
         wrong.write_text(text)
-        assert "is no report.json" in failed(capsys, "edit", "--from", wrong, "--out", tmp_path / "x")
+        assert "is not a report of blended-diffusion" in failed(capsys, "edit", "--from", wrong, "--out", tmp_path / "x")
     good["request"]["options"]["colour"] = 1
     wrong.write_text(json.dumps(good))
     assert "unknown option colour" in failed(capsys, "edit", "--from", wrong, "--out", tmp_path / "x")
@@ -332,12 +392,12 @@ def test_from_is_refused_where_it_would_not_repeat(tmp_path: Path, inputs: list[
     Image.fromarray(255 - pixels(image)).save(image)
     assert "has changed since that run" in failed(capsys, "edit", "--from", report, "--out", tmp_path / "x")
     image.unlink()
-    assert "is not there any more" in failed(capsys, "edit", "--from", report, "--out", tmp_path / "x")
+    assert "does not exist anymore" in failed(capsys, "edit", "--from", report, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-def test_hashes_are_of_what_was_read(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Somebody paints on while the edit runs."""
+def test_hashes_belong_to_the_files_that_were_read(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The files change while the edit runs."""
     before = {"image": sha256(Path(inputs[0])), "mask": sha256(Path(inputs[2]))}
 
     def painting(*_: object) -> Models:
@@ -345,13 +405,13 @@ def test_hashes_are_of_what_was_read(tmp_path: Path, inputs: list[str], monkeypa
             Image.fromarray(255 - pixels(Path(name))).save(name)
         return tiny.tiny_models()
 
-    monkeypatch.setattr(cli, "_load", painting)
+    monkeypatch.setattr(cli, "load_models", painting)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
     assert report_of(tmp_path / "out")["inputs"] == before
     assert "has changed since that run" in failed(capsys, "edit", "--from", tmp_path / "out" / "report.json", "--out", tmp_path / "x")
 
 
-def test_networks_are_pinned(
+def test_a_report_is_not_repeated_with_other_networks(
     tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = tiny.tiny_models()
@@ -359,7 +419,7 @@ def test_networks_are_pinned(
     class Named:
         name = "embedded"
 
-    monkeypatch.setattr(cli, "_load", lambda request, options: replace(models, perceptual=Named()))
+    monkeypatch.setattr(cli, "load_models", lambda request: replace(models, perceptual=Named()))
     for name in ("model.pt", "clip.pt"):
         (tmp_path / name).write_text(name)
     monkeypatch.chdir(tmp_path)
@@ -378,20 +438,22 @@ def test_networks_are_pinned(
     assert "the clip network" in failed(capsys, "edit", "--from", out / "report.json", "--out", tmp_path / "x")
     (tmp_path / "clip.pt").write_text("clip.pt")
     (tmp_path / "model.pt").unlink()
-    assert "is not there any more" in failed(capsys, "edit", "--from", out / "report.json", "--out", tmp_path / "x")
+    assert "does not exist anymore" in failed(capsys, "edit", "--from", out / "report.json", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-def test_other_versions_are_noted(tmp_path: Path, inputs: list[str], small_networks: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_versions_of_libraries_give_a_note(
+    tmp_path: Path, inputs: list[str], small_networks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 0
     report = report_of(tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("error", BlendedWarning)
-        cli._request_from(tmp_path / "out" / "report.json")
+        request_of_report(tmp_path / "out" / "report.json")
     report["versions"]["torch"] = "1.0"
     (tmp_path / "old.json").write_text(json.dumps(report))
     assert run("edit", "--from", tmp_path / "old.json", "--out", tmp_path / "again") == 0
-    assert "note: that run had torch 1.0 (now " in capsys.readouterr().err
+    assert "note: that run used torch 1.0 (now " in capsys.readouterr().err
 
 
 def test_a_repeated_demo_is_an_edit(tmp_path: Path, small_networks: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,7 +468,7 @@ def test_a_repeated_demo_is_an_edit(tmp_path: Path, small_networks: None, capsys
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_results_are_not_overwritten_unasked(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+def test_results_are_replaced_only_with_overwrite(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
     out = tmp_path / "out"
     arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out", out]
     assert run(*arguments, "--candidates", "3", "--animate") == 0
@@ -423,7 +485,7 @@ def test_results_are_not_overwritten_unasked(tmp_path: Path, inputs: list[str], 
 
 
 @pytest.mark.parametrize("place", [0, 2])
-def test_results_that_are_inputs_are_spared(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, place: int) -> None:
+def test_a_run_does_not_replace_its_inputs(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, place: int) -> None:
     """An edit of an edit, into the same folder."""
     out = tmp_path / "out"
     arguments = ["--prompt", "tree", *SMALL, "--out", out, "--overwrite"]
@@ -437,8 +499,8 @@ def test_results_that_are_inputs_are_spared(tmp_path: Path, inputs: list[str], s
     assert run("edit", *inputs, *arguments[:-2], tmp_path / "other") == 0
 
 
-def test_old_results_are_known_by_name(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
-    """A run that was killed left no report, and a person keeps files of their own there."""
+def test_old_results_are_recognized_by_name(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    """A run that was killed left no report, and the user keeps other files in the folder."""
     out = tmp_path / "out"
     old = ["candidates/candidate_07.png", "candidates/03_candidate_09.png", "animations/03_candidate_09.webp"]
     mine = ["candidates/best.png", "candidates/03_candidate_09 (copy).png", "animations/film.webp"]
@@ -453,7 +515,7 @@ def test_old_results_are_known_by_name(tmp_path: Path, inputs: list[str], small_
 
 
 ERRORS: list[tuple[list[str], str]] = [
-    (["--prompt", "tree", "--strength", "1.5"], "strength is 1.5"),
+    (["--prompt", "tree", "--strength", "1.5"], "strength is 1.5; give a number above 0 and at most 1 (default 0.75) (--strength)."),
     (["--prompt", "tree", "--steps", "lots"], "respacing 'lots' is not understood"),
     (["--prompt", "tree", "--steps", "ddim37"], "no whole stride"),
     (["--prompt", "tree", "--candidates", "0"], "candidates is 0"),
@@ -461,15 +523,18 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--seed", "-1"], "seed is -1"),
     (["--prompt", "tree", "--context", "0.5"], "context is 0.5"),
     (["--prompt", "tree", "--skip", "4"], "--skip is 4 of 4 steps"),
-    (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'"),
+    (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'; give 'zero', 'random' or the number of a class (--class)."),
     (["--prompt", "tree", "--set", "heads"], "--set 'heads' is not understood"),
-    (["--prompt", "tree", "--threads", "0"], "--threads is 0"),
-    (["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"], "1 prompts were given with 2 weights"),
-    (["--prompt", "tree", "--prompt-weight", "nan"], "a --prompt-weight is nan"),
+    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a number of at least 1 (--threads)."),
+    (
+        ["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"],
+        "1 prompts were given with 2 weights; give one weight for each prompt (--prompt-weight).",
+    ),
+    (["--prompt", "tree", "--prompt-weight", "nan"], "the weight of a prompt is nan; give a finite number (--prompt-weight)."),
     (["--prompt", "tree", "--invert-mask", "--mask", "{white}"], "the mask is empty"),
     (["--prompt", "tree", "--mask", "{black}"], "the mask is empty"),
     (["--prompt", "tree", "--mask", "{missing}"], "does not exist"),
-    (["--prompt", "tree", "--mask", "{text}"], "is no picture that can be read"),
+    (["--prompt", "tree", "--mask", "{text}"], "is not a picture file"),
     (["--prompt", "tree", "--out", "{text}"], "is a file; name a folder"),
     ([], "no prompt was given"),
 ]
@@ -497,7 +562,7 @@ def test_errors_are_one_sentence_and_write_nothing(
         (["--clip", "ViT-B-61:openai"], "open_clip has no model"),
     ],
 )
-def test_networks_that_are_not_there(tmp_path: Path, inputs: list[str], capsys: Any, arguments: list[str], words: str) -> None:
+def test_a_missing_network_is_an_error(tmp_path: Path, inputs: list[str], capsys: Any, arguments: list[str], words: str) -> None:
     arguments = [a.format(tmp=tmp_path) for a in arguments]
     assert words in failed(capsys, "edit", *inputs, "--prompt", "a tree", "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
@@ -507,7 +572,7 @@ def test_networks_that_are_not_there(tmp_path: Path, inputs: list[str], capsys: 
     ("arguments", "words"),
     [(["--candidates", "0"], "candidates is 0"), (["--seed", "-1"], "seed is -1"), (["--background", "moon"], "no background 'moon'")],
 )
-def test_a_demo_that_cannot_be_writes_nothing(tmp_path: Path, capsys: Any, arguments: list[str], words: str) -> None:
+def test_a_demo_with_wrong_arguments_writes_nothing(tmp_path: Path, capsys: Any, arguments: list[str], words: str) -> None:
     assert words in failed(capsys, "demo", "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
@@ -515,7 +580,7 @@ def test_a_demo_that_cannot_be_writes_nothing(tmp_path: Path, capsys: Any, argum
 @pytest.mark.parametrize(
     "arguments", [[], ["edit", "--steps"], ["paint"], ["edit", "x.png", "--preset", "worst"], ["edit", "--seed", "one"]]
 )
-def test_a_command_line_that_is_not_understood(arguments: list[str], capsys: Any) -> None:
+def test_a_wrong_command_line_ends_with_code_2(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     assert stop.value.code == 2
@@ -527,13 +592,13 @@ def test_a_command_line_that_is_not_understood(arguments: list[str], capsys: Any
     "error",
     [BlendedError("a known thing."), RuntimeError("a surprise"), KeyError("odd"), MemoryError(), OSError(28, "No space left on device")],
 )
-def test_a_traceback_comes_only_with_debug(
+def test_a_traceback_is_printed_only_with_debug(
     tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception
 ) -> None:
     def refuse(*_: object) -> Models:
         raise error
 
-    monkeypatch.setattr(cli, "_load", refuse)
+    monkeypatch.setattr(cli, "load_models", refuse)
     arguments = ["edit", *inputs, "--prompt", "tree", "--out", tmp_path / "out"]
     failed(capsys, *arguments)
     assert run(*arguments, "--debug") == 2
@@ -545,23 +610,21 @@ def test_a_traceback_comes_only_with_debug(
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, image: int, error: BaseException | None = None) -> None:
-    """Ctrl-C, or an error, in the second step of the batch that begins with ``image``."""
-    step = edit_module.guided_step
-    seen: list[int] = []
+    """Ctrl-C, or an error, after the second step of the batch with candidate ``image``."""
+    edit_picture = cli.edit_picture
 
-    def guided_step(
-        models: Models, x: Any, index: int, schedule: Any, options: Any, prompt: Any, mask: Any, draws: Any, images: Any, source: Any
-    ) -> Step:
-        seen.extend(i for i in images if i == image)
-        if len(seen) == 2:
-            raise error or KeyboardInterrupt
-        result: Step = step(models, x, index, schedule, options, prompt, mask, draws, images, source)
-        return result
+    def interrupted(picture: Any, mask: Any, prompt: Any, models: Any, options: Any, on_step: Any, *rest: Any) -> Any:
+        def stop(step: Step) -> None:
+            on_step(step)
+            if image in step.images and step.done == 2:
+                raise error or KeyboardInterrupt
 
-    monkeypatch.setattr(edit_module, "guided_step", guided_step)
+        return edit_picture(picture, mask, prompt, models, options, stop, *rest)
+
+    monkeypatch.setattr(cli, "edit_picture", interrupted)
 
 
-def test_ctrl_c_keeps_what_is_finished(
+def test_ctrl_c_keeps_finished_results(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -579,7 +642,7 @@ def test_ctrl_c_keeps_what_is_finished(
         assert np.array_equal(pixels(out / entry["file"]), pixels(finished[entry["candidate"]]))
 
 
-def test_ctrl_c_before_anything_is_finished(
+def test_ctrl_c_before_the_first_result_writes_nothing(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     interrupt_at(monkeypatch, 0)
@@ -588,20 +651,19 @@ def test_ctrl_c_before_anything_is_finished(
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_while_a_picture_is_written(
+def test_ctrl_c_during_writing_keeps_the_earlier_results(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one in hand is lost, those before it are kept."""
+    """Only the candidate that is being written is lost."""
     written: list[Path] = []
-    write = pictures.write_png
 
     def interrupted(path: Path, *rest: Any) -> None:
         written.append(path)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write(path, *rest)
+        write_png(path, *rest)
 
-    monkeypatch.setattr(pictures, "write_png", interrupted)
+    monkeypatch.setattr(results, "write_png", interrupted)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
     report = report_of(tmp_path / "out")
     assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]
@@ -612,7 +674,7 @@ def test_ctrl_c_while_a_picture_is_written(
     ("error", "words"),
     [(RuntimeError("CUDA out of memory."), "ran out of memory"), (OSError(28, "No space left on device"), "No space left")],
 )
-def test_an_error_keeps_what_is_finished(
+def test_an_error_keeps_finished_results(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception, words: str
 ) -> None:
     interrupt_at(monkeypatch, 2, error)
@@ -625,13 +687,13 @@ def test_an_error_keeps_what_is_finished(
 
 
 @pytest.mark.parametrize("broken", ["contact_sheet", "animation"])
-def test_a_sheet_that_fails_costs_no_report(
+def test_the_report_is_written_even_if_the_sheet_fails(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, broken: str
 ) -> None:
     def refuse(*_: object) -> None:
         raise ValueError("cannot draw")
 
-    monkeypatch.setattr(sheet, broken, refuse)
+    monkeypatch.setattr(results, broken, refuse)
     out = tmp_path / "out"
     out.mkdir()
     (out / "contact_sheet.png").write_text("of an earlier run")
@@ -646,23 +708,22 @@ def test_a_sheet_that_fails_costs_no_report(
 
 def test_a_second_ctrl_c_is_ignored(tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    draw = sheet.contact_sheet
+    draw = results.contact_sheet
 
     def impatient(*given: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         draw(*given)
 
     interrupt_at(monkeypatch, 1)
-    monkeypatch.setattr(sheet, "contact_sheet", impatient)
+    monkeypatch.setattr(results, "contact_sheet", impatient)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
     assert files_in(tmp_path / "out") == ["candidates/01_candidate_00.png", "contact_sheet.png", "report.json"]
     assert signal.getsignal(signal.SIGINT) == handler
 
 
-def test_what_ctrl_c_leaves_is_told_truly(
+def test_ctrl_c_at_the_end_names_the_finished_results(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Even where it comes through while the end is written."""
 
     def refuse(*_: object) -> None:
         raise KeyboardInterrupt
@@ -674,7 +735,7 @@ def test_what_ctrl_c_leaves_is_told_truly(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a surprise")])
-def test_a_demo_that_fails_leaves_the_earlier_one(
+def test_a_failed_demo_keeps_the_earlier_one(
     tmp_path: Path, small_networks: None, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     out = tmp_path / "out"
@@ -684,6 +745,6 @@ def test_a_demo_that_fails_leaves_the_earlier_one(
     assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") != 0
     assert {name: (out / name).read_bytes() for name in files_in(out)} == before
     monkeypatch.undo()
-    monkeypatch.setattr(cli, "_load", lambda request, options: tiny.tiny_models())
+    monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
     assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") == 0
     assert sha256(out / "source.png") == report_of(out)["inputs"]["image"] != json.loads(before["report.json"])["inputs"]["image"]

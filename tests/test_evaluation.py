@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from blended_core.cli.app import _options, build_parser, main
+from blended_core.cli import main
+from blended_core.cli.edit import options_of_arguments
+from blended_core.cli.parser import build_parser
 from blended_core.errors import BlendedError
 from blended_core.evaluation import metrics as evaluation
 from blended_core.evaluation import plots as evaluation_pictures
@@ -101,7 +103,7 @@ def test_the_judge_guides_nothing() -> None:
         for p in (ROOT / folder).rglob("*.py")
         if re.search(r"^\s*(from|import)\b.*\bjudge\b", p.read_text("utf-8"), re.MULTILINE)
     }
-    assert users == {"blended_core/training/judge.py", "blended_core/evaluation/metrics.py", "blended_core/cli/app.py"}
+    assert users == {"blended_core/training/judge.py", "blended_core/evaluation/metrics.py", "blended_core/cli/evaluate.py"}
 
 
 def test_pairs_are_fixed_and_the_lists_share_nothing() -> None:
@@ -342,7 +344,7 @@ def test_the_commands_for_a_real_checkpoint_are_the_rows() -> None:
         row = ROWS[name]
         plain = replace(row, guidance=replace(row.guidance, scale=PRESETS[row.preset].guidance.scale), candidates=8)
         steps = row.steps if row.sampler == "ddim" else str(int(row.steps) * int(PRESETS["best"].steps) // int(STEPS))
-        assert _options(args) == replace(plain, steps=steps), name
+        assert options_of_arguments(args) == replace(plain, steps=steps), name
 
 
 def test_examples_show_what_the_diffusion_model_makes_of_scenes() -> None:

@@ -16,7 +16,7 @@ from benchmarks.measure import peak_bytes
 from blended_core.adm import recompute
 from blended_core.adm.unet import ResBlock, UNet, UNetConfig
 from blended_core.device import DeviceContext
-from blended_core.guidance import backward_to_input
+from blended_core.guidance import gradient_through
 from blended_core.memory import MemoryLimits
 from blended_core.options import preset
 from blended_core.random import SeededRandom
@@ -265,7 +265,7 @@ def through(dtype: torch.dtype, size: float, plainly: bool = False) -> Tensor:
     x = torch.randn(2, 3, SIZE, SIZE, generator=generator).requires_grad_()
     cotangent = size * torch.randn(2, 3, SIZE, SIZE, generator=generator)
     output = unet(x, torch.full((2,), 500.0))[:, :3].float()
-    return torch.autograd.grad(output, x, cotangent)[0] if plainly else backward_to_input(output, x, cotangent)
+    return torch.autograd.grad(output, x, cotangent)[0] if plainly else gradient_through(output, x, cotangent)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-7, 1.0, 1e5])
@@ -290,5 +290,5 @@ def test_an_image_without_a_gradient_or_with_a_broken_one_leaves_the_others_alon
     x = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_()
     cotangent = torch.ones(3, 3, SIZE, SIZE)
     cotangent[1], cotangent[2] = 0, torch.nan
-    gradient = backward_to_input(unet(x, torch.full((3,), 500.0))[:, :3], x, cotangent)
+    gradient = gradient_through(unet(x, torch.full((3,), 500.0))[:, :3], x, cotangent)
     assert gradient[0].isfinite().all() and gradient[0].any() and not gradient[1].any() and gradient[2].isnan().any()

@@ -1,4 +1,4 @@
-"""Picture files: every kind that people have, what is kept, what is said, and what is refused."""
+"""Picture files: what is kept, what is converted with a note, and what is an error."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Array = NDArray[Any]
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 11, 17
 RGBA = RNG.integers(0, 256, (HEIGHT, WIDTH, 4), np.uint8)
-RGBA[0, :, 3] = 0  # colours under full transparency are numbers too
-RGB, GREY = np.ascontiguousarray(RGBA[..., :3]), np.ascontiguousarray(RGBA[..., 0])
+RGBA[0, :, 3] = 0  # colors of transparent pixels are kept too
+RGB, GRAY = np.ascontiguousarray(RGBA[..., :3]), np.ascontiguousarray(RGBA[..., 0])
 
 
-def png(pixels: Array, colour_type: int, depth: int, extra: bytes = b"") -> bytes:
+def png(pixels: Array, color_type: int, depth: int, extra: bytes = b"") -> bytes:
     """A PNG written by hand: [H, W, channels] of 8 or 16 bits; ``extra`` are chunks before the data."""
     height, width = pixels.shape[:2]
     rows = pixels.astype(">u2" if depth == 16 else np.uint8).reshape(height, -1)
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
@@ -49,7 +49,7 @@ def saved(path: Path, image: Image.Image, **options: Any) -> Path:
 # --- kinds of file ----------------------------------------------------------------------------------------------------
 
 
-def test_rgb_and_rgba_keep_every_number(tmp_path: Path) -> None:
+def test_rgb_and_rgba_keep_every_value(tmp_path: Path) -> None:
     plain = read_picture(saved(tmp_path / "a.png", Image.fromarray(RGB)))
     assert np.array_equal(plain.rgb, RGB) and plain.alpha is None and plain.notes == []
     assert plain.size == (WIDTH, HEIGHT)
@@ -60,7 +60,7 @@ def test_rgb_and_rgba_keep_every_number(tmp_path: Path) -> None:
         assert np.array_equal(read_picture(saved(tmp_path / name, Image.fromarray(RGB), **options)).rgb, RGB)
 
 
-def test_tensors_give_the_numbers_back() -> None:
+def test_a_tensor_gives_the_same_values_back() -> None:
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     picture = pictures.Picture(every)
     tensor = picture.tensor()
@@ -70,31 +70,65 @@ def test_tensors_give_the_numbers_back() -> None:
         assert np.array_equal(to_uint8(tensor.to(dtype)), every)
     tensor.zero_()
     assert every.max() == 255, "the tensor must not share memory with the picture"
-    assert to_uint8(torch.tensor([-3.0, 7.0, 0.5]).view(1, 3, 1, 1)).tolist() == [[[0, 255, 128]]]
+    assert to_uint8(torch.tensor([-0.009, 1.009, 0.5]).view(1, 3, 1, 1)).tolist() == [[[0, 255, 128]]], "rounding is clamped"
 
 
-def test_grey(tmp_path: Path) -> None:
-    picture = read_picture(saved(tmp_path / "grey.png", Image.fromarray(GREY)))
-    assert np.array_equal(picture.rgb, GREY[..., None].repeat(3, 2)) and picture.alpha is None
-    assert picture.notes == ["grey.png is a grey picture; it is edited as 8-bit RGB."]
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (torch.full((1, 3, 2, 2), 200, dtype=torch.uint8), r"dtype torch\.uint8.*picture / 255"),
+        (torch.tensor([-1.0, 0.5, 1.0]).view(1, 3, 1, 1), r"from -1 to 1.*\(picture \+ 1\) / 2"),
+        (torch.tensor([0.0, 128.0, 255.0]).view(1, 3, 1, 1), r"from 0 to 255.*picture / 255"),
+        (torch.rand(2, 3, 4, 4), r"shape \(2, 3, 4, 4\)"),
+        (torch.rand(3, 4, 4), r"shape \(3, 4, 4\)"),
+    ],
+)
+def test_a_tensor_of_another_range_or_shape_is_refused(picture: torch.Tensor, words: str) -> None:
+    with pytest.raises(BlendedError, match=words):
+        to_uint8(picture)
 
 
-def test_grey_with_alpha(tmp_path: Path) -> None:
-    image = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(np.ascontiguousarray(RGBA[..., 3]))])
+@pytest.mark.parametrize("pixels", [RGB / 255, RGB.astype(np.float32), GRAY, RGBA])
+def test_pixels_of_another_kind_are_not_written(tmp_path: Path, pixels: Array) -> None:
+    with pytest.raises(BlendedError, match="give uint8"):
+        write_png(tmp_path / "x.png", pixels)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_paths_may_be_strings(tmp_path: Path) -> None:
+    name = str(tmp_path / "a.png")
+    write_png(name, RGB)
+    assert np.array_equal(read_picture(name).rgb, RGB)
+    assert read_mask(name, (WIDTH, HEIGHT)).shape == (1, 1, HEIGHT, WIDTH)
+
+
+def test_a_picture_has_a_short_repr() -> None:
+    assert repr(pictures.Picture(RGB)) == f"Picture({WIDTH}×{HEIGHT}, RGB)"
+    assert repr(pictures.Picture(RGB, RGBA[..., 3])) == f"Picture({WIDTH}×{HEIGHT}, RGBA)"
+
+
+def test_a_grayscale_file_becomes_rgb(tmp_path: Path) -> None:
+    picture = read_picture(saved(tmp_path / "gray.png", Image.fromarray(GRAY)))
+    assert np.array_equal(picture.rgb, GRAY[..., None].repeat(3, 2)) and picture.alpha is None
+    assert picture.notes == ["gray.png is a grayscale picture; it is edited as 8-bit RGB."]
+
+
+def test_a_grayscale_file_keeps_its_alpha(tmp_path: Path) -> None:
+    image = Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(np.ascontiguousarray(RGBA[..., 3]))])
     picture = read_picture(saved(tmp_path / "la.png", image))
-    assert np.array_equal(picture.rgb, GREY[..., None].repeat(3, 2)) and np.array_equal(picture.alpha, RGBA[..., 3])
-    assert picture.notes == ["la.png is a grey picture; it is edited as 8-bit RGB."]
+    assert np.array_equal(picture.rgb, GRAY[..., None].repeat(3, 2)) and np.array_equal(picture.alpha, RGBA[..., 3])
+    assert picture.notes == ["la.png is a grayscale picture; it is edited as 8-bit RGB."]
 
 
 @pytest.mark.parametrize("transparent", [False, True])
-def test_palette(tmp_path: Path, transparent: bool) -> None:
+def test_a_palette_file_becomes_rgb(tmp_path: Path, transparent: bool) -> None:
     indices = RNG.integers(0, 4, (HEIGHT, WIDTH), np.uint8)
-    colours = np.array([[255, 0, 0], [0, 255, 0], [9, 8, 7], [250, 251, 252]], np.uint8)
+    colors = np.array([[255, 0, 0], [0, 255, 0], [9, 8, 7], [250, 251, 252]], np.uint8)
     image = Image.fromarray(indices)
-    image.putpalette(colours.tobytes())
+    image.putpalette(colors.tobytes())
     assert image.mode == "P"
     picture = read_picture(saved(tmp_path / "p.png", image, **({"transparency": 2} if transparent else {})))
-    assert np.array_equal(picture.rgb, colours[indices])
+    assert np.array_equal(picture.rgb, colors[indices])
     assert picture.notes == ["p.png is a palette picture; it is edited as 8-bit RGB."]
     if transparent:
         assert np.array_equal(picture.alpha == 0, indices == 2)
@@ -102,7 +136,7 @@ def test_palette(tmp_path: Path, transparent: bool) -> None:
         assert picture.alpha is None
 
 
-def test_rgb_with_a_transparent_colour(tmp_path: Path) -> None:
+def test_a_transparent_color_becomes_alpha(tmp_path: Path) -> None:
     pixels = RGB.copy()
     pixels[3:6] = (1, 2, 3)
     picture = read_picture(saved(tmp_path / "t.png", Image.fromarray(pixels), transparency=(1, 2, 3)))
@@ -110,20 +144,20 @@ def test_rgb_with_a_transparent_colour(tmp_path: Path) -> None:
     assert picture.alpha is not None and np.array_equal(picture.alpha == 0, (pixels == (1, 2, 3)).all(-1))
 
 
-def test_black_and_white(tmp_path: Path) -> None:
+def test_a_black_and_white_file_becomes_rgb(tmp_path: Path) -> None:
     bits = RNG.integers(0, 2, (HEIGHT, WIDTH)).astype(bool)
     picture = read_picture(saved(tmp_path / "one.png", Image.fromarray(bits)))
     assert np.array_equal(picture.rgb[..., 1], bits * 255)
-    assert picture.notes == ["one.png is a black and white picture; it is edited as 8-bit RGB."]
+    assert picture.notes == ["one.png is a black-and-white picture; it is edited as 8-bit RGB."]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_16_bit_grey(tmp_path: Path, suffix: str) -> None:
+def test_16_bit_grayscale_is_scaled_to_8_bits(tmp_path: Path, suffix: str) -> None:
     values = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
     picture = read_picture(saved(tmp_path / f"deep.{suffix}", Image.fromarray(values)))
     assert np.abs(picture.rgb[..., 0] - values / 257).max() <= 0.51
     assert np.ptp(picture.rgb, axis=2).max() == 0
-    assert picture.notes == [f"deep.{suffix} is 16-bit grey; it is edited as 8-bit RGB."]
+    assert picture.notes == [f"deep.{suffix} is a 16-bit grayscale picture; it is edited as 8-bit RGB."]
 
 
 def test_a_dark_16_bit_picture_stays_dark(tmp_path: Path) -> None:
@@ -134,14 +168,14 @@ def test_a_dark_16_bit_picture_stays_dark(tmp_path: Path) -> None:
     assert torch.equal(labels[0, 0], torch.from_numpy(values.astype(np.float32) / 255)), "as a mask it would be empty, so 255 means white"
 
 
-@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4)])
-def test_16_bit_colour(tmp_path: Path, colour_type: int, channels: int) -> None:
+@pytest.mark.parametrize(("color_type", "channels"), [(2, 3), (6, 4)])
+def test_16_bit_color_is_noted(tmp_path: Path, color_type: int, channels: int) -> None:
     values = RNG.integers(0, 65536, (HEIGHT, WIDTH, channels), np.uint16)
     path = tmp_path / "deep.png"
-    path.write_bytes(png(values, colour_type, 16))
+    path.write_bytes(png(values, color_type, 16))
     picture = read_picture(path)
     assert np.abs(picture.rgb - values[..., :3] / 257).max() <= 1.0
-    assert picture.notes == ["deep.png has 16 bits a channel; it is edited with 8."]
+    assert picture.notes == ["deep.png has 16 bits per channel; it is edited with 8."]
     assert (picture.alpha is not None) == (channels == 4)
 
 
@@ -153,7 +187,7 @@ def test_the_hand_written_png_is_a_png(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tiff"])
-def test_cmyk(tmp_path: Path, suffix: str) -> None:
+def test_cmyk_becomes_rgb_without_its_profile(tmp_path: Path, suffix: str) -> None:
     image = Image.new("CMYK", (WIDTH, HEIGHT), (255, 0, 0, 0))
     picture = read_picture(saved(tmp_path / f"print.{suffix}", image, icc_profile=b"a profile of an ink"))
     assert np.abs(picture.rgb.astype(int) - (0, 255, 255)).max() <= 8
@@ -161,13 +195,13 @@ def test_cmyk(tmp_path: Path, suffix: str) -> None:
     assert picture.icc is None, "a profile of inks must not be written into an RGB file"
 
 
-def test_a_colour_profile_is_passed_on(tmp_path: Path) -> None:
+def test_a_color_profile_is_kept(tmp_path: Path) -> None:
     picture = read_picture(saved(tmp_path / "a.png", Image.fromarray(RGB), icc_profile=b"a profile"))
     assert picture.icc == b"a profile"
     write_png(tmp_path / "b.png", picture.rgb, None, None, picture.icc)
     with Image.open(tmp_path / "b.png") as image:
         assert image.info["icc_profile"] == b"a profile"
-    assert read_picture(saved(tmp_path / "g.png", Image.fromarray(GREY), icc_profile=b"a grey profile")).icc is None
+    assert read_picture(saved(tmp_path / "g.png", Image.fromarray(GRAY), icc_profile=b"a gray profile")).icc is None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -185,41 +219,41 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
         picture = read_picture(saved(tmp_path / name, image, exif=exif, **options))
         assert picture.rgb.shape == upright.shape
         assert np.abs(picture.rgb.astype(int) - upright).max() <= 8
-        assert picture.notes == ([f"{name} was turned upright as its EXIF data says."] if orientation > 1 else [])
+        assert picture.notes == ([f"{name} was rotated according to its EXIF data."] if orientation > 1 else [])
     mask = read_mask(saved(tmp_path / "mask.png", image.convert("L"), exif=exif), (32, 16), [])
     assert torch.equal(mask[0, 0] > 0.5, torch.from_numpy(upright[..., 0] > 0))
 
 
-def test_animations_give_their_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     picture = read_picture(saved(tmp_path / "film.gif", frames[0], save_all=True, append_images=frames[1:]))
     assert picture.rgb.reshape(-1, 3).tolist() == [[255, 0, 0]] * 64
-    assert picture.notes[0] == "film.gif holds 3 frames; the first is edited."
+    assert picture.notes[0] == "film.gif has 3 frames; the first is edited."
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def test_masks_of_any_kind_mean_brightness(tmp_path: Path) -> None:
+def test_masks_count_by_brightness(tmp_path: Path) -> None:
     size, notes = (WIDTH, HEIGHT), []  # type: tuple[tuple[int, int], list[str]]
-    grey = torch.from_numpy(GREY.astype(np.float32) / 255)
+    gray = torch.from_numpy(GRAY.astype(np.float32) / 255)
     for name, image in (
-        ("l.png", Image.fromarray(GREY)),
-        ("rgb.png", Image.fromarray(GREY).convert("RGB")),
-        ("rgba.png", Image.fromarray(GREY).convert("RGBA")),
-        ("p.png", Image.fromarray(GREY).convert("P")),
+        ("l.png", Image.fromarray(GRAY)),
+        ("rgb.png", Image.fromarray(GRAY).convert("RGB")),
+        ("rgba.png", Image.fromarray(GRAY).convert("RGBA")),
+        ("p.png", Image.fromarray(GRAY).convert("P")),
     ):
         mask = read_mask(saved(tmp_path / name, image), size, notes)
         assert mask.shape == (1, 1, HEIGHT, WIDTH) and mask.dtype == torch.float32
-        assert torch.equal(mask[0, 0], grey), name
+        assert torch.equal(mask[0, 0], gray), name
     assert notes == []
-    deep = read_mask(saved(tmp_path / "deep.png", Image.fromarray(GREY.astype(np.uint16) * 257)), size, notes)
-    assert torch.allclose(deep[0, 0], grey, atol=0.002)
-    bits = read_mask(saved(tmp_path / "bits.png", Image.fromarray(GREY > 99)), size, notes)
-    assert torch.equal(bits[0, 0], torch.from_numpy((GREY > 99).astype(np.float32)))
+    deep = read_mask(saved(tmp_path / "deep.png", Image.fromarray(GRAY.astype(np.uint16) * 257)), size, notes)
+    assert torch.allclose(deep[0, 0], gray, atol=0.002)
+    bits = read_mask(saved(tmp_path / "bits.png", Image.fromarray(GRAY > 99)), size, notes)
+    assert torch.equal(bits[0, 0], torch.from_numpy((GRAY > 99).astype(np.float32)))
 
 
-def test_a_mask_in_alpha(tmp_path: Path) -> None:
+def test_a_mask_can_be_in_the_alpha_channel(tmp_path: Path) -> None:
     notes: list[str] = []
     shape = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
     shape[2:5, 3:9, 3] = 255
@@ -233,7 +267,7 @@ def test_a_mask_in_alpha(tmp_path: Path) -> None:
     assert torch.equal(mask[0, 0] > 0, torch.from_numpy((both[..., 3] > 0) & (both[..., 0] > 0)))
 
 
-def test_masks_of_another_size(tmp_path: Path) -> None:
+def test_masks_of_another_size_are_scaled(tmp_path: Path) -> None:
     notes: list[str] = []
     small = np.zeros((10, 20), np.uint8)
     small[2:5, 3:9] = 255
@@ -241,11 +275,11 @@ def test_masks_of_another_size(tmp_path: Path) -> None:
     mask = read_mask(path, (60, 30), notes)
     assert torch.equal(mask[0, 0], torch.from_numpy(small.repeat(3, 0).repeat(3, 1) / 255).float())
     assert notes == ["the mask was scaled from 20×10 to the picture's 60×30."]
-    with pytest.raises(BlendedError, match=r"the mask is 20×10 and the picture 30×30, another shape"):
+    with pytest.raises(BlendedError, match=r"the mask is 20×10 and the picture 30×30, a different aspect ratio"):
         read_mask(path, (30, 30), notes)
 
 
-def test_mask_from_alpha() -> None:
+def test_the_transparent_part_is_the_mask() -> None:
     picture = pictures.Picture(RGB, np.ascontiguousarray(RGBA[..., 3]))
     mask = mask_from_alpha(picture)
     assert mask.shape == (1, 1, HEIGHT, WIDTH)
@@ -277,16 +311,18 @@ def broken(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "cut", "head", "flipped"])
-def test_what_cannot_be_read_is_a_sentence(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_file_is_an_error_with_its_name(tmp_path: Path, kind: str) -> None:
     path = broken(tmp_path, kind)
-    words = {"missing": "does not exist", "folder": "is a folder", "empty": "no picture", "text": "no picture"}.get(kind, "picture|damaged")
+    words = {"missing": "does not exist", "folder": "is a folder", "empty": "not a picture", "text": "not a picture"}.get(
+        kind, "picture|damaged"
+    )
     with pytest.raises(BlendedError, match=rf"the picture .*x\.png .*({words}).*\.$"):
         read_picture(path)
     with pytest.raises(BlendedError, match=rf"the mask .*x\.png .*({words}).*\.$"):
         read_mask(path, (WIDTH, HEIGHT), [])
 
 
-def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_with_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "big.png", Image.fromarray(RGB))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(BlendedError, match="more pixels"):
@@ -297,7 +333,7 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("alpha", [False, True])
-def test_a_written_png_is_what_was_given(tmp_path: Path, alpha: bool) -> None:
+def test_a_png_holds_what_was_written(tmp_path: Path, alpha: bool) -> None:
     path = tmp_path / "deep" / "er" / "out.png"
     text = {"blended-diffusion": '{"prompt": "a λ tree «ü» 🍄"}'}
     write_png(path, RGB, np.ascontiguousarray(RGBA[..., 3]) if alpha else None, text)
@@ -309,7 +345,7 @@ def test_a_written_png_is_what_was_given(tmp_path: Path, alpha: bool) -> None:
     assert np.array_equal(again.rgb, RGB)
 
 
-def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.bin"
     write_bytes(path, b"old")
     moved: list[bytes] = []

@@ -69,7 +69,7 @@ def test_fewer_images_at_once(gradient: str, rows: int, said: list[str]) -> None
     options = preset("best", gradient=gradient, **SHORT)
     plain, quiet = run(tiny_models(), options)
     found, lines = run(limited(tiny_models(), lambda _, n: n <= rows), options)
-    assert quiet == [] and lines == [f"memory ran out; going on with {s} images at once." for s in said]
+    assert quiet == [] and lines == [f"memory ran out; continuing with {s} images at once." for s in said]
     assert alike(plain, found)
 
 
@@ -89,7 +89,7 @@ def test_fewer_pictures_are_scored_at_once(rows: int) -> None:
     found, lines = run(models, options)
     assert lines == [f"memory ran out; pictures are scored, {n} at once." for n in {3: (2,), 1: (2, 1)}[rows]]
     assert list(found) == list(plain) and alike(plain, found), "the same order too"
-    models.limits.forget()
+    models.limits.reset()
     _, lines = run(models, replace(options, candidates=8))
     assert len(lines) == {3: 1, 1: 2}[rows], "learned by the first batch, known to the second"
 
@@ -114,7 +114,8 @@ def test_pictures_that_cannot_be_scored_are_not_lost() -> None:
     assert [c.index for c in result.candidates] == [0, 1, 2, 3] and [c.score.clip_distance for c in result.candidates] == [None] * 4
     assert alike(plain, {c.index: c.edited for c in result.candidates})
     (note,) = (n for n in result.notes if "score" in n)
-    assert "in the order in which they were made" in note and "one at a time (CUDA out of memory" in note and "--device cpu" in note
+    assert "in the order in which they were made" in note and "one at a time (CUDA out of memory" in note and "run on the CPU" in note
+    assert note.options == ("device",)
 
 
 def test_fewer_views_at_once() -> None:
@@ -135,17 +136,19 @@ def test_checkpointing_then_the_gradient_at_x0_if_it_is_allowed() -> None:
     plain, _ = run(tiny_models(), options)
     models = limited(tiny_models(), lambda network, _: network.gradient_checkpointing or not torch.is_grad_enabled())
     found, lines = run(models, options)
-    assert lines[-1] == "memory ran out; going on with gradient checkpointing, which is slower." and alike(plain, found)
+    assert lines[-1] == "memory ran out; continuing with gradient checkpointing, which is slower." and alike(plain, found)
     assert models.ddpm.network.gradient_checkpointing is False  # a step leaves the network as it was
 
     def never(*_: Any) -> bool:
         return not torch.is_grad_enabled()
 
-    with pytest.raises(BlendedError, match=r"even with one image and one view at a time \(CUDA out of memory.*--gradient x0"):
+    message = r"even with one image and one view at a time \(CUDA out of memory.*take the gradient at x̂0"
+    with pytest.raises(BlendedError, match=message) as raised:
         run(limited(tiny_models(), never), options)
+    assert "gradient" in raised.value.options
     allowed = preset("best", gradient="unet", x0_if_needed=True, **SHORT)
     other, lines = run(limited(tiny_models(), never), allowed)
-    assert "as you allowed" in lines[-1]
+    assert "as the options allow" in lines[-1]
     assert alike(other, run(tiny_models(), preset("best", gradient="x0", **SHORT))[0]) and not alike(other, plain)
     spared = tiny_models()
     spared.limits.x0 = True
@@ -171,8 +174,8 @@ def test_others_give_up_their_room_first() -> None:
     assert models.limits == MemoryLimits() and alike(plain, found)
     models = limited(replace(tiny_models(), context=Shared()), lambda _, n: n <= 2)
     found, lines = run(models, options)
-    assert lines == ["memory ran out; going on with 2 of 4 images at once."] and alike(plain, found)
-    models.limits.forget()
+    assert lines == ["memory ran out; continuing with 2 of 4 images at once."] and alike(plain, found)
+    models.limits.reset()
     assert models.limits == MemoryLimits()
 
 
@@ -187,7 +190,7 @@ def test_a_picture_that_came_out_otherwise_says_so() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BlendedWarning)
             result = edit_picture(random_picture(SIZE, SIZE), mask, allowed.clip.prompt("a thing"), allowed, options)
-        assert any("taken at x̂0, as you allowed" in note for note in result.notes) == allowed.limits.x0 == needed
+        assert any("taken at x̂0, as the options allow" in note for note in result.notes) == allowed.limits.x0 == needed
 
 
 def test_images_that_influence_one_another_stay_together() -> None:
@@ -195,8 +198,9 @@ def test_images_that_influence_one_another_stay_together() -> None:
     plain, _ = run(tiny_models(), options)
     found, lines = run(limited(tiny_models(), views=4), options)
     assert lines and not any("images" in line for line in lines) and alike(plain, found)
-    with pytest.raises(BlendedError, match=r"batch of 4.*use --batch 1"):
+    with pytest.raises(BlendedError, match=r"batch of 4.*use a batch of 1") as raised:
         run(limited(tiny_models(), lambda _, n: n <= 2), options)
+    assert "batch" in raised.value.options
     spared = tiny_models()
     spared.limits.rows = 2  # learned by another edit
     assert alike(plain, run(spared, options)[0])

@@ -15,23 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from blended_core import edit as edit_module
 from blended_core.adm.unet import AttentionBlock, ResBlock
-from blended_core.cli import app as cli
+from blended_core.cli.edit import options_of_arguments
+from blended_core.cli.parser import build_parser
 from blended_core.clip.model import ClipModel, Prompt
 from blended_core.denoiser import DiffusionModel
 from blended_core.diffusion import DiffusionConfig, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
 from blended_core.edit import edit_picture
-from blended_core.errors import BlendedError
-from blended_core.guidance import GuidedPrediction, guided_prediction
-from blended_core.losses import d_background, d_background_reference, d_clip, range_loss
-from blended_core.mask import blend, mask_at_level
+from blended_core.errors import BlendedError, Note
+from blended_core.guidance import Guidance, GuidedPrediction
+from blended_core.losses import StepInput, background_loss, cosine_distance, range_loss, spherical_distance
+from blended_core.mask import EditMask, blend
 from blended_core.options import PRESETS, EditOptions, GuidanceOptions, preset
 from blended_core.random import SeededRandom
 from blended_core.rank import clip_distance, clip_distance_of_views, ranking, seam_energy
-from blended_core.reference import reference_index
-from blended_core.sample import Step, class_labels, edit_steps, guided_step, noise_background
-from blended_core.schedule import CLEAN, Schedule
+from blended_core.reference import batch_background_loss, reference_index, unclamped_distance
+from blended_core.sample import DISTANCES, Models, Step, class_labels, edit_steps, guidance_from, guided_step, noise_background
+from blended_core.schedule import CLEAN
 
 from . import tiny
 
@@ -40,6 +40,7 @@ CLIP = tiny.tiny_clip()
 PROMPT = CLIP.prompt("a tree")
 MASK = torch.zeros(1, 1, SIZE, SIZE)
 MASK[..., 3:13, 4:12] = 1
+EDIT_MASK = EditMask.of(MASK)
 SOURCE = tiny.random_picture(SIZE, SIZE, seed=8) * 2 - 1
 INDEX = 30
 
@@ -72,12 +73,18 @@ def noisy(batch: int, seed: int = 0) -> Tensor:
     return q_sample(SOURCE, INDEX, SeededRandom(seed).noise("start", INDEX, range(batch), (3, SIZE, SIZE)), schedule)
 
 
-def guided(model: DiffusionModel, x: Tensor, options: GuidanceOptions, clip: ClipModel = CLIP, **changes: Any) -> Any:
-    views = SeededRandom(0).views(INDEX, range(len(x)), options.views - 1, tiny.CLIP_SIZE, True) if options.views > 1 else None
-    arguments: dict[str, Any] = {
-        "clip": clip, "prompt": PROMPT, "mask": MASK, "source": SOURCE, "perceptual": tiny.rough_perceptual, "views": views, **changes,
-    }  # fmt: skip
-    return guided_prediction(model, x, INDEX, model.config.respaced(100), options, **arguments)
+def guided(
+    model: DiffusionModel,
+    x: Tensor,
+    options: GuidanceOptions,
+    clip: ClipModel | None = CLIP,
+    prompt: Prompt | None = PROMPT,
+    source: Tensor | None = SOURCE,
+    perceptual: Any = tiny.rough_perceptual,
+) -> Any:
+    """A guided prediction at INDEX of 100."""
+    guidance = guidance_from(options, Models(model, clip, perceptual), prompt)
+    return guidance(model, StepInput(x, INDEX, model.config.respaced(100), range(len(x)), SeededRandom(0), MASK, source))
 
 
 # --- one guided prediction --------------------------------------------------------------------------------------------
@@ -97,7 +104,8 @@ def test_one_forward_and_the_backward_that_was_asked_for(
     assert network.forwards == 1
     assert network.backwards == (1 if gradient == "unet" else 0)
     assert result.gradient is not None and result.gradient.abs().sum() > 0
-    assert not any(t.requires_grad for t in (result.gradient, result.prediction.x0, result.prediction.mean, result.clip_distance))
+    assert not any(t.requires_grad for t in (result.gradient, result.prediction.x0, result.prediction.mean, *result.values.values()))
+    assert set(result.values) == {"clip", "range", "background"}
     assert all(p.grad is None for p in network.parameters())
 
 
@@ -109,8 +117,8 @@ def test_a_whole_edit_runs_the_network_once_a_step(model: DiffusionModel) -> Non
     assert network.backwards == 0, "a removal needs no gradient"
     for gradient, backwards in (("unet", 3), ("x0", 0)):
         network.forwards = network.backwards = 0
-        guided = replace(options, guidance=replace(options.guidance, gradient=gradient))
-        steps = list(edit_steps(tiny.tiny_models(watched), SOURCE, MASK, PROMPT, guided, SeededRandom(0), [0, 1]))
+        changed = replace(options, guidance=replace(options.guidance, gradient=gradient))
+        steps = list(edit_steps(tiny.tiny_models(watched), SOURCE, EDIT_MASK, PROMPT, changed, SeededRandom(0), [0, 1]))
         assert network.forwards == len(steps) == 3 and network.backwards == backwards
 
 
@@ -134,7 +142,10 @@ def test_the_gradient_is_that_of_the_losses(model: DiffusionModel, gradient: str
     loss = loss + 70 * 0.5 * ((a - b).square().mean((1, 2, 3)) + tiny.rough_perceptual(a, b.expand_as(a)))
     expected = -torch.autograd.grad(loss.sum(), variable)[0]
     assert torch.allclose(result.gradient, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
-    assert torch.allclose(result.clip_distance, 0.5 * cosine.arccos().square(), atol=1e-4)
+    assert torch.allclose(result.values["clip"], 0.5 * cosine.arccos().square(), atol=1e-4)
+    assert torch.allclose(result.values["range"], ((x0.abs() - 1).clamp(min=0) ** 2).mean((1, 2, 3)), atol=1e-5)
+    expected_background = 0.5 * ((a - b).square().mean((1, 2, 3)) + tiny.rough_perceptual(a, b.expand_as(a)))
+    assert torch.allclose(result.values["background"], expected_background, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [SIZE, 4 * SIZE])
@@ -154,14 +165,12 @@ def test_chunks_of_views_change_nothing(model: DiffusionModel, gradient: str, ch
     whole = guided(model, noisy(2), GuidanceOptions(views=5, gradient=gradient))
     parts = guided(model, noisy(2), GuidanceOptions(views=5, gradient=gradient, view_chunk=chunk))
     assert torch.allclose(whole.gradient, parts.gradient, rtol=1e-3, atol=1e-5 * float(whole.gradient.abs().max()))
-    assert torch.allclose(whole.clip_distance, parts.clip_distance, atol=1e-6)
+    assert torch.allclose(whole.values["clip"], parts.values["clip"], atol=1e-6)
 
 
-def test_views_matter_and_must_be_as_many_as_said(model: DiffusionModel) -> None:
+def test_views_change_the_gradient(model: DiffusionModel) -> None:
     one, five = (guided(model, noisy(1), GuidanceOptions(views=n, range_scale=0)).gradient for n in (1, 5))
     assert float((one - five).norm() / one.norm()) > 0.05
-    with pytest.raises(BlendedError, match="5 views of 1 images need 4 warped rows; 0 were given"):
-        guided(model, noisy(1), GuidanceOptions(views=5), views=None)
 
 
 def alone_and_together(model: DiffusionModel, options: GuidanceOptions) -> float:
@@ -172,24 +181,24 @@ def alone_and_together(model: DiffusionModel, options: GuidanceOptions) -> float
 
 
 @pytest.mark.parametrize("gradient", ["unet", "x0"])
-def test_a_gradient_does_not_depend_on_its_neighbours(model: DiffusionModel, gradient: str) -> None:
+def test_a_gradient_does_not_depend_on_its_neighbors(model: DiffusionModel, gradient: str) -> None:
     options = GuidanceOptions(gradient=gradient, views=3, background_scale=1000.0)
     assert alone_and_together(model, options) < 1e-4
-    assert alone_and_together(model, replace(options, scale=0.0, background_loss="reference")) > 0.1, "METHOD row 6: there it does"
+    assert alone_and_together(model, replace(options, scale=0.0, background_loss="reference")) > 0.1, "docs/method.md, row 6: there it does"
 
 
 @pytest.mark.parametrize("prompt", [None, CLIP.prompt(""), CLIP.prompt("  ", "")])
 def test_removal_is_unguided(model: DiffusionModel, prompt: Prompt | None) -> None:
     watched, network = counted(model)
-    result = guided(watched, noisy(2), GuidanceOptions(background_scale=10.0), prompt=prompt, clip=None, views=None)
-    assert result.gradient is None and result.clip_distance is None
+    result = guided(watched, noisy(2), GuidanceOptions(background_scale=10.0), prompt=prompt, clip=None)
+    assert result.gradient is None and result.values == {}
     assert (network.forwards, network.backwards) == (1, 0)
 
 
 def test_what_is_missing_is_named(model: DiffusionModel) -> None:
     options = GuidanceOptions(views=1, background_scale=1.0)
     with pytest.raises(BlendedError, match="without a CLIP model"):
-        guided_prediction(model, noisy(1), 0, model.config.respaced(100), options, clip=None, prompt=PROMPT, mask=MASK)
+        guided(model, noisy(1), options, clip=None)
     with pytest.raises(BlendedError, match="LPIPS"):
         guided(model, noisy(1), options, perceptual=None)
     with pytest.raises(BlendedError, match="source"):
@@ -257,18 +266,20 @@ def test_guidance_options_are_checked() -> None:
 def test_distances() -> None:
     a, b = torch.tensor([[3.0, 0.0], [0.0, 0.2], [-5.0, 0.0]]), torch.tensor([1.0, 0.0])
     right = math.pi / 2
-    assert torch.allclose(d_clip(a, b, "spherical_unclamped"), torch.tensor([0.0, right**2 / 2, math.pi**2 / 2]), atol=1e-5)
-    assert torch.allclose(d_clip(a, b, "spherical"), torch.tensor([0.0, right**2 / 2, math.pi**2 / 2]), atol=1e-2)
-    assert torch.allclose(d_clip(a, b, "cosine"), torch.tensor([0.0, 1.0, 2.0]), atol=1e-6)
-    with pytest.raises(BlendedError, match="unknown CLIP distance"):
-        d_clip(a, b, "euclidean")
+    assert torch.allclose(unclamped_distance(a, b), torch.tensor([0.0, right**2 / 2, math.pi**2 / 2]), atol=1e-5)
+    assert torch.allclose(spherical_distance(a, b), torch.tensor([0.0, right**2 / 2, math.pi**2 / 2]), atol=1e-2)
+    assert torch.allclose(cosine_distance(a, b), torch.tensor([0.0, 1.0, 2.0]), atol=1e-6)
+    assert {"spherical_unclamped": unclamped_distance, "spherical": spherical_distance, "cosine": cosine_distance} == DISTANCES
+    with pytest.raises(BlendedError, match="distance is 'euclidean'; give one of spherical, cosine, spherical_unclamped") as raised:
+        GuidanceOptions(distance="euclidean")
+    assert raised.value.options == ("distance",)
 
 
 @pytest.mark.parametrize("distance", ["spherical", "cosine"])
 def test_distances_have_a_gradient_everywhere_but_at_the_goal(distance: str) -> None:
     for angle in (1e-3, 1.0, math.pi - 1e-3, math.pi):
         a = torch.tensor([[math.cos(angle), math.sin(angle)]], requires_grad=True)
-        (gradient,) = torch.autograd.grad(d_clip(a, torch.tensor([1.0, 0.0]), distance).sum(), a)
+        (gradient,) = torch.autograd.grad(DISTANCES[distance](a, torch.tensor([1.0, 0.0])).sum(), a)
         assert gradient.isfinite().all()
 
 
@@ -279,10 +290,10 @@ def test_range_and_background_losses() -> None:
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 0, 0] = 1
     none = torch.zeros(1, 3, 4, 4)
-    assert d_background(x, none, mask, tiny.rough_perceptual).tolist() == [0.0, 0.0], "what lies in the mask does not count"
-    assert float(d_background(x, none, 1 - mask, tiny.rough_perceptual)[1]) > 0
+    assert background_loss(x, none, mask, tiny.rough_perceptual).tolist() == [0.0, 0.0], "what lies in the mask does not count"
+    assert float(background_loss(x, none, 1 - mask, tiny.rough_perceptual)[1]) > 0
     source = torch.ones(1, 3, 4, 4)
-    assert float(d_background_reference(source, source, mask, tiny.rough_perceptual, 0, 16)) == pytest.approx(1.0), (
+    assert float(batch_background_loss(source, source, mask, tiny.rough_perceptual, 0, 16)) == pytest.approx(1.0), (
         "the source is not masked"
     )
 
@@ -294,7 +305,7 @@ def test_range_and_background_losses() -> None:
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20), st.integers(0, 99))
 def test_a_soft_mask_opens_as_noise_goes(values: list[float], start: int) -> None:
     mask = torch.tensor(values).view(1, 1, 1, -1)
-    levels = [mask_at_level(mask, index, start, True) for index in range(start, -1, -1)]
+    levels = [EditMask.of(mask, "soft").at_level(index, start) for index in range(start, -1, -1)]
     for level in levels:
         assert set(level.unique().tolist()) <= {0.0, 1.0}
         assert (level[mask == 0] == 0).all(), "0 is never edited"
@@ -305,16 +316,17 @@ def test_a_soft_mask_opens_as_noise_goes(values: list[float], start: int) -> Non
     order = mask.flatten().argsort()
     free = sum(levels).flatten()[order]  # type: ignore[union-attr]
     assert (free.diff() >= 0).all(), "the lighter, the longer"
-    assert torch.equal(mask_at_level(mask, 3, start, False), mask)
+    binary = EditMask.of(mask)
+    assert all(torch.equal(binary.at_level(index, start), (mask >= 0.5).to(mask)) for index in range(start + 1)), "the same at every level"
 
 
-def test_a_half_grey_pixel_is_free_for_half_of_the_steps() -> None:
-    free = [float(mask_at_level(torch.tensor([0.5]), index, 99, True)) for index in range(100)]
+def test_a_half_gray_pixel_is_free_for_half_of_the_steps() -> None:
+    free = [float(EditMask.of(torch.full((1, 1, 1, 1), 0.5), "soft").at_level(index, 99)) for index in range(100)]
     assert sum(free) == 50 and free[0] == 1 and free[49] == 1 and free[50] == 0
 
 
-def run_loop(options: EditOptions, mask: Tensor = MASK, prompt: Prompt | None = None, images: tuple[int, ...] = (0, 1)) -> Iterator[Step]:
-    return edit_steps(tiny.tiny_models(), SOURCE, mask, prompt, options, SeededRandom(5), images)
+def run_loop(options: EditOptions, prompt: Prompt | None = None, images: tuple[int, ...] = (0, 1)) -> Iterator[Step]:
+    return edit_steps(tiny.tiny_models(), SOURCE, EDIT_MASK, prompt, options, SeededRandom(5), images)
 
 
 @pytest.mark.parametrize(("level", "offset"), [("matched", 0), ("one_off", 1)])
@@ -339,13 +351,13 @@ def test_the_background_has_the_level_that_was_asked_for(level: str, offset: int
 
 def test_algorithm_1_blends_nothing() -> None:
     """Its steps are the guided steps alone, and its background drifts unless it is put back."""
-    models, draws = tiny.tiny_models(), SeededRandom(5)
+    models, random = tiny.tiny_models(), SeededRandom(5)
     options = preset("best", algorithm="local", steps="4", views=1, candidates=1)
     schedule = models.ddpm.config.respaced("4")
-    x = noise_background(SOURCE, 2, schedule, draws, [0], "start")
+    x = noise_background(SOURCE, 2, schedule, random, [0], "start")
     for index, step in zip((2, 1, 0), run_loop(options, prompt=PROMPT, images=(0,)), strict=True):
         with torch.no_grad():
-            x = guided_step(models, x, index, schedule, options, PROMPT, MASK, draws, [0], SOURCE).x
+            x = guided_step(models, x, index, schedule, options, PROMPT, MASK, random, [0], SOURCE).x
         assert torch.equal(step.x, x)
     picture = (SOURCE + 1) / 2
     outside = (MASK == 0).expand_as(picture)
@@ -365,7 +377,7 @@ def test_algorithm_1_asks_for_the_background() -> None:
     away = []
     for scale in (0.0, 300.0, 3000.0):
         options = preset("best", algorithm="local", steps="50", strength=0.5, views=1, background_scale=scale, reference_size=0)
-        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0]))[-1]
+        last = list(edit_steps(models, SOURCE, EDIT_MASK, PROMPT, options, SeededRandom(0), [0]))[-1]
         away.append(float(((last.x - SOURCE) * (1 - MASK)).square().mean()))
     assert away[0] > 1.05 * away[1] > 1.1 * away[2]
     assert preset("best", algorithm="local").guidance.background_scale == 1000
@@ -377,7 +389,7 @@ def test_guidance_reaches_its_prompt() -> None:
     distances = {}
     for scale in (0.0, 1000.0):
         options = preset("best", steps="50", views=1, scale=scale)
-        last = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0, 1, 2]))[-1]
+        last = list(edit_steps(models, SOURCE, EDIT_MASK, PROMPT, options, SeededRandom(0), [0, 1, 2]))[-1]
         distances[scale] = clip_distance(last.x, MASK, CLIP, PROMPT)
     assert (distances[1000.0] < 0.7 * distances[0.0]).all()
 
@@ -431,13 +443,13 @@ def test_ddim_with_eta_1_is_the_posterior(index: int) -> None:
 
 
 @pytest.mark.parametrize(("sampler", "eta", "noisy_steps"), [("ddpm", 0.0, [3, 2, 1]), ("ddim", 0.0, []), ("ddim", 0.3, [3, 2, 1])])
-def test_noise_is_drawn_only_where_it_is_used(sampler: str, eta: float, noisy_steps: list[int]) -> None:
-    draws = tiny.Recorded()
+def test_random_numbers_are_drawn_only_where_they_are_used(sampler: str, eta: float, noisy_steps: list[int]) -> None:
+    random = tiny.Recorded()
     options = preset("best", steps="4", strength=1.0, sampler=sampler, eta=eta)
-    list(edit_steps(tiny.tiny_models(), SOURCE, MASK, None, options, draws, [2, 3]))
-    assert [step for purpose, step, _ in draws.asked if purpose == "step"] == noisy_steps
-    assert [(p, s) for p, s, _ in draws.asked if p != "step"] == [("start", 3), ("background", 2), ("background", 1), ("background", 0)]
-    assert {images for _, _, images in draws.asked} == {(2, 3)}
+    list(edit_steps(tiny.tiny_models(), SOURCE, EDIT_MASK, None, options, random, [2, 3]))
+    assert [level for purpose, level, _ in random.asked if purpose == "step"] == noisy_steps
+    assert [(p, s) for p, s, _ in random.asked if p != "step"] == [("start", 3), ("background", 2), ("background", 1), ("background", 0)]
+    assert {images for _, _, images in random.asked} == {(2, 3)}
 
 
 def test_ddpm_moves_along_the_gradient_by_the_variance(model: DiffusionModel) -> None:
@@ -455,10 +467,12 @@ def test_ddpm_moves_along_the_gradient_by_the_variance(model: DiffusionModel) ->
 
 def test_classes() -> None:
     model = tiny.tiny_model(num_classes=5)
-    cpu = torch.device("cpu")
+
+    def step_at(index: int, images: tuple[int, ...]) -> StepInput:
+        return StepInput(torch.zeros(len(images), 3, SIZE, SIZE), index, model.config.respaced(100), images, SeededRandom(1), MASK)
 
     def labels(choice: str | int, index: int = 7, images: tuple[int, ...] = (0, 1, 2)) -> Tensor | None:
-        return class_labels(model, choice, index, SeededRandom(1), images, cpu)
+        return class_labels(model, choice, step_at(index, images))
 
     assert torch.equal(labels("zero"), torch.zeros(3, 4 * 32))
     assert labels(4).tolist() == [4, 4, 4]
@@ -468,13 +482,13 @@ def test_classes() -> None:
     for wrong in (5, -1):
         with pytest.raises(BlendedError, match=rf"class {wrong} does not exist; the model has classes 0 to 4"):
             labels(wrong)
-    assert class_labels(tiny.tiny_model(), "random", 0, SeededRandom(1), [0], cpu) is None
+    assert class_labels(tiny.tiny_model(), "random", step_at(0, (0,))) is None
     with pytest.raises(BlendedError, match="class_choice"):
         EditOptions(class_choice="dog")
     results = {}
     for choice in ("zero", "random", 0, 3):
         options = preset("best", steps="3", class_choice=choice)
-        results[choice] = list(edit_steps(tiny.tiny_models(model), SOURCE, MASK, None, options, SeededRandom(0), [0]))[-1].x
+        results[choice] = list(edit_steps(tiny.tiny_models(model), SOURCE, EDIT_MASK, None, options, SeededRandom(0), [0]))[-1].x
     values = list(results.values())
     assert all(not torch.equal(values[i], values[j]) for i in range(4) for j in range(i)), "a class must reach the network"
 
@@ -483,7 +497,7 @@ def test_classes() -> None:
 @given(st.integers(1, 1000), st.data())
 def test_skip_and_strength_say_the_same(total: int, data: st.DataObject) -> None:
     skip = data.draw(st.integers(0, total - 1))
-    options = cli._options(cli.build_parser().parse_args(["edit", "x.png", "--steps", str(total), "--skip", str(skip)]))
+    options = options_of_arguments(build_parser().parse_args(["edit", "x.png", "--steps", str(total), "--skip", str(skip)]))
     schedule = DiffusionConfig().respaced(options.steps)
     assert len(schedule) == total
     assert schedule.start_index(options.strength) == total - skip - 1
@@ -497,7 +511,7 @@ def test_strength(strength: float, start: int) -> None:
 @pytest.mark.parametrize("arguments", [["--skip", "100"], ["--skip", "-1"], ["--skip", "3", "--strength", "0.5"]])
 def test_skip_is_checked(arguments: list[str]) -> None:
     with pytest.raises(BlendedError, match="--skip"):
-        cli._options(cli.build_parser().parse_args(["edit", "x.png", *arguments]))
+        options_of_arguments(build_parser().parse_args(["edit", "x.png", *arguments]))
 
 
 @pytest.mark.parametrize("respacing", ["1000", "100", "50", "25", "ddim25", "ddim50", "250"])
@@ -523,10 +537,10 @@ def test_guidance_moves_a_ddim_step_as_far_as_a_ddpm_step(monkeypatch: pytest.Mo
     """One of 250 steps with a pull that is the same everywhere, and without."""
     pull = 0.0
 
-    def pulled(network: DiffusionModel, x: Tensor, index: int, schedule: Schedule, *_: Any, **__: Any) -> GuidedPrediction:
-        return GuidedPrediction(network.predict(x, index, schedule), torch.full_like(x, pull))
+    def pulled(_: Guidance, network: DiffusionModel, step: StepInput, labels: Tensor | None = None) -> GuidedPrediction:
+        return GuidedPrediction(network.predict(step.x, step.index, step.schedule), torch.full_like(step.x, pull))
 
-    monkeypatch.setattr(edit_module, "guided_prediction", pulled)
+    monkeypatch.setattr(Guidance, "__call__", pulled)
     models = tiny.tiny_models(tiny.gaussian_model())
     x = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     moved = {}
@@ -619,7 +633,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     def run(**changes: Any) -> tuple[list[bool], list[int]]:
         asked.clear()
         options = preset("best", **{"steps": "10", "strength": 1.0, "views": 6, **changes})
-        steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0]))
+        steps = list(edit_steps(models, SOURCE, EDIT_MASK, PROMPT, options, SeededRandom(0), [0]))
         assert all((s.gradient is None) == (s.clip_distance is None) for s in steps)
         return [s.gradient is not None for s in steps], list(asked)
 
@@ -627,11 +641,11 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     assert run(start=0.2, end=0.7) == ([False] * 2 + [True] * 5 + [False] * 3, [6] * 5)
     assert run(early_views=2) == ([True] * 10, [2] * 5 + [6] * 5)
     unguided = preset("best", steps="10", strength=1.0, start=0.95, end=0.99)  # between two levels
-    parted = list(edit_steps(models, SOURCE, MASK, PROMPT, unguided, SeededRandom(0), [0]))
-    removal = list(edit_steps(models, SOURCE, MASK, None, unguided, SeededRandom(0), [0]))
+    parted = list(edit_steps(models, SOURCE, EDIT_MASK, PROMPT, unguided, SeededRandom(0), [0]))
+    removal = list(edit_steps(models, SOURCE, EDIT_MASK, None, unguided, SeededRandom(0), [0]))
     assert all(torch.equal(a.x, b.x) for a, b in zip(parted, removal, strict=True))
     for wrong in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.5}):
-        with pytest.raises(BlendedError, match="a start below the end|start is|end is"):
+        with pytest.raises(BlendedError, match=r"a start below the end|start is|end is"):
             GuidanceOptions(**wrong)
     with pytest.raises(BlendedError, match="early_views is -1"):
         GuidanceOptions(early_views=-1)
@@ -641,7 +655,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
     models = replace(models, perceptual=tiny.rough_perceptual)
     asked.clear()
     options = preset("best", algorithm="local", steps="10", strength=1.0, views=6, end=0.5)
-    steps = list(edit_steps(models, SOURCE, MASK, PROMPT, options, SeededRandom(0), [0]))
+    steps = list(edit_steps(models, SOURCE, EDIT_MASK, PROMPT, options, SeededRandom(0), [0]))
     assert asked == [6] * 5 and all(s.gradient is not None for s in steps), "the background is kept at every level"
 
 
@@ -655,7 +669,7 @@ def test_sizes_that_do_not_fit_are_a_sentence(model: DiffusionModel) -> None:
 
 
 def test_presets_are_those_of_the_method() -> None:
-    """METHOD §2, row by row: (official, paper, best)."""
+    """docs/method.md, row by row: (official, paper, best)."""
     rows: dict[str, tuple[Any, Any, Any]] = {
         "background_level": ("one_off", "matched", "matched"),
         "guidance.gradient": ("unet", "x0", "x0"),
@@ -697,12 +711,12 @@ def test_options_survive_a_report() -> None:
     for name in PRESETS:
         options = preset(name, seed=2**64 - 1, clamp=0.5, class_choice=3, feather=2)
         assert EditOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
-    with pytest.raises(BlendedError, match="unknown option colour"):
-        EditOptions.from_dict({"colour": 1})
-    with pytest.raises(BlendedError, match="unknown guidance option colour"):
-        EditOptions.from_dict({"guidance": {"colour": 1}})
-    with pytest.raises(BlendedError, match="unknown option colour"):
-        preset("best", colour=1)
+    with pytest.raises(BlendedError, match="unknown option color"):
+        EditOptions.from_dict({"color": 1})
+    with pytest.raises(BlendedError, match="unknown guidance option color"):
+        EditOptions.from_dict({"guidance": {"color": 1}})
+    with pytest.raises(BlendedError, match="unknown option color"):
+        preset("best", color=1)
     with pytest.raises(BlendedError, match="unknown preset 'worst'; known are best, fast, paper, official"):
         preset("worst")
 
@@ -750,29 +764,31 @@ def test_seam_energy_sees_a_seam() -> None:
     mask = torch.zeros(1, 1, 20, 20)
     mask[..., 5:15, 5:15] = 1
     ramp = torch.linspace(0, 1, 20).expand(1, 3, 20, 20)
-    assert seam_energy(ramp, mask) == pytest.approx(0, abs=1e-6), "a slope is no seam"
-    assert seam_energy(0.1 + 0 * ramp + mask * 0.4, mask) == pytest.approx(0.4, abs=0.001)
-    assert seam_energy(ramp, torch.ones_like(mask)) == 0
+    assert seam_energy(ramp, EditMask.of(mask)) == pytest.approx(0, abs=1e-6), "a slope is no seam"
+    assert seam_energy(0.1 + 0 * ramp + mask * 0.4, EditMask.of(mask)) == pytest.approx(0.4, abs=0.001)
+    assert seam_energy(ramp, EditMask.of(torch.ones_like(mask))) == 0
 
 
-def note_of(**changes: Any) -> list[str]:
+def notes_of(**changes: Any) -> list[Note]:
     models = tiny.tiny_models(tiny.gaussian_model())
     result = edit_picture((SOURCE + 1) / 2, MASK, PROMPT, models, preset("best", **{"steps": "40", "views": 1, "candidates": 2, **changes}))
     return result.notes
 
 
-def test_a_run_says_when_guidance_changed_nothing() -> None:
-    (note,) = note_of(scale=0.0, range_scale=0.0)
-    assert note.startswith("Guidance changed nothing") and "the guidance scale is 0" in note
-    (note,) = note_of(scale=1e-6, range_scale=0.0, strength=0.05)
-    assert "raise --guidance-scale, now 1e-06" in note and "at strength 0.05 little can change" in note
-    (note,) = note_of(strength=0.2, end=0.8)
-    assert "guidance works from 0 to 0.8 of the levels, and strength 0.2 begins after that" in note and "--guidance-scale" not in note
+def test_a_run_says_when_guidance_had_no_effect() -> None:
+    (note,) = notes_of(scale=0.0, range_scale=0.0)
+    assert note.startswith("Guidance had no effect") and "the guidance scale is 0" in note and note.options == ("scale",)
+    (note,) = notes_of(scale=1e-6, range_scale=0.0, strength=0.05)
+    assert "raise the guidance scale, now 1e-06" in note and "at strength 0.05 little can change" in note
+    assert note.options == ("scale", "strength")
+    (note,) = notes_of(strength=0.2, end=0.8)
+    assert "guidance acts from 0 to 0.8 of the levels, and strength 0.2 begins after that" in note
+    assert "scale" not in note and set(note.options) == {"strength", "end"}
 
 
 def test_an_edit_that_worked_says_nothing() -> None:
-    assert note_of() == []
-    assert note_of(gradient="x0") == []
+    assert notes_of() == []
+    assert notes_of(gradient="x0") == []
 
 
 def test_a_removal_says_nothing_of_guidance() -> None:

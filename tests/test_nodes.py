@@ -1,4 +1,4 @@
-"""The nodes in a real ComfyUI, driven through its server as a page drives them."""
+"""The nodes in a real ComfyUI, run through its server as the web page runs them."""
 
 from __future__ import annotations
 
@@ -131,12 +131,48 @@ def test_the_schema_is_the_locked_one(comfyui: Server) -> None:
     assert differences(json.loads(LOCK.read_text(encoding="utf-8")), found) == []
 
 
+def english_texts(server: Server) -> dict[str, Any]:
+    """The names and tooltips of all nodes of the pack, in the format of locales/en/nodeDefs.json."""
+
+    def texts(inputs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for group, specs in inputs.items():
+            for name, spec in specs.items() if group != "hidden" else ():
+                out[prefix + name] = {"name": name, "tooltip": spec[1]["tooltip"]}
+                for option in spec[1].get("options", []):
+                    out |= texts(option["inputs"], f"{name}_") if isinstance(option, dict) else {}
+        return out
+
+    return {
+        name: {
+            "display_name": info["display_name"],
+            "description": info["description"],
+            "inputs": texts(info["input"]),
+            "outputs": {
+                str(i): {"name": output, "tooltip": tooltip}
+                for i, (output, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
+            },
+        }
+        for name, info in server.get("/object_info").items()
+        if name.startswith("Blended")
+    }
+
+
+def test_the_english_locale_has_the_texts_of_the_schema(comfyui: Server) -> None:
+    file = ROOT / "locales" / "en" / "nodeDefs.json"
+    found = english_texts(comfyui)
+    if os.environ.get("BLENDED_WRITE_LOCALE"):
+        file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert differences(json.loads(file.read_text(encoding="utf-8")), found) == [], "write it with BLENDED_WRITE_LOCALE=1"
+
+
 def test_the_schema_is_what_execute_takes() -> None:
     command = [interpreter(), str(ROOT / "tests" / "contract.py")]
     run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=300, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.splitlines()[-1])
     assert told["differences"] == []
+    assert told["controls"] == [], "a message must not name an input that no node has"
     assert sorted(told["nodes"]) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
 
 
@@ -162,9 +198,12 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
     assert needed["x0"] < needed["unet"]
     assert len(told["told and taken"]) == 4
     for way, (said, taken) in told["told and taken"].items():
-        assert taken <= said <= 2.5 * taken, (way, said / taken)
-    assert told["lines"] == ["Blended Diffusion: memory ran out; use “view chunk”."] and told["during"] == 1, "said at once, not at the end"
-    assert told["others"] == ["of another library"] and told["error"] == "try “dtype” bf16"
+        # What a convolution in bfloat16 takes depends on the processor.
+        assert taken <= said <= 3 * taken, (way, said / taken)
+    assert told["lines"] == ["Blended Diffusion: memory ran out (input “view_chunk” of Guidance Options)."] and told["during"] == 1, (
+        "said at once, not at the end"
+    )
+    assert told["others"] == ["of another library"] and told["error"] == "memory ran out (input “precision”)."
 
 
 def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> None:
@@ -314,7 +353,7 @@ def test_a_changed_seed_runs_only_what_depends_on_it(comfyui: Server) -> None:
     assert set(changed.executed) == {"sampler", "save", "text"}
 
 
-def test_an_overwritten_checkpoint_is_loaded_anew(comfyui: Server) -> None:
+def test_an_overwritten_checkpoint_is_loaded_again(comfyui: Server) -> None:
     folder = comfyui.folder / "models" / "ddpm"
     folder.mkdir(exist_ok=True)
     data = (ROOT / "blended_core" / "toy" / "data" / "ddpm.safetensors").read_bytes()
@@ -331,7 +370,7 @@ def test_an_overwritten_checkpoint_is_loaded_anew(comfyui: Server) -> None:
     assert "mine.safetensors" in comfyui.run(prompt).sentence
 
 
-def test_the_list_shows_what_may_be_a_checkpoint_and_a_saved_workflow_is_told_the_rest(comfyui: Server) -> None:
+def test_the_list_omits_files_that_are_no_checkpoint_and_a_saved_workflow_gets_an_error(comfyui: Server) -> None:
     from safetensors.torch import save_file
 
     folder = comfyui.folder / "models" / "ddpm"
@@ -350,11 +389,11 @@ def test_the_list_shows_what_may_be_a_checkpoint_and_a_saved_workflow_is_told_th
     told = [m for m in outcome.previews if b"found by trying" in m]
     assert told and b"of no published family" in told[0], "Load DDPM shows nothing on itself"
     prompt["ddpm"]["inputs"]["checkpoint"] = "gone.safetensors"
-    with pytest.raises(AssertionError, match=r"no .gone\.safetensors. in .*put the file there"):
+    with pytest.raises(AssertionError, match=r".gone\.safetensors. is not in .*put the file there"):
         comfyui.run(prompt)
 
 
-def test_trying_out_a_checkpoint_shows_its_progress_and_can_be_cancelled(comfyui: Server) -> None:
+def test_probing_a_checkpoint_shows_its_progress_and_can_be_canceled(comfyui: Server) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = comfyui.folder / "models" / "ddpm"
@@ -544,7 +583,7 @@ def test_models_of_other_sizes_work_in_every_node(comfyui: Server, size: int) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_precision(comfyui: Server, precision: str) -> None:
+def test_every_precision_gives_nearly_the_same_image(comfyui: Server, precision: str) -> None:
     prompt = sampler(scene(), candidates=1)
     reference = comfyui.pictures(comfyui.run(prompt), "save")[0].astype(int)
     prompt["ddpm"]["inputs"]["precision"] = precision
@@ -561,7 +600,7 @@ def test_ranking_sorts_as_the_sampler_does(comfyui: Server) -> None:
     np.testing.assert_array_equal(comfyui.pictures(outcome, "best")[0], comfyui.pictures(outcome, "save")[0])
 
 
-def test_plain_latents_are_blended_plainly(comfyui: Server) -> None:
+def test_latents_without_a_level_are_blended_as_they_are(comfyui: Server) -> None:
     prompt = scene()
     for name in ("a", "b"):
         prompt[name] = core("EmptyLatentImage", width=64, height=64, batch_size=1)
@@ -574,12 +613,12 @@ WRONG: list[tuple[str, Any, str]] = [
     (
         "an empty mask",
         lambda p: p["start"]["inputs"].update({"mode.mask": ["nothing", 0]}),
-        "the MASK is empty (1×64×64, all 0): nothing would be edited. Paint white where the picture should change",
+        "the MASK is empty (1×64×64, all 0), so nothing would be edited. Paint white where the image should change",
     ),
     (
         "no mask with a prompt",
         lambda p: p["start"]["inputs"].pop("mode.mask"),
-        "CLIP Guidance Step has a prompt and no mask, so it does not know where to draw",
+        "CLIP Guidance Step has a prompt and no mask; connect a MASK",
     ),
     (
         "a background of another level",
@@ -589,12 +628,12 @@ WRONG: list[tuple[str, Any, str]] = [
     (
         "a plain LATENT where a level is needed",
         lambda p: p["step"]["inputs"].update(latent=["plain", 0]),
-        "CLIP Guidance Step needs a LATENT that knows its noise level, and this one (1×4×8×8) does not: begin with Noise Background",
+        "CLIP Guidance Step needs a LATENT with a known noise level, and this one (1×4×8×8) has none; start with Noise Background",
     ),
     (
         "a plain background",
         lambda p: p["blend"]["inputs"].update(background=["plain", 0]),
-        "the background does not know its noise level and the other LATENT does",
+        "the background has no known noise level and the foreground has one",
     ),
     (
         "a noisy LATENT at Final Paste",
@@ -604,27 +643,27 @@ WRONG: list[tuple[str, Any, str]] = [
     (
         "another original",
         lambda p: p["paste"]["inputs"].update(original=["wide", 0]),
-        "the original is 96×64 and the edit was made of a picture of 64×64",
+        "the original is 96×64 and the edit was started with an image of 64×64",
     ),
     (
         "another background picture",
         lambda p: p["background"]["inputs"].update(image=["wide", 0]),
-        "the picture is 96×64 and the edit was begun with one of 64×64; scale it",
+        "the image is 96×64 and the edit was started with an image of 64×64",
     ),
     (
         "samples that were changed",
         lambda p: p["begin"]["inputs"].update(latent=["scaled", 0]),
-        "row 1, 2 of the 2 in the LATENT at CLIP Guidance Step is not what its note (level 5 of 6",
+        "row 1, 2 of 2 in the LATENT at CLIP Guidance Step does not match its recorded noise level (level 5 of 6",
     ),
     (
         "a loop without a step",
         lambda p: p["end"]["inputs"].update(latent=["begin", 1]),
-        "the loop does not come nearer to the picture: its round began and ended at level 5 of 6",
+        "the loop does not reduce the noise: an iteration started and ended at level 5 of 6",
     ),
     (
         "a clean LATENT in a step",
         lambda p: p["step"]["inputs"].update(latent=["clean", 0]),
-        "no noise is left to take away",
+        "CLIP Guidance Step got a clean LATENT, which has no noise to remove",
     ),
     (
         "an IMAGE without a mask",
@@ -645,7 +684,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("what", "break_it", "sentence"), WRONG, ids=[w[0] for w in WRONG])
-def test_wrong_wiring_gets_a_sentence(comfyui: Server, what: str, break_it: Any, sentence: str) -> None:
+def test_wrong_connections_get_an_error_message(comfyui: Server, what: str, break_it: Any, sentence: str) -> None:
     prompt = loop({**scene(), "start": start()})
     prompt["wide"] = node("DemoScene", background="lake", width=96)
     prompt["plain"] = core("EmptyLatentImage", width=64, height=64, batch_size=1)

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from blended_core.cli.app import build_parser
+from blended_core.cli.parser import build_parser
 from blended_core.toy.world import BACKGROUNDS, OBJECTS, demo_scene
 
 if sys.version_info >= (3, 11):
@@ -23,6 +24,15 @@ else:
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+
+
+def script(name: str) -> Any:
+    """A script of the folder docs, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def flags_of_parser() -> set[str]:
@@ -106,6 +116,16 @@ def test_import_is_light() -> None:
     assert out.stdout.strip() == "[]"
 
 
+def test_help_is_light() -> None:
+    code = "import sys; from blended_core.cli.parser import build_parser; build_parser(); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "False"
+
+
+def test_the_page_of_options_is_current() -> None:
+    assert script("make_options").page() == (ROOT / "docs" / "options.md").read_text("utf-8"), "run: python docs/make_options.py"
+
+
 def test_public_names_all_resolve() -> None:
     import blended_core
 
@@ -137,11 +157,7 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(tomllib is None, reason="tomllib came with Python 3.11")
 def test_publishing_adds_the_addresses_that_the_registry_wants() -> None:
-    path = ROOT / "docs" / "addresses.py"
-    spec = importlib.util.spec_from_file_location("addresses", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("addresses")
     published = tomllib.loads(module.with_addresses((ROOT / "pyproject.toml").read_text("utf-8"), "someone/fork", "abc123"))
     assert published["project"]["urls"]["Repository"] == "https://github.com/someone/fork"
     for key in ("Icon", "Banner"):

@@ -1,4 +1,4 @@
-"""Randomness: a draw depends on its name alone, and so a candidate on seed and number alone."""
+"""Random numbers depend on the name of their stream alone, and so a candidate on its seed and its number alone."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ TOLERANCE = 2e-4
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, PURPOSES, st.integers(0, 999), st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True), st.randoms())
-def test_a_draw_depends_on_neither_batch_nor_order(seed: int, purpose: str, step: int, images: list[int], shuffler: object) -> None:
-    draws = SeededRandom(seed)
-    together = draws.noise(purpose, step, images, SHAPE)
+def test_random_numbers_depend_on_neither_batch_nor_order(seed: int, purpose: str, level: int, images: list[int], shuffler: object) -> None:
+    random = SeededRandom(seed)
+    together = random.noise(purpose, level, images, SHAPE)
     assert together.shape == (len(images), *SHAPE) and together.dtype == torch.float32 and together.device.type == "cpu"
     torch.manual_seed(seed % 1000)  # the global generator has no part in it
     for row, image in reversed(list(enumerate(images))):
-        assert torch.equal(SeededRandom(seed).noise(purpose, step, [image], SHAPE)[0], together[row])
+        assert torch.equal(SeededRandom(seed).noise(purpose, level, [image], SHAPE)[0], together[row])
     other = list(images)
     shuffler.shuffle(other)  # type: ignore[attr-defined]
-    assert torch.equal(draws.noise(purpose, step, other, SHAPE), together[[images.index(i) for i in other]])
+    assert torch.equal(random.noise(purpose, level, other, SHAPE), together[[images.index(i) for i in other]])
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(SEEDS, PURPOSES, st.integers(0, 999), st.integers(0, 10**6)), min_size=2, max_size=6, unique=True)
 )  # fmt: skip
-def test_other_names_give_other_draws(names: list[tuple[int, str, int, int]]) -> None:
-    rows = [SeededRandom(seed).noise(purpose, step, [image], SHAPE) for seed, purpose, step, image in names]
+def test_other_names_give_other_random_numbers(names: list[tuple[int, str, int, int]]) -> None:
+    rows = [SeededRandom(seed).noise(purpose, level, [image], SHAPE) for seed, purpose, level, image in names]
     for i, a in enumerate(rows):
         assert not any(torch.equal(a, b) for b in rows[:i])
 
@@ -53,6 +53,35 @@ def test_names_cannot_run_together() -> None:
     """1 and 11 must not meet 11 and 1."""
     assert not torch.equal(SeededRandom(1).noise("step", 11, [1], SHAPE), SeededRandom(1).noise("step", 1, [11], SHAPE))
     assert not torch.equal(SeededRandom(1).noise("step", 1, [1], SHAPE), SeededRandom(11).noise("step", 1, [1], SHAPE))
+
+
+@pytest.mark.parametrize("purpose", ["start", "step", "background", "views", "class"])
+def test_a_window_and_a_visit_change_the_numbers_and_none_keeps_them(purpose: str) -> None:
+    plain = SeededRandom(4)
+    assert SeededRandom(4, window=None, visit=None) == plain == plain.at() == plain.at(3, 2).at()
+    named = [
+        plain,
+        plain.at(window=0),
+        plain.at(window=1),
+        plain.at(visit=0),
+        plain.at(visit=1),
+        plain.at(0, 0),
+        plain.at(0, 1),
+        plain.at(1, 0),
+    ]
+    rows = [random.noise(purpose, 5, [2], SHAPE) for random in named]
+    assert torch.equal(rows[0], SeededRandom(4, None, None).noise(purpose, 5, [2], SHAPE))
+    for i, a in enumerate(rows):
+        assert torch.equal(a, named[i].noise(purpose, 5, [2], SHAPE))
+        assert not any(torch.equal(a, b) for b in rows[:i])
+
+
+def test_a_window_and_a_visit_reach_labels_and_views() -> None:
+    plain = SeededRandom(4)
+    for other in (plain.at(window=0), plain.at(visit=0)):
+        assert not torch.equal(plain.labels(5, range(40), 1000), other.labels(5, range(40), 1000))
+        assert not torch.equal(plain.views(5, [0], 4, 16, True).affine, other.views(5, [0], 4, 16, True).affine)
+    assert torch.equal(plain.labels(5, range(40), 1000), plain.at().labels(5, range(40), 1000))
 
 
 def test_noise_is_standard_normal() -> None:
@@ -71,7 +100,7 @@ def test_a_seed_keeps_its_meaning() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64, -(2**70)])
 def test_seeds_have_bounds(seed: int) -> None:
-    with pytest.raises(BlendedError, match=rf"the seed is {seed}; give a whole number from 0 to {MAX_SEED}"):
+    with pytest.raises(BlendedError, match=rf"seed is {seed}; give a whole number from 0 to {MAX_SEED}"):
         SeededRandom(seed)
     with pytest.raises(BlendedError, match="seed is"):
         preset("best", seed=seed)
@@ -95,14 +124,14 @@ def test_labels_reach_all_classes() -> None:
 
 
 def test_view_parameters_belong_to_the_image() -> None:
-    draws = SeededRandom(9)
-    together = draws.views(4, [0, 1, 2], 5, 16, True)
+    random = SeededRandom(9)
+    together = random.views(4, [0, 1, 2], 5, 16, True)
     assert len(together) == 15
     for image in range(3):
-        alone = draws.views(4, [image], 5, 16, True)
+        alone = random.views(4, [image], 5, 16, True)
         for name in ("affine_gate", "affine", "perspective_gate", "perspective"):
             assert torch.equal(getattr(together, name)[image::3], getattr(alone, name)), "rows run image fastest"
-    assert not torch.equal(together.affine, draws.views(5, [0, 1, 2], 5, 16, True).affine)
+    assert not torch.equal(together.affine, random.views(5, [0, 1, 2], 5, 16, True).affine)
 
 
 def moved(matrices: Tensor, points: Tensor) -> Tensor:
@@ -175,11 +204,11 @@ def run(
     seen: dict[tuple[str, int, int], Tensor] = {}
 
     class Watched(SeededRandom):
-        def noise(self, purpose: str, step: int, images: object, shape: tuple[int, ...]) -> Tensor:
-            rows = super().noise(purpose, step, images, shape)  # type: ignore[arg-type]
+        def noise(self, purpose: str, level: int, images: object, shape: tuple[int, ...]) -> Tensor:
+            rows = super().noise(purpose, level, images, shape)  # type: ignore[arg-type]
             for image, row in zip(images, rows, strict=True):  # type: ignore[call-overload]
-                assert (purpose, step, image) not in seen or torch.equal(seen[purpose, step, image], row)
-                seen[purpose, step, image] = row
+                assert (purpose, level, image) not in seen or torch.equal(seen[purpose, level, image], row)
+                seen[purpose, level, image] = row
             return rows
 
     monkeypatch.setattr(edit_module, "SeededRandom", Watched)
@@ -195,7 +224,7 @@ def by_number(result: EditResult) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"sampler": "ddim", "eta": 0.5}, {"background_noise": "shared"}, {"algorithm": "local"}])
-def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]) -> None:
+def test_the_batch_size_changes_nothing(monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]) -> None:
     whole, drawn = run(monkeypatch, 4, 4, **changes)
     for batch in (1, 2, 3):
         other, redrawn = run(monkeypatch, 4, batch, **changes)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from blended_core.edit import choose_region, edit_picture
 from blended_core.errors import BlendedError
+from blended_core.mask import EditMask
 from blended_core.options import preset
-from blended_core.reference import WholePicture
-from blended_core.region import SMALLEST, SNAP, Region, bounds, region_around
+from blended_core.reference import SquashedPicture
+from blended_core.region import SMALLEST, SNAP, Region, region_around
 
 from . import tiny
 
@@ -37,11 +37,12 @@ def rectangles(draw: st.DrawFn, longest: int = 300) -> tuple[int, int, list[tupl
     return height, width, boxes
 
 
-def painted(height: int, width: int, boxes: list[tuple[int, int, int, int]], value: float = 1.0) -> Tensor:
+def painted(height: int, width: int, boxes: list[tuple[int, int, int, int]]) -> EditMask:
+    """A binary mask with 1 in the boxes."""
     mask = torch.zeros(1, 1, height, width)
     for top, left, bottom, right in boxes:
-        mask[..., top:bottom, left:right] = value
-    return mask
+        mask[..., top:bottom, left:right] = 1
+    return EditMask.of(mask)
 
 
 @settings(max_examples=300, deadline=None)
@@ -50,7 +51,8 @@ def test_the_region_holds_the_mask_and_lies_in_the_picture(
     case: tuple[int, int, list[tuple[int, int, int, int]]], size: int, context: float, soft: bool
 ) -> None:
     height, width, boxes = case
-    region = region_around(painted(height, width, boxes, 0.3 if soft else 1.0), size, context, soft)
+    mask = painted(height, width, boxes)
+    region = region_around(EditMask.of(0.3 * mask.values, "soft") if soft else mask, size, context)
     top, left = min(b[0] for b in boxes), min(b[1] for b in boxes)
     bottom, right = max(b[2] for b in boxes), max(b[3] for b in boxes)
     longer = max(bottom - top, right - left)
@@ -125,7 +127,7 @@ def test_beyond_the_edges_lies_the_reflection() -> None:
     assert torch.equal(cut, picture[0, 0][rows][:, columns])
     lonely = Region(-3, -3, 7, 1, 1).cut(torch.full((1, 3, 1, 1), 0.25), 7)
     assert (lonely == 0.25).all()
-    mask = region.cut_mask(torch.ones(1, 1, 3, 4), 9)[0, 0]
+    mask = region.cut_mask(EditMask.of(torch.ones(1, 1, 3, 4)), 9).values[0, 0]
     assert mask[3:6, 2:6].all() and mask.sum() == 12, "what lies beyond the edges is not edited"
 
 
@@ -136,7 +138,7 @@ def test_a_mask_stays_binary_and_no_island_is_lost(
 ) -> None:
     height, width, boxes = case
     region = region_around(painted(height, width, boxes), size, context)
-    small = region.cut_mask(painted(height, width, boxes), size)
+    small = region.cut_mask(painted(height, width, boxes), size).values
     assert small.shape == (1, 1, size, size)
     assert set(small.unique().tolist()) <= {0.0, 1.0}
     scale = size / region.side
@@ -149,7 +151,7 @@ def test_a_mask_stays_binary_and_no_island_is_lost(
 
 def test_an_island_beside_a_large_part_is_kept() -> None:
     mask = painted(400, 400, [(0, 0, 200, 200), (390, 390, 391, 391), (300, 50, 301, 150)])
-    small = region_around(mask, 64).cut_mask(mask, 64)[0, 0]
+    small = region_around(mask, 64).cut_mask(mask, 64).values[0, 0]
     assert small[62, 62] == 1
     assert small[48, 8:24].all()
     assert small[:32, :32].all() and small[34:46].sum() == 0
@@ -157,41 +159,47 @@ def test_an_island_beside_a_large_part_is_kept() -> None:
 
 def test_a_pixel_in_a_huge_region_is_kept() -> None:
     mask = painted(2048, 2048, [(700, 900, 701, 901)])
-    assert Region(0, 0, 2048, 2048, 2048).cut_mask(mask, 2).tolist() == [[[[1.0, 0.0], [0.0, 0.0]]]]
+    assert Region(0, 0, 2048, 2048, 2048).cut_mask(mask, 2).values.tolist() == [[[[1.0, 0.0], [0.0, 0.0]]]]
 
 
-def test_a_soft_mask_keeps_its_greys() -> None:
+def test_a_soft_mask_keeps_its_grays() -> None:
     mask = torch.linspace(0, 1, 64).view(1, 1, 1, 64).repeat(1, 1, 64, 1)
     region = Region(0, 0, 64, 64, 64)
-    assert torch.equal(region.cut_mask(mask, 64, soft=True), mask)
-    half = region.cut_mask(mask, 32, soft=True)
-    assert torch.allclose(half[..., 0], mask[..., :2, :2].mean().expand(1, 1, 32), atol=1e-6)
-    assert float(region.cut_mask(mask * 3, 128, soft=True).max()) == 1
+    soft = EditMask.of(mask, "soft")
+    assert torch.equal(region.cut_mask(soft, 64).values, mask)
+    half = region.cut_mask(soft, 32)
+    assert half.soft and torch.allclose(half.values[..., 0], mask[..., :2, :2].mean().expand(1, 1, 32), atol=1e-6)
+    assert float(region.cut_mask(soft.with_values(mask * 3), 128).values.max()) == 1
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_an_empty_mask_is_a_sentence(soft: bool) -> None:
     mask = torch.zeros(1, 1, 20, 30) if soft else torch.full((1, 1, 20, 30), 127 / 255)
+    rule = "soft" if soft else "binary"
+    brightest, needed = ("0", "above 0") if soft else ("0.498", r"0\.5 or more")
     for crop in ("region", "squash"):
-        with pytest.raises(BlendedError, match=r"the mask is empty: its brightest pixel is 0(\.498)? and editing needs .*--invert-mask"):
-            choose_region(mask, preset("best", crop=crop, mask_rule="soft" if soft else "binary"), tiny.tiny_model())
+        with pytest.raises(
+            BlendedError, match=rf"the mask is empty: its brightest pixel is {brightest} and editing needs {needed}"
+        ) as raised:
+            choose_region(EditMask.of(mask, rule), 16, crop)
+        assert "or invert the mask" in str(raised.value) and raised.value.options == ("invert_mask",)
     with pytest.raises(BlendedError, match="empty"):
-        bounds(torch.full((1, 1, 2, 2), float("nan")), soft)
+        EditMask.of(torch.full((1, 1, 2, 2), float("nan")), rule).box()
 
 
 @pytest.mark.parametrize("context", [0.99, 0, -1, float("nan"), float("inf")])
 def test_context_is_checked(context: float) -> None:
     with pytest.raises(BlendedError, match=r"context is"):
-        region_around(torch.ones(1, 1, 9, 9), 16, context)
+        region_around(EditMask.of(torch.ones(1, 1, 9, 9)), 16, context)
 
 
 def test_squash_takes_the_whole_picture() -> None:
     picture = tiny.random_picture(30, 50)
-    whole = choose_region(painted(30, 50, [(3, 3, 9, 9)]), preset("official"), tiny.tiny_model())
-    assert whole == WholePicture(50, 30)
+    whole = choose_region(painted(30, 50, [(3, 3, 9, 9)]), 16, preset("official").crop)
+    assert whole == SquashedPicture(50, 30)
     assert whole.cut(picture, 16).shape == (1, 3, 16, 16)
     assert whole.put_back(torch.zeros(2, 3, 16, 16), picture).shape == (2, 3, 30, 50)
-    same = WholePicture(16, 16)
+    same = SquashedPicture(16, 16)
     square = tiny.random_picture(16, 16)
     assert torch.equal(same.put_back(same.cut(square, 16), square), square)
 
@@ -203,7 +211,7 @@ def test_an_enlarged_mask_has_no_ring_around_it(model: int, side: int, width: in
     start = (side - width) // 2
     mask[..., start : start + width, start : start + width] = 1
     region = Region(0, 0, side, side, side)
-    row = region.cut_mask(mask, model)[0, 0, model // 2]
+    row = region.cut_mask(EditMask.of(mask), model).values[0, 0, model // 2]
     changes = int((row[1:] != row[:-1]).sum())
     assert changes == 2, f"{changes} edges in a row that crosses one block"
     assert abs(float(row.sum()) - width * model / side) <= 2

@@ -1,4 +1,4 @@
-"""Help pages and languages against the locked schema, both ways: nothing is missing, and nothing is about what is gone."""
+"""Help pages and locales against the locked schema: nothing is missing, and nothing describes what no longer exists."""
 
 from __future__ import annotations
 

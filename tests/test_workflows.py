@@ -1,4 +1,4 @@
-"""Templates and blueprints against the locked schema, both ways: nothing of them is unknown, and no node is in none of them."""
+"""Templates and blueprints against the locked schema: they use only known nodes and inputs, and every node is in a template."""
 
 from __future__ import annotations
 

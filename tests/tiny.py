@@ -140,23 +140,23 @@ def rough_perceptual(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Recorded:
-    """SeededRandom that remember the names they were asked for."""
+    """Random numbers from a seed, with a record of the streams that were asked for."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.draws = SeededRandom(seed)
+        self.random = SeededRandom(seed)
         self.asked: list[tuple[str, int, tuple[int, ...]]] = []
 
-    def noise(self, purpose: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        self.asked.append((purpose, step, tuple(images)))
-        return self.draws.noise(purpose, step, images, shape)
+    def noise(self, purpose: str, level: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        self.asked.append((purpose, level, tuple(images)))
+        return self.random.noise(purpose, level, images, shape)
 
-    def labels(self, step: int, images: Sequence[int], classes: int) -> Tensor:
-        self.asked.append(("class", step, tuple(images)))
-        return self.draws.labels(step, images, classes)
+    def labels(self, level: int, images: Sequence[int], classes: int) -> Tensor:
+        self.asked.append(("class", level, tuple(images)))
+        return self.random.labels(level, images, classes)
 
-    def views(self, step: int, images: Sequence[int], count: int, size: int, symmetric: bool) -> ViewParameters:
-        self.asked.append(("views", step, tuple(images)))
-        return self.draws.views(step, images, count, size, symmetric)
+    def views(self, level: int, images: Sequence[int], count: int, size: int, symmetric: bool) -> ViewParameters:
+        self.asked.append(("views", level, tuple(images)))
+        return self.random.views(level, images, count, size, symmetric)
 
 
 def random_picture(height: int, width: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``blended-diffusion``; returns the exit code."""
+    """The entry point of ``blended-diffusion``; returns the exit code."""
     from .app import main as run
 
     return run(argv)

@@ -1,4 +1,4 @@
-"""Files written whole, and told apart by their bytes."""
+"""Files that are written completely or not at all, and hashes of files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write into, which takes its name at the end; after an error it is gone and ``path`` untouched.
+    """A temporary file beside ``path`` to write to. It replaces ``path`` at the end; after an error it is deleted and ``path`` is unchanged.
 
-    A reader sees the old file or the new one, never a half.
+    Other programs see either the old file or the complete new one.
     """
-    # Process and thread in its name: two that write the same file do not write into each other's.
+    # The name holds process and thread, so that two writers of one file use two temporary files.
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # as new files have it here; some writers put a private one in its place
+        mode = part.stat().st_mode  # the default mode; some writers replace the file by one with a private mode
         yield part
         part.chmod(mode)
         os.replace(part, path)
@@ -29,14 +29,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole, and the folders on the way to it."""
+    """Writes a complete file, and creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_bytes(data)
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         for block in iter(lambda: stream.read(1 << 20), b""):

@@ -1,4 +1,4 @@
-"""Pictures about pictures: the contact sheet and the animation of x̂0."""
+"""The contact sheet of a run, and the animation of a candidate."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from .images import UInt8, to_uint8
 
 TILE = 256
 GAP = 20
-CAPTION = 46
+CAPTION_HEIGHT = 46
+HEADING_HEIGHT = 84
 PAPER, INK, FAINT, ACCENT, FRAME = (250, 249, 246), (34, 34, 40), (128, 128, 136), (214, 84, 44), (208, 206, 200)
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)
 
 
-def _tile(pixels: UInt8, width: int, height: int) -> Image.Image:
-    image = Image.fromarray(pixels)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+def _resized(pixels: UInt8, width: int, height: int) -> Image.Image:
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _tile_size(width: int, height: int) -> tuple[int, int]:
@@ -35,16 +37,16 @@ def _tile_size(width: int, height: int) -> tuple[int, int]:
 
 
 def thumbnail(pixels: UInt8) -> UInt8:
-    """What the contact sheet needs of a picture [H, W, 3]: itself, or a copy whose longer side is TILE px."""
+    """A picture [H, W, 3] as the contact sheet needs it: unchanged, or scaled so that its longer side is TILE pixels."""
     height, width = pixels.shape[:2]
-    return pixels if max(height, width) <= TILE else np.array(_tile(pixels, *_tile_size(width, height)))
+    return pixels if max(height, width) <= TILE else np.array(_resized(pixels, *_tile_size(width, height)))
 
 
 def show_mask(rgb: UInt8, mask: Tensor) -> UInt8:
-    """The picture with everything outside the mask pale and grey, and the mask's edge drawn."""
+    """The picture in pale gray outside the mask, with the edge of the mask drawn."""
     weight = mask[0, 0].clamp(0, 1).numpy()[..., None]
-    grey = rgb.mean(-1, keepdims=True) * 0.45 + 255 * 0.55 * 0.9
-    out = rgb * weight + grey * (1 - weight)
+    gray = rgb.mean(-1, keepdims=True) * 0.45 + 255 * 0.55 * 0.9
+    out = rgb * weight + gray * (1 - weight)
     inside = (mask >= 0.5).float() if float(mask.max()) >= 0.5 else (mask > 0).float()
     reach = max(1, round(min(rgb.shape[:2]) / 160))
     edge = F.max_pool2d(inside, 2 * reach + 1, 1, reach) - inside
@@ -63,15 +65,15 @@ def contact_sheet(
     columns: int = 4,
     highlight: bool = True,
 ) -> None:
-    """Source, mask and results on one sheet.
+    """Writes a PNG with the source, the mask and the results.
 
     Args:
-        path: where the PNG goes.
+        path: the file.
         source: [H, W, 3].
-        results: pictures of the same shape, or their :func:`thumbnail`; each comes with two lines of text.
         mask: [1, 1, H, W].
-        title, subtitle: the sheet's heading.
-        columns: tiles a row.
+        results: pictures of the same shape, or their :func:`thumbnail`, each with two lines of text.
+        title, subtitle: the heading.
+        columns: number of tiles in a row.
         highlight: frame the first result, the best one.
     """
     height, width = source.shape[:2]
@@ -83,36 +85,35 @@ def contact_sheet(
     ]
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
-    head = 84
-    sheet_w = GAP + columns * (tile_w + GAP)
-    sheet_w = max(sheet_w, 3 * TILE)
-    sheet = Image.new("RGB", (sheet_w, head + rows * (tile_h + CAPTION + GAP)), PAPER)
+    sheet_w = max(GAP + columns * (tile_w + GAP), 3 * TILE)
+    sheet = Image.new("RGB", (sheet_w, HEADING_HEIGHT + rows * (tile_h + CAPTION_HEIGHT + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 18), _fitted(draw, title, _font(26), sheet_w - 2 * GAP), INK, _font(26))
-    draw.text((GAP, 53), _fitted(draw, subtitle, _font(14), sheet_w - 2 * GAP), FAINT, _font(14))
+    _write(draw, (GAP, 18), title, _font(26), INK, sheet_w - 2 * GAP)
+    _write(draw, (GAP, 53), subtitle, _font(14), FAINT, sheet_w - 2 * GAP)
     for i, (pixels, first, second) in enumerate(tiles):
-        x, y = GAP + i % columns * (tile_w + GAP), head + i // columns * (tile_h + CAPTION + GAP)
-        sheet.paste(_tile(pixels, tile_w, tile_h), (x, y))
+        x, y = GAP + i % columns * (tile_w + GAP), HEADING_HEIGHT + i // columns * (tile_h + CAPTION_HEIGHT + GAP)
+        sheet.paste(_resized(pixels, tile_w, tile_h), (x, y))
         best = highlight and i == 2
         draw.rectangle((x - 1, y - 1, x + tile_w, y + tile_h), outline=ACCENT if best else FRAME, width=2 if best else 1)
-        draw.text((x, y + tile_h + 6), _fitted(draw, first, _font(15), tile_w + GAP // 2), INK, _font(15))
-        draw.text((x, y + tile_h + 25), _fitted(draw, second, _font(12), tile_w + GAP // 2), FAINT, _font(12))
+        _write(draw, (x, y + tile_h + 6), first, _font(15), INK, tile_w + GAP // 2)
+        _write(draw, (x, y + tile_h + 25), second, _font(12), FAINT, tile_w + GAP // 2)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     write_bytes(path, buffer.getvalue())
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
-    text = " ".join(text.split())  # one line: Pillow cannot measure two
-    if draw.textlength(text, font) <= room:
-        return text
-    while text and draw.textlength(text + "…", font) > room:
-        text = text[:-1]
-    return text + "…"
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, font: Font, color: tuple[int, int, int], width: int) -> None:
+    """Draws a text in one line, shortened to ``width`` pixels."""
+    text = " ".join(text.split())  # Pillow cannot measure text of several lines
+    if draw.textlength(text, font) > width:
+        while text and draw.textlength(text + "…", font) > width:
+            text = text[:-1]
+        text += "…"
+    draw.text(place, text, color, font)
 
 
 def animation(path: Path, frames: Sequence[Tensor], milliseconds: int = 60, hold: int = 1500) -> None:
-    """Frames [1, 3, S, S] in 0..1 as an endless WebP animation, enlarged to at least 256 px; the last one is held."""
+    """Writes frames [1, 3, S, S] in 0..1 as an endless WebP animation of at least 256 pixels; the last frame is shown for ``hold`` milliseconds."""
     images = []
     for frame in frames:
         image = Image.fromarray(to_uint8(frame))

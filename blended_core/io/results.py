@@ -1,176 +1,152 @@
-"""What a run leaves behind: pictures as they are finished, then a report, a contact sheet and animations."""
+"""The files of a run: candidates as they are finished, then the report, the contact sheet and animations."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..options import EditOptions
-    from ..result import Candidate, EditResult
-    from ..sample import Models, Step
-    from .images import Picture, UInt8
+import numpy as np
+from torch import Tensor
 
-from ..errors import BlendedError
+from ..device import DTYPES
+from ..result import Candidate, EditResult
+from ..sample import Step
 from .atomic import write_bytes
+from .contact_sheet import animation, contact_sheet, thumbnail
+from .images import Picture, UInt8, to_uint8, write_png
+from .request import Request
+from .versions import library_versions, own_version
 
 REPORT = "report.json"
 SHEET = "contact_sheet.png"
 TEXT_KEY = "blended-diffusion"
-OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")  # of candidates and animations, with their rank or not yet
-SMALLER = "try --batch 1, --dtype bf16 or --device cpu."
+TILES_OF_SHEET = 30
+OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")
+"""The names of candidates and animations, with or without a rank."""
 
 
 class Writer:
-    """Writes results as they come: a picture the moment it is finished, the rest at the end."""
+    """Writes the files of a run: each candidate when it is finished, the rest at the end."""
 
     def __init__(
         self,
         out: Path,
+        request: Request,
         picture: Picture,
-        request: dict[str, Any],
-        options: EditOptions,
-        models: Models,
-        animate: bool,
-        known: dict[str, Any],
-        made: Mapping[str, Path],
+        provenance: Mapping[str, Any],
+        generated: Mapping[str, Path] | None = None,
+        animate: bool = False,
     ) -> None:
-        """``known`` is what the report says of things before the run, ``made`` as in :func:`run`."""
-        self.out = out
-        self.picture = picture
-        self.request = request
-        self.options = options
-        self.models = models
-        self.animate = animate
-        self.known = known
-        self.made = made
+        """Nothing is written yet.
+
+        Args:
+            out: the result folder.
+            request: with the device, precision and number of threads that the run uses.
+            picture: the source.
+            provenance: entries of the report that are known before the run: the command, hashes of inputs and networks.
+            generated: temporary files of a picture and a mask that are copied to ``request.image`` and ``request.mask``.
+            animate: also write an animation of each candidate.
+        """
+        self.out, self.request, self.picture, self.provenance = out, request, picture, provenance
+        self.generated, self.animate = generated or {}, animate
         self.result: EditResult | None = None
-        self.frames: dict[int, list[Any]] = {}
         self.files: dict[int, Path] = {}
-        self.thumbnails: dict[int, UInt8] = {}
-        self.stale = {*old_results(out), out / SHEET}
+        self._frames: dict[int, list[Tensor]] = {}
+        self._thumbnails: dict[int, UInt8] = {}
+        self._old_files = {*old_results(out), out / SHEET}
 
-    @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[Step], None]]:
-        """A bar over all steps of all batches, with the time left; silent where nobody watches."""
-        from tqdm import tqdm
-
-        schedule = self.models.ddpm.config.respaced(self.options.steps)
-        batches = -(-self.options.candidates // self.options.batch)
-        total = batches * (schedule.start_index(self.options.strength) + 1)
-        with tqdm(total=total, unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
-
-            def on_step(step: Step) -> None:
-                first, last = step.images[0], step.images[-1]
-                bar.set_description(f"candidate {first}" if first == last else f"candidates {first}–{last}", refresh=False)
-                if step.clip_distance is not None:
-                    bar.set_postfix(clip=f"{float(step.clip_distance.mean()):.3f}", refresh=False)
-                bar.update()
-                if self.animate:
-                    for row, image in enumerate(step.images):
-                        small = ((step.x0[row : row + 1].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-                        self.frames.setdefault(image, []).append(small)
-
-            yield on_step
-
-    def _alpha(self) -> Any:
-        """The picture's own alpha; where it was the mask, the edited part becomes opaque."""
-        import numpy as np
-
-        alpha = self.picture.alpha
-        if alpha is None or self.request["mask"] is not None or self.result is None:
-            return alpha
-        return np.where(self.result.mask.values[0, 0].numpy() > 0, np.uint8(255), alpha)
+    def step(self, step: Step) -> None:
+        """Keeps the frames of an animation."""
+        if self.animate:
+            for row, image in enumerate(step.images):
+                frame = ((step.x0[row : row + 1].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+                self._frames.setdefault(image, []).append(frame)
 
     def candidate(self, candidate: Candidate, result: EditResult) -> None:
-        """Writes one result under its number."""
-        from .contact_sheet import thumbnail
-        from .images import to_uint8, write_png
-
+        """Writes one candidate under its number."""
         self.result = result
         path = self.out / "candidates" / f"candidate_{candidate.index:02d}.png"
-        # A picture is passed on, so it tells the names of files, but not whose folders they are in.
+        # People share pictures, so the text in the file names other files without their folders.
         about = {
             "candidate": candidate.index,
             "score": candidate.score.to_dict(),
-            "request": without_folders(self.request),
+            "request": self.request.without_folders(),
             "version": own_version(),
         }
         pixels = to_uint8(result.picture(candidate))
-        self.thumbnails[candidate.index] = thumbnail(pixels)
-        write_png(path, pixels, self._alpha(), {TEXT_KEY: as_json(about).decode()}, self.picture.icc)
+        self._thumbnails[candidate.index] = thumbnail(pixels)
+        write_png(path, pixels, self._alpha(result), {TEXT_KEY: as_json(about).decode()}, self.picture.icc)
         self.files[candidate.index] = path
 
-    def finish(self, result: EditResult, interrupted: bool) -> list[BlendedError]:
-        """Names the results by rank, and writes report, contact sheet and animations; returns what the last two failed of."""
+    def _alpha(self, result: EditResult) -> UInt8 | None:
+        """The alpha channel of the picture. Where it served as the mask, the edited part becomes opaque."""
+        alpha = self.picture.alpha
+        if alpha is None or self.request.mask is not None:
+            return alpha
+        return np.where(result.mask.values[0, 0].numpy() > 0, np.uint8(255), alpha)
 
+    def finish(self, result: EditResult, interrupted: bool) -> dict[str, Exception]:
+        """Renames the candidates by rank, and writes the report, the contact sheet and animations.
+
+        Returns:
+            The errors of the contact sheet and the animations, by the name of what is missing.
+        """
         for candidate in result.candidates:
             old = self.files[candidate.index]
             new = old.with_name(f"{candidate.rank:02d}_{old.name}")
             os.replace(old, new)
             self.files[candidate.index] = new
-        for key, file in self.made.items():
-            write_bytes(Path(self.request[key]), file.read_bytes())
+        for key, file in self.generated.items():
+            write_bytes(Path(getattr(self.request, key)), file.read_bytes())
         self._report(result, interrupted)
-        for path in self.stale - set(self.files.values()):
+        for path in self._old_files - set(self.files.values()):
             path.unlink(missing_ok=True)
-        failures = []
-        for what, write in {"contact sheet": self._sheet, **({"animations": self._animations} if self.animate else {})}.items():
+        errors: dict[str, Exception] = {}
+        for name, write in {"contact sheet": self._sheet, **({"animations": self._animations} if self.animate else {})}.items():
             try:
                 write(result)
             except Exception as error:
-                failure = BlendedError(f"the results and {REPORT} are in {self.out}, but not the {what}: {sentence_of(error)}")
-                failure.__cause__ = error
-                failures.append(failure)
-        return failures
+                errors[name] = error
+        return errors
 
     def _animations(self, result: EditResult) -> None:
-        from .contact_sheet import animation
-
         for candidate in result.candidates:
-            frames = [result.preview(f.float() / 127.5 - 1) for f in self.frames.get(candidate.index, [])]
+            frames = [result.preview(f.float() / 127.5 - 1) for f in self._frames.get(candidate.index, [])]
             frames.append(result.preview(candidate.edited))
             animation(self.out / "animations" / f"{self.files[candidate.index].stem}.webp", frames)
 
     def _sheet(self, result: EditResult) -> None:
-        from .contact_sheet import contact_sheet
-
         tiles = []
-        for c in result.candidates[:30]:
-            first = f"#{c.rank}" if c.score.clip_distance is None else f"#{c.rank} · CLIP {c.score.clip_distance:.3f}"
-            second = (
-                f"candidate {c.index}"
-                + ("" if c.score.gain is None else f" · gain {c.score.gain:+.3f}")
-                + f" · seam {c.score.seam_energy:.3f}"
-            )
-            tiles.append((self.thumbnails[c.index], first, second))
-        texts = [t for t in self.request["prompts"] if t.strip()]
-        title = " + ".join(texts) if texts else "removal"
-        o = self.options
-        subtitle = f"blended diffusion · {o.preset} · {o.steps} steps, strength {o.strength:g} · seed {o.seed} · {len(result.candidates)} candidates, best first"
+        for c in result.candidates[:TILES_OF_SHEET]:
+            distance = "" if c.score.clip_distance is None else f" · CLIP {c.score.clip_distance:.3f}"
+            gain = "" if c.score.gain is None else f" · gain {c.score.gain:+.3f}"
+            tiles.append((self._thumbnails[c.index], f"#{c.rank}{distance}", f"candidate {c.index}{gain} · seam {c.score.seam_energy:.3f}"))
+        o, count = self.request.options, len(result.candidates)
+        title = " + ".join(self.request.texts) or "removal"
+        subtitle = (
+            f"blended diffusion · {o.preset} · {o.steps} steps, strength {o.strength:g} · seed {o.seed} · {count} candidates, best first"
+        )
         contact_sheet(self.out / SHEET, self.picture.rgb, result.mask.values, tiles, title, subtitle)
 
     def _report(self, result: EditResult, interrupted: bool) -> None:
-
         report = {
             "version": own_version(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "interrupted": interrupted,
             "repeat": "blended-diffusion edit --from report.json --out DIR",
-            "request": self.request,
-            **self.known,
+            "request": self.request.to_dict(),
+            **self.provenance,
             "versions": library_versions(),
             "machine": {
-                "device": str(self.models.context.device),
-                "dtype": precision_of(self.models),
+                "device": self.request.device,
+                "dtype": str(DTYPES[self.request.dtype]).removeprefix("torch."),
                 "platform": platform.platform(),
             },
             "picture": {"width": self.picture.size[0], "height": self.picture.size[1], "notes": self.picture.notes},
@@ -183,7 +159,7 @@ class Writer:
                     "file": self.files[c.index].relative_to(self.out).as_posix(),
                     "rank": c.rank,
                     "candidate": c.index,
-                    "seed": self.options.seed,
+                    "seed": self.request.options.seed,
                     **c.score.to_dict(),
                 }
                 for c in result.candidates
@@ -193,13 +169,13 @@ class Writer:
 
 
 def as_json(value: object, indent: int | None = None) -> bytes:
-    """JSON that every reader takes: no NaN, and what a file name has beside Unicode as an escape."""
+    """Strict JSON: NaN and Inf become null, and bytes of a file name that are not UTF-8 are escaped."""
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace")
 
 
 def _finite(value: Any) -> Any:
-    """Numbers that are none as None."""
+    """A copy with None in place of NaN and Inf."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -207,56 +183,6 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def without_folders(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The request with file names in place of paths."""
-    names = {key: Path(request[key]).name for key in ("image", "mask", "ddpm") if request[key]}
-    model, colon, weights = request["clip"].partition(":")
-    return {**request, **names, "clip": model + colon + (Path(weights).name if Path(weights).is_absolute() else weights)}
-
-
 def old_results(out: Path) -> set[Path]:
-    """Candidates and animations of an earlier run, which may have left no report. Other names are somebody else's files."""
+    """Candidates and animations of an earlier run, which may have left no report. Files with other names do not belong to a run."""
     return {path for path in (*out.glob("candidates/*.png"), *out.glob("animations/*.webp")) if OUR_NAME.fullmatch(path.stem)}
-
-
-def sentence_of(error: BaseException) -> str:
-    """What a person reads of an error."""
-    if isinstance(error, BlendedError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "Ctrl-C."
-    from ..memory import is_out_of_memory
-
-    if is_out_of_memory(error):
-        return f"the device ran out of memory; {SMALLER}"
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or 'file system'}."
-    if isinstance(error, RuntimeError):
-        return f"{type(error).__name__}: {error}. Run again with --debug for the place."
-    return f"something unexpected, {type(error).__name__}: {error}. Run again with --debug for the place."
-
-
-def own_version() -> str:
-    """Of this package, as it was installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("blended-diffusion")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def library_versions() -> dict[str, str]:
-    """Of Python and the libraries that the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("torch", "open_clip_torch", "lpips", "kornia", "numpy", "safetensors", "pillow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def precision_of(models: Models) -> str:
-    """'float32', 'bfloat16' or 'float16'."""
-    return str(models.context.dtype).removeprefix("torch.")

@@ -1,0 +1,206 @@
+"""The command line: commands, arguments and help texts. The functions of the commands are in :mod:`~blended_core.cli.app`.
+
+The arguments of an option come from its declaration (:mod:`~blended_core.options`). Only arguments that are not options of an edit are written here.
+Each argument is None where it is not given, so that a preset can supply the value.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from ..io.request import MACHINE, Request
+from ..io.versions import own_version
+from ..options import PRESETS, REGION, EditOptions, GuidanceOptions, Option, declared
+
+DEMO_PROMPT = "an apple"
+DEMO_BACKGROUND = "lake"
+DEMO_SEED = 6
+"""Three of the four candidates of this seed are apples, the same share as among the held-back pairs (docs/quality.md)."""
+EDIT_USAGE = "%(prog)s IMAGE [--mask FILE] --prompt TEXT [option ...]\n       %(prog)s --from REPORT [option ...]"
+GROUPS: tuple[tuple[Any, str], ...] = ((Request, "networks"), (EditOptions, "method"), (GuidanceOptions, "guidance"))
+"""Classes of options, and the heading for those of their options that name no group."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Puts the help texts into a column of fixed width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Parsed arguments hold, besides their values, ``flags``: {name of an option: its flag}."""
+    parser = argparse.ArgumentParser(
+        prog="blended-diffusion",
+        description="Edit a region of a picture from a text prompt. Every pixel outside the region stays unchanged.",
+        epilog="blended-diffusion COMMAND --help lists the arguments of a command.",
+        formatter_class=_Formatter,
+        add_help=False,
+    )
+    _help(parser)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {own_version()}", help="Show the version.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=description, description=description, usage=usage, formatter_class=_Formatter, add_help=False
+        )
+        _help(command)
+        return command
+
+    _demo(add("demo", "Create a scene of the embedded world and edit it. Needs no files."))
+    _edit(add("edit", "Edit a picture inside a mask.", EDIT_USAGE))
+    _inspect(add("inspect", "Show the settings of a checkpoint and how each was determined."))
+    _convert(add("convert", "Write the weights and settings of a checkpoint to one .safetensors file."))
+    _evaluate(add("evaluate", "Measure the quality of edits in the embedded world for several sets of options."))
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        command.set_defaults(flags={action.dest: action.option_strings[0] for action in command._actions if action.option_strings})
+    return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-h", "--help", action="help", help="Show this help.")
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("blended-diffusion-demo"), help="Folder for the results. Default: %(default)s."
+    )
+    parser.add_argument("--prompt", metavar="TEXT", default=DEMO_PROMPT, help="Text of what to draw. Default: %(default)s.")
+    parser.add_argument("--background", metavar="NAME", default=DEMO_BACKGROUND, help="Scene to draw it in. Default: %(default)s.")
+    _add_options(parser, EditOptions, candidates=4, seed=DEMO_SEED)
+    _machine(parser)
+
+
+def _edit(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Edit a picture inside a mask. The defaults below are those of the preset best; other presets change some of them."
+    parser.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="The picture.")
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="Mask file, white where the picture changes. Default: the transparent part of IMAGE."
+    )
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", metavar="TEXT",
+        help="Text of what to draw. '' removes what the mask covers. Repeat the argument to combine several texts.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-weight", dest="weights", action="append", type=float, metavar="W",
+        help="Weight of a prompt. Give one for each --prompt. Default: 1.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("blended-diffusion-out"), help="Folder for the results. Default: %(default)s."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace the results in the folder.")
+    parser.add_argument(
+        "--from", dest="from_report", type=Path, metavar="REPORT",
+        help="Repeat the run of a report.json. Only arguments for machine and output may be added.",
+    )  # fmt: skip
+    headings = ("networks", "method", "guidance", REGION)
+    groups = {heading: parser.add_argument_group(heading) for heading in headings} | {MACHINE: _machine(parser)}
+    groups["method"].add_argument("--preset", choices=tuple(PRESETS), help="Set of options that the others modify. Default: best.")
+    for kind, heading in GROUPS:
+        for name, (declaration, _) in declared(kind).items():
+            if declaration.group != MACHINE:
+                _add_options(groups[declaration.group or heading], kind, **{name: None})
+    _overrides(groups["networks"])
+    groups["method"].add_argument(
+        "--skip", type=int, metavar="K", help="Number of steps to leave out, as in the original script; another way to give --strength."
+    )
+    groups[REGION].add_argument(
+        "--soft-mask",
+        dest="mask_rule",
+        action="store_const",
+        const="soft",
+        help="Gray values of the mask set how freely a pixel may change.",
+    )
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="The file to write.")
+    parser.add_argument("--half", action="store_true", help="Store half precision: half the size, values rounded to 11 bits.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="Rows to measure. Default: all.")
+    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="Number of pairs of scene and object. Default: %(default)s.")
+    parser.add_argument("--candidates", type=int, default=8, metavar="N", help="Number of results for each pair. Default: %(default)s.")
+    parser.add_argument("--held-back", action="store_true", help="Use the second list of pairs, by which no option was chosen.")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("blended-diffusion-evaluation"),
+        help="Folder for the results. Pairs that are finished there are not measured again. Default: %(default)s.",
+    )  # fmt: skip
+    _add_options(parser, Request, device=None, dtype=None, threads=None)
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="ADM checkpoint, or 'embedded'.")
+    _overrides(parser)
+    parser.add_argument("--picture", type=Path, metavar="IMAGE", help="Picture of the kind that the model draws, for the probe.")
+    parser.add_argument(
+        "--no-probe", dest="probe", action="store_false", help="Guess settings that are not in the file, without the probe."
+    )
+    _add_options(parser, Request, device=None)
+
+
+def _overrides(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        metavar="KEY=VALUE",
+        help="Override a setting of the checkpoint, for example num_heads=4.",
+    )
+
+
+def _machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group(MACHINE)
+    _add_options(group, Request, **{name: None for name, (declaration, _) in declared(Request).items() if declaration.group == MACHINE})
+    group.add_argument("--animate", action="store_true", help="Write an animation of each candidate, animations/*.webp.")
+    return group
+
+
+def flag_of(name: str, declaration: Option) -> str:
+    """The flag of an option; '' if it has none."""
+    return f"--{name.replace('_', '-')}" if declaration.flag is None else declaration.flag
+
+
+def _add_options(parser: argparse._ActionsContainer, kind: Any, **defaults: Any) -> None:
+    """Adds arguments for options of a class, each with its default for this command, or None."""
+    for name, own_default in defaults.items():
+        declaration, declared_default = declared(kind)[name]
+        hint = get_type_hints(kind)[name]
+        given: dict[str, Any] = {"metavar": declaration.metavar, "type": _converter(hint)}
+        if hint is bool:
+            given = {"action": "store_const", "const": True}
+        elif bool in get_args(hint):
+            given = {"action": argparse.BooleanOptionalAction}
+        elif declaration.choices:
+            given = {"choices": declaration.choices}
+        default = declared_default if own_default is None else own_default
+        text = declaration.help + ("" if default is None or default is False else f" Default:\u00a0{_shown(default)}.")
+        if flag := flag_of(name, declaration):
+            parser.add_argument(flag, dest=name, default=own_default, help=text.replace("%", "%%"), **given)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _converter(hint: Any) -> Callable[[str], Any]:
+    """The function that reads the value of an option with this annotation."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return _number_or_text if len(kinds) > 1 else kinds[0]
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.removeprefix("-").isdigit() else text

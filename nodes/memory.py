@@ -1,0 +1,197 @@
+"""Networks in ComfyUI's memory manager, and how much memory a step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from ..blended_core.adm.recompute import works_on
+from ..blended_core.clip.model import ClipModel, Prompt
+from ..blended_core.denoiser import DiffusionModel
+from ..blended_core.device import DTYPES, DeviceContext
+from ..blended_core.memory import MemoryLimits
+from ..blended_core.options import GuidanceOptions
+from ..blended_core.perceptual import Perceptual, load_perceptual
+from ..blended_core.sample import Models
+
+ALL_BYTES = 1e32
+"""More bytes than any device has: asks the manager to free everything."""
+BACKWARD_BYTES_PER_PIXEL, FORWARD_BYTES_PER_PIXEL = {4: 128, 2: 88}, {4: 48, 2: 62}
+"""Bytes that a UNet keeps per pixel and unit of width, with and without a backward pass, by the size of a value in bytes. The width is the
+square root of the sum of the convolutions' output channels. Half precision needs more than half, because normalization and the last layers
+run in float32. Measured (benchmarks.measure.peak_bytes): 110 and 43 at 64 px and 64 channels, 120 and 32 at 128 px and 128 channels, in half
+precision 80 and 57 at 64 px; twice as much for a backward pass by plain autograd."""
+VIT_VALUES_PER_TOKEN = 17
+"""Values that a vision transformer keeps per token, unit of width and layer. Measured: 17 in a tiny one, 11 in ViT-B/16."""
+RESNET_VALUES_PER_PIXEL = 500
+"""Values that another image encoder keeps per pixel of its input. Counted for a ResNet-50."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedDDPM:
+    """The value of a BLENDED_DDPM socket."""
+
+    model: DiffusionModel
+    patcher: ModelPatcher
+    context: DeviceContext
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedCLIP:
+    """The value of a BLENDED_CLIP socket."""
+
+    model: ClipModel
+    patcher: ModelPatcher
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPrompt:
+    """The value of a BLENDED_PROMPT socket: a prompt, and the CLIP that encoded it."""
+
+    prompt: Prompt
+    clip: LoadedCLIP
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPerceptual:
+    """An LPIPS network."""
+
+    model: Perceptual
+    patcher: ModelPatcher
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedGuidance:
+    """The value of a BLENDED_GUIDANCE socket: options, and the LPIPS network if they need one."""
+
+    options: GuidanceOptions
+    perceptual: LoadedPerceptual | None
+
+
+@dataclass(frozen=True)
+class ManagedContext(DeviceContext):
+    """A device that is shared with ComfyUI's other networks; ``patchers`` are those in use now."""
+
+    patchers: tuple[ModelPatcher, ...] = ()
+
+    def make_room(self) -> bool:
+        """Unloads the networks that are not in use; whether that freed memory."""
+        # An unloaded network stays in the same memory on the CPU, and with --highvram on a GPU.
+        if self.device.type == "cpu":
+            return False
+        before = mm.get_free_memory(self.device)
+        return unload_others(self.device, self.patchers) and mm.get_free_memory(self.device) > before
+
+
+def with_patchers(context: DeviceContext, patchers: Sequence[ModelPatcher]) -> ManagedContext:
+    """The context while these networks are in use."""
+    return ManagedContext(context.device, context.dtype, context.channels_last, tuple(patchers))
+
+
+def unload_others(device: torch.device, patchers: Sequence[ModelPatcher]) -> bool:
+    """Unloads every network except these; whether there was one."""
+    in_use = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
+    return bool(mm.free_memory(ALL_BYTES, device, keep_loaded=in_use))
+
+
+def device_context(dtype: str = "auto") -> DeviceContext:
+    """ComfyUI's device, with a precision by name; 'auto' follows ComfyUI's choice for UNets."""
+    device = mm.get_torch_device()
+    precision = mm.unet_dtype(device, supported_dtypes=[torch.bfloat16, torch.float16, torch.float32]) if dtype == "auto" else DTYPES[dtype]
+    if precision not in DTYPES.values():  # float8 or float64, set by a command-line option of ComfyUI
+        precision = torch.float32
+    return ManagedContext(device, precision, channels_last=device.type == "cuda")
+
+
+def offload_context(context: DeviceContext) -> DeviceContext:
+    """The same on ComfyUI's offload device, where networks are loaded before the manager moves them."""
+    return DeviceContext(mm.unet_offload_device(), context.dtype, context.channels_last)
+
+
+def probe_context(context: DeviceContext, path: Path) -> DeviceContext:
+    """The context for probing a checkpoint: frees memory on the compute device for a network of the file's size."""
+    mm.free_memory(2 * path.stat().st_size + 2**30, context.device)
+    return context
+
+
+def manage(network: nn.Module) -> ModelPatcher:
+    """Registers a network with ComfyUI's memory manager."""
+    # Not the dynamic patcher: it streams weights through one buffer, which is overwritten before the backward pass reads it.
+    return ModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+def load_managed_perceptual() -> LoadedPerceptual:
+    """The LPIPS network: with the backbone that the user installed, else the embedded one."""
+    perceptual = load_perceptual(offload_context(device_context("fp32")))
+    return LoadedPerceptual(perceptual, manage(perceptual.network))
+
+
+def load_to_device(
+    ddpm: LoadedDDPM | None,
+    clip: LoadedCLIP | None,
+    perceptual: LoadedPerceptual | None = None,
+    pixels: int = 0,
+    options: GuidanceOptions | None = None,
+    images_per_pass: int = 0,
+) -> ManagedContext:
+    """Moves whole networks to ComfyUI's device, and tells the manager how much memory a step needs. Call it inside ``library_scope``.
+
+    Args:
+        ddpm, clip, perceptual: the networks; None for those that are not used.
+        pixels: number of pixels of a batch; options: the guidance of the step.
+        images_per_pass: images that CLIP encodes at once; used if ``ddpm`` is None.
+    """
+    context = ddpm.context if ddpm is not None else device_context("fp32")
+    if ddpm is not None:
+        needed = memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize)
+    else:
+        needed = images_per_pass * 4 * values_per_image(clip.model) if clip is not None else 0
+    patchers = [network.patcher for network in (ddpm, clip, perceptual) if network is not None]
+    mm.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
+    for patcher in patchers:
+        # With --novram the manager leaves weights on the offload device, or moves a part of them back, for layers that fetch their weights at
+        # each call. The layers of these networks do not. (partially_load takes a network for whole after a part of it was moved back.)
+        if patcher.loaded_size() < patcher.model_size():
+            try:
+                patcher.patch_model(patcher.load_device)
+            except Exception:
+                patcher.detach()
+                raise
+    return with_patchers(context, patchers)
+
+
+def edit_models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None, context: ManagedContext) -> Models:
+    """The library's bundle of loaded networks; ``context`` from :func:`load_to_device`."""
+    return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, context, ddpm.limits)
+
+
+def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, options: GuidanceOptions | None, itemsize: int) -> int:
+    """Estimate, rather too high than too low, of the bytes that a step on ``pixels`` pixels needs in addition to the weights."""
+    options = options or GuidanceOptions()
+    guided = clip is not None and options.scale > 0
+    backward = clip is not None and options.gradient == "unet" and (guided or options.range_scale > 0 or options.needs_perceptual)
+    width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
+    backward_bytes = BACKWARD_BYTES_PER_PIXEL[itemsize] * (1 if works_on(mm.get_torch_device()) else 2)
+    needed = pixels * width * (backward_bytes if backward else FORWARD_BYTES_PER_PIXEL[itemsize])
+    if guided and clip is not None:
+        images = pixels / ddpm.image_size**2
+        most_views = max(options.views, options.early_views)
+        needed += images * min(options.view_chunk or most_views, most_views) * 4 * values_per_image(clip)
+    return int(needed)
+
+
+def values_per_image(clip: ClipModel) -> int:
+    """Values that CLIP's image encoder keeps of one image for the backward pass."""
+    visual: Any = clip.model.visual
+    blocks, grid = getattr(getattr(visual, "transformer", None), "resblocks", None), getattr(visual, "grid_size", None)
+    if blocks is None or grid is None:
+        return RESNET_VALUES_PER_PIXEL * clip.image_size**2
+    return int(VIT_VALUES_PER_TOKEN * (grid[0] * grid[1] + 1) * visual.conv1.out_channels * len(blocks))
