@@ -297,7 +297,7 @@ def test_a_conversion_that_fails_writes_nothing(bare: Path, tmp_path: Path, caps
     assert main(["convert", "embedded", str(there)]) == 2
     assert there.read_bytes() == b"mine" and "--overwrite" in capsys.readouterr().err
     assert main(["convert", "embedded", str(tmp_path / "x.pt")]) == 2 and ".safetensors" in capsys.readouterr().err
-    assert main(["convert", "embedded", str(tmp_path / "no" / "x.safetensors")]) == 2 and "no folder" in capsys.readouterr().err
+    assert main(["convert", "embedded", str(tmp_path / "no" / "x.safetensors")]) == 2 and "does not exist; create it" in capsys.readouterr().err
     large = load_file(EMBEDDED)
     large["out.2.bias"] = torch.full_like(large["out.2.bias"], 1e9, dtype=torch.float32)
     save_file(large, bare)
