@@ -100,7 +100,7 @@ def reference(setting: Setting) -> Result:
 
     A forward for the prediction; a second one, recorded, for the gradient; attention by explicit matrices, which are forgotten and
     made again on the way back, as are the gradients of its norm, qkv and projection weights, which nothing uses; every view through CLIP
-    at once (METHOD §5 and row 13).
+    at once (docs/method.md, row 13).
     """
     options, clip, batch = GuidanceOptions(), setting.clip, setting.size.batch
     with _plain(setting.model.network), _attention_of_the_reference(setting.model.network) as unused:

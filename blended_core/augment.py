@@ -19,7 +19,7 @@ DISTORTION = 0.7
 PROBABILITY = 0.7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ViewParameters:
     """The parameters of R warped views, image fastest and view slowest (row = view · images + image).
 
@@ -34,6 +34,9 @@ class ViewParameters:
 
     def __len__(self) -> int:
         return len(self.affine_gate)
+
+    def __repr__(self) -> str:
+        return f"ViewParameters({len(self)} rows)"
 
     def rows(self, start: int, stop: int) -> ViewParameters:
         """Consecutive rows."""
@@ -87,8 +90,8 @@ def affine_matrices(angle: Tensor, shift: Tensor, size: int) -> Tensor:
     """A rotation about the center by ``angle`` [R] in degrees, then a shift [R, 2] in pixels; → [R, 3, 3]."""
     from kornia.geometry.transform import get_affine_matrix2d
 
-    centre = torch.full((len(angle), 2), (size - 1) / 2)
-    matrices: Tensor = get_affine_matrix2d(shift, centre, torch.ones(len(angle), 2), angle)
+    center = torch.full((len(angle), 2), (size - 1) / 2)
+    matrices: Tensor = get_affine_matrix2d(shift, center, torch.ones(len(angle), 2), angle)
     return matrices
 
 

@@ -63,7 +63,7 @@ def diagnose(
         Note(
             f"Guidance had no effect: the CLIP distance to the prompt was {before:.3f} before the edit and is {distance:.3f} now{compared}. Likely "
             f"reason: {'; '.join(texts)}.",
-            option=[option for _, options in reasons for option in options],
+            option=list(dict.fromkeys(option for _, options in reasons for option in options)),
         )
     )
     return notes

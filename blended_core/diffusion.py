@@ -57,7 +57,7 @@ class DiffusionConfig:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """One prediction of the network; all [B, C, H, W].
 
@@ -68,6 +68,9 @@ class Prediction:
     mean: Tensor
     variance: Tensor
     log_variance: Tensor
+
+    def __repr__(self) -> str:
+        return f"Prediction({tuple(self.x0.shape)})"
 
     def detach(self) -> Prediction:
         """The same values without a graph."""

@@ -137,7 +137,7 @@ def edit_picture(
             edited = final_image(step, options)
             timer.lap("diffusion")
             without_network = models.limits.applied(options.guidance).gradient != options.guidance.gradient
-            if scorer.guided and without_network and X0_INSTEAD_OF_NETWORK not in notes:
+            if (scorer.guided or losses) and without_network and X0_INSTEAD_OF_NETWORK not in notes:
                 notes.append(X0_INSTEAD_OF_NETWORK)
             distances = scorer.distances(edited)
             timer.lap("score")
@@ -158,7 +158,7 @@ def edit_picture(
         elif scorer.guided:
 
             def unguided(index: int) -> float | None:
-                (last,) = deque(edit_steps(models, source, region_mask, None, options, random, [index]), maxlen=1)
+                (last,) = deque(edit_steps(models, source, region_mask, None, options, random, [index], losses), maxlen=1)
                 return scorer.distances(final_image(last, options))[0]
 
             schedule = models.ddpm.config.respaced(options.steps)
@@ -172,6 +172,8 @@ def check_picture(picture: Tensor, mask: Tensor) -> None:
     for name, value, read in (("picture", picture, "read_picture(path).tensor()"), ("mask", mask, "read_mask(path, picture.size)")):
         if not isinstance(value, Tensor):
             raise BlendedError(f"the {name} is a {type(value).__name__}; give a tensor, for a file: {read}.")
+        if value.dtype == torch.bool:
+            raise BlendedError(f"the {name} has dtype torch.bool; give floating-point values in 0..1: {name}.float().")
         if not value.is_floating_point():
             raise BlendedError(
                 f"the {name} has dtype {value.dtype}; give floating-point values in 0..1, for 8-bit values: {name}.float() / 255."

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .denoiser import DiffusionModel
 from .diffusion import Prediction
+from .errors import BlendedError
 from .losses import Loss, LossTerm, StepInput
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GuidedPrediction:
     """A prediction and where guidance moves it.
 
@@ -29,6 +30,10 @@ class GuidedPrediction:
     values: dict[str, Tensor] = field(default_factory=dict)
     broken: int = 0
 
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {float(value.mean()):.4g}" for name, value in self.values.items())
+        return f"GuidedPrediction({len(self.prediction.x0)} images, mean losses: {means or 'none'})"
+
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
@@ -41,6 +46,9 @@ class Guidance:
         reference_size: picture side that the weights refer to. The losses are means over a picture, so their gradient at one pixel falls with the
             number of pixels; it is scaled to what it would be at this size. 0: unscaled.
         clamp: largest root mean square of the gradient of one image, or None.
+
+    Raises:
+        BlendedError: if a loss has no name, or two losses have the same one.
     """
 
     losses: tuple[Loss, ...] = ()
@@ -48,6 +56,16 @@ class Guidance:
     decode: Callable[[Tensor], Tensor] | None = None
     reference_size: int = 0
     clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        names = [getattr(loss, "name", None) for loss in self.losses]
+        for name, loss in zip(names, self.losses, strict=True):
+            if not isinstance(name, str):
+                raise BlendedError(f"the loss {loss!r:.80} has no name; give it an attribute name with a text.")
+            if names.count(name) > 1:
+                raise BlendedError(
+                    f"two losses are named {name!r}; give each its own name (those of the options are clip, range and background)."
+                )
 
     def __call__(self, model: DiffusionModel, step: StepInput, labels: Tensor | None = None) -> GuidedPrediction:
         """Predicts x_{t−1} and the gradient of minus the losses with one forward pass of the network."""

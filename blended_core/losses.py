@@ -27,7 +27,7 @@ PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
 """Two pictures [B, 3, H, W] in −1..1 → a distance for each, [B]."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepInput:
     """What a step starts from.
 
@@ -46,6 +46,9 @@ class StepInput:
     mask: Tensor
     source: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"StepInput(level {self.index} of {len(self.schedule)}, candidates {list(self.images)}, {tuple(self.x.shape)})"
+
 
 class LossTerm(NamedTuple):
     """A loss of a batch.
@@ -59,6 +62,9 @@ class LossTerm(NamedTuple):
     value: Tensor
     gradient: Tensor
     direct: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"LossTerm(mean value {float(self.value.mean()):.4g}, gradient {tuple(self.gradient.shape)})"
 
 
 class Loss(Protocol):

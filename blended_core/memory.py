@@ -68,7 +68,7 @@ class MemoryLimits:
             self.rows = rows // 2
             return f"continuing with {self.rows} of {work.batch} images at once"
         chunk = min(options.view_chunk or options.views, options.views)
-        if work.guided and options.scale > 0 and chunk > 1:
+        if work.views and chunk > 1:
             self.view_chunk = chunk // 2
             return f"continuing with {self.view_chunk} of {options.views} views at once"
         through_network = work.guided and options.gradient == "unet"
@@ -101,13 +101,14 @@ class GuidedWork:
 
     Attributes:
         batch: number of images. options: as the user gave them. network: the UNet.
-        guided: whether CLIP takes part. whole_batch: whether the images must not be processed apart.
+        guided: whether a gradient is taken. views: whether CLIP takes part. whole_batch: whether the images must not be processed apart.
     """
 
     batch: int
     options: GuidanceOptions
     network: nn.Module
     guided: bool
+    views: bool
     whole_batch: bool = False
 
 
@@ -186,7 +187,7 @@ def _nothing_left(reason: str, work: GuidedWork, context: DeviceContext) -> OutO
         unit = f"a batch of {work.batch}, which the reference code's background loss does not allow to split,"
         advice.append(("use a batch of 1", "batch"))
     else:
-        unit = "one image and one view at a time" if work.guided else "one image at a time"
+        unit = "one image and one view at a time" if work.views else "one image at a time"
     if work.guided and work.options.gradient == "unet" and not work.options.x0_if_needed:
         advice.append(("take the gradient at x̂0, which needs a fraction of it", "gradient"))
     if context.dtype == torch.float32:

@@ -233,7 +233,7 @@ def guided_step(
     if active is None:
         prompt = None
     guidance = active or options.guidance
-    guided = bool(prompt is not None and len(prompt)) or bool(losses)
+    prompted = prompt is not None and len(prompt) > 0
 
     def work(rows: int, guidance: GuidanceOptions) -> list[Step]:
         steps = []
@@ -246,8 +246,12 @@ def guided_step(
             steps.append(_step(models, inputs, options, guidance_from(guidance, models, prompt, losses)))
         return steps
 
-    whole_batch = guided and guidance.needs_perceptual and guidance.background_loss == "reference"
-    description = GuidedWork(len(x), guidance, models.ddpm.network, guided, whole_batch)
+    description = GuidedWork(
+        len(x), guidance, models.ddpm.network,
+        guided=prompted or bool(losses),
+        views=prompted and guidance.scale > 0,
+        whole_batch=prompted and guidance.needs_perceptual and guidance.background_loss == "reference",
+    )  # fmt: skip
     return concat_steps(run_within_memory(work, description, models.limits, models.context))
 
 

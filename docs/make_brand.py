@@ -1,4 +1,4 @@
-"""SeededRandom the pack's icon and banner: ``uv run python docs/make_brand.py``. A scene of the embedded world, and an object coming out of noise."""
+"""Draws the pack's icon and banner: ``uv run python docs/make_brand.py``. A scene of the embedded world, and an object coming out of noise."""
 
 from __future__ import annotations
 

@@ -273,3 +273,47 @@ def test_large_objects_are_described_in_a_line() -> None:
     assert "2 candidates of a 24×20 picture" in repr(result) and "24×20, binary, 35.0% inside" in repr(result.mask)
     assert "6×5, soft" in repr(soft) and "2 of 2" in repr(seen[-1]) and "on cpu" in repr(models)
     assert "CLIP distance none" in repr(without.candidates[0])
+
+
+def test_two_losses_of_one_name_are_refused() -> None:
+    models = tiny.tiny_models()
+    with pytest.raises(BlendedError, match="two losses are named 'clip'"):
+        guidance_from(preset("best").guidance, models, PROMPT, [Redness(1.0, name="clip")])
+
+
+def test_a_loss_without_a_name_is_refused() -> None:
+    def nameless(image: Tensor, step: StepInput) -> LossTerm:
+        return differentiate(lambda x: x.mean(dim=(1, 2, 3)), image)
+
+    with pytest.raises(BlendedError, match="has no name"):
+        Guidance((nameless,))  # type: ignore[arg-type]
+
+
+def test_a_bool_mask_is_refused_with_the_right_advice() -> None:
+    with pytest.raises(BlendedError, match=r"torch\.bool.*mask\.float\(\)"):
+        edit_picture(tiny.random_picture(SIZE, SIZE), MASK > 0, None, tiny.tiny_models())
+
+
+def test_a_step_with_the_loss_of_a_script_alone_asks_memory_for_no_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tiny.tiny_models()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(models.ddpm, "predict", full)
+    options = preset("best", steps="10")
+    with pytest.warns(UserWarning) as warned, pytest.raises(BlendedError, match="even with one image at a time"):
+        guided_step(
+            models, SOURCE.expand(2, -1, -1, -1), 5, models.ddpm.config.respaced("10"), options, None, MASK, SeededRandom(0), [0, 1],
+            losses=[Redness(1.0)],
+        )  # fmt: skip
+    assert not any("views" in str(w.message) for w in warned)
+
+
+def test_inputs_and_predictions_of_a_step_are_described_in_short() -> None:
+    models = tiny.tiny_models()
+    schedule = models.ddpm.config.respaced("10")
+    step = StepInput(SOURCE, 5, schedule, [0], SeededRandom(0), MASK, SOURCE)
+    guided = guidance_from(preset("best", views=2).guidance, models, PROMPT)(models.ddpm, step)
+    for value in (step, guided, guided.prediction, RangeLoss()(SOURCE, step)):
+        assert len(repr(value)) < 200, repr(value)[:300]

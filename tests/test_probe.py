@@ -244,6 +244,12 @@ def test_inspect_prints_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(capsys.readouterr().out)["settings"]["objective"] == {"value": "eps", "decided_by": "default", "sure": "not sure"}
 
 
+def test_inspect_names_its_flags_in_warnings(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(small)]) == 0
+    notes = capsys.readouterr().err
+    assert "(--picture)" in notes and "(--set)" in notes
+
+
 def test_inspect_uses_a_picture(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
     assert main(["inspect", str(small), "--picture", str(tmp_path / "mine.png")]) == 0
@@ -297,7 +303,10 @@ def test_a_conversion_that_fails_writes_nothing(bare: Path, tmp_path: Path, caps
     assert main(["convert", "embedded", str(there)]) == 2
     assert there.read_bytes() == b"mine" and "--overwrite" in capsys.readouterr().err
     assert main(["convert", "embedded", str(tmp_path / "x.pt")]) == 2 and ".safetensors" in capsys.readouterr().err
-    assert main(["convert", "embedded", str(tmp_path / "no" / "x.safetensors")]) == 2 and "create it first" in capsys.readouterr().err
+    assert (
+        main(["convert", "embedded", str(tmp_path / "no" / "x.safetensors")]) == 2
+        and "does not exist; create it" in capsys.readouterr().err
+    )
     large = load_file(EMBEDDED)
     large["out.2.bias"] = torch.full_like(large["out.2.bias"], 1e9, dtype=torch.float32)
     save_file(large, bare)

@@ -8,24 +8,17 @@ from typing import Any
 from .detect import Detection
 from .probe import group_of
 
-DECIDED_BY = {
-    "shapes": "the shapes of the weights",
-    "signature": "the family's signature",
-    "metadata": "the file's metadata",
-    "sidecar": "the .json beside it",
-    "override": "you",
-    "file": "the file's hash",
-    "probe": "the probe",
-    "default": "a guess",
+SOURCES = {
+    "shapes": ("the shapes of the weights", "certain"),
+    "signature": ("the family's signature", "a published family"),
+    "metadata": ("the file's metadata", "stated"),
+    "sidecar": ("the .json beside it", "stated"),
+    "override": ("you", "stated"),
+    "file": ("the file's hash", "a published file"),
+    "probe": ("the probe", ""),
+    "default": ("a guess", ""),
 }
-CERTAINTY = {
-    "shapes": "certain",
-    "metadata": "stated",
-    "sidecar": "stated",
-    "override": "stated",
-    "signature": "a published family",
-    "file": "a published file",
-}
+"""Source of a setting → (who decided it, how certain it is, where the source determines that)."""
 
 
 def certainty(detection: Detection, setting: str) -> str:
@@ -37,9 +30,7 @@ def certainty(detection: Detection, setting: str) -> str:
             return "the only possible value"
         words = f"{probe.margins[group]:.2f} times better than {probe.rivals[group]}, in {probe.agreement[group]:.0%} of the cells"
         return f"{words}: unsure" if group in probe.unsure or probe.uninformative else words
-    if source in CERTAINTY:
-        return CERTAINTY[source]
-    return "not sure" if setting in detection.guessed else "no effect here"
+    return SOURCES[source][1] or ("not sure" if setting in detection.guessed else "no effect here")
 
 
 def as_dict(detection: Detection, path: Path) -> dict[str, Any]:
@@ -60,7 +51,7 @@ def as_dict(detection: Detection, path: Path) -> dict[str, Any]:
 def as_table(detection: Detection, path: Path) -> str:
     """A table for a terminal: setting, value, decided by, how sure."""
     rows = [("setting", "value", "decided by", "how sure")]
-    rows += [(name, _text(value), DECIDED_BY[source], certainty(detection, name)) for name, (value, source) in detection.settings.items()]
+    rows += [(name, _text(value), SOURCES[source][0], certainty(detection, name)) for name, (value, source) in detection.settings.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])).rstrip() for row in rows]
     lines.insert(1, "  ".join("─" * width for width in (*widths, 8)))

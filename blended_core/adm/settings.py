@@ -43,36 +43,24 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return tuple(int(n) if n == int(n) else n for n in numbers)
 
 
+WHOLE = (_whole, "a whole number, at least 1")
+OPTIONAL = (_optional, "a whole number, at least 1, or none")
+FLAG = (_flag, "true or false")
 SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "image_size": (_whole, "a whole number of pixels, at least 1"),
-    "model_channels": (_whole, "a whole number, at least 1"),
+    **dict.fromkeys(("model_channels", "num_res_blocks", "in_channels", "out_channels", "num_heads", "steps"), WHOLE),
     "channel_mult": (_numbers, "numbers separated by commas"),
-    "num_res_blocks": (_whole, "a whole number, at least 1"),
     "attention_downsampling": (_numbers, "whole numbers separated by commas"),
-    "in_channels": (_whole, "a whole number, at least 1"),
-    "out_channels": (_whole, "a whole number, at least 1"),
-    "num_classes": (_optional, "a whole number, at least 1, or none"),
-    "num_heads": (_whole, "a whole number, at least 1"),
-    "num_head_channels": (_optional, "a whole number, at least 1, or none"),
-    "num_heads_upsample": (_optional, "a whole number, at least 1, or none"),
-    "resblock_updown": (_flag, "true or false"),
-    "use_scale_shift_norm": (_flag, "true or false"),
-    "conv_resample": (_flag, "true or false"),
-    "use_new_attention_order": (_flag, "true or false"),
+    **dict.fromkeys(("num_classes", "num_head_channels", "num_heads_upsample"), OPTIONAL),
+    **dict.fromkeys(("resblock_updown", "use_scale_shift_norm", "conv_resample", "use_new_attention_order", "rescale_timesteps"), FLAG),
     "schedule": _choice(*BETAS),
-    "steps": (_whole, "a whole number, at least 1"),
-    "rescale_timesteps": (_flag, "true or false"),
     "objective": _choice(*OBJECTIVES),
     "variance": _choice(*VARIANCES),
     # Flags of guided-diffusion that state the same in another way.
-    "num_channels": (_whole, "a whole number, at least 1"),
+    **dict.fromkeys(("num_channels", "diffusion_steps"), WHOLE),
     "attention_resolutions": (_numbers, "whole numbers of pixels separated by commas"),
-    "learn_sigma": (_flag, "true or false"),
-    "class_cond": (_flag, "true or false"),
     "noise_schedule": _choice(*BETAS),
-    "diffusion_steps": (_whole, "a whole number, at least 1"),
-    "predict_xstart": (_flag, "true or false"),
-    "sigma_small": (_flag, "true or false"),
+    **dict.fromkeys(("learn_sigma", "class_cond", "predict_xstart", "sigma_small"), FLAG),
 }
 """Name → (conversion, what a value must be), of every setting that can be stated."""
 RENAMED = {"num_channels": "model_channels", "noise_schedule": "schedule", "diffusion_steps": "steps"}

@@ -47,7 +47,7 @@ def convert(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that a command names, in float32."""
     context = DeviceContext.choose(args.device or "auto", "fp32")
-    picture = None if args.picture is None else read_picture(args.picture).tensor() * 2 - 1
+    picture = None if args.probe_picture is None else read_picture(args.probe_picture).tensor() * 2 - 1
     with context.autograd(), probe_options(picture) as probe:
         return load_checkpoint(context, args.file, parse_overrides(args.overrides or ()), probe=probe if args.probe else None)
 

@@ -145,7 +145,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="ADM checkpoint, or 'embedded'.")
     _overrides(parser)
-    parser.add_argument("--picture", type=Path, metavar="IMAGE", help="Picture of the kind that the model draws, for the probe.")
+    parser.add_argument(
+        "--picture", type=Path, dest="probe_picture", metavar="IMAGE", help="Picture similar to the training images, for the probe."
+    )
     parser.add_argument(
         "--no-probe", dest="probe", action="store_false", help="Guess settings that are not in the file, without the probe."
     )

@@ -1,0 +1,81 @@
+"""The import contracts of pyproject.toml, and that they can fail; the code of docs/library.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blended_core.toy.world import demo_scene
+
+ROOT = Path(__file__).parent.parent
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Checks the contracts of the project in a folder."""
+    code = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command = [sys.executable, "-c", code, "--no-cache", "--config", str(folder / "pyproject.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the library and its contracts."""
+    shutil.copytree(ROOT / "blended_core", tmp_path / "blended_core", ignore=shutil.ignore_patterns("data", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_every_import_follows_the_layers(project: Path) -> None:
+    checked = lint_imports(project)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("mask.py", "from .edit import edit_picture", "Dependencies point one way"),
+        ("sample.py", "from .evaluation.judge import Judge", "Dependencies point one way"),
+        ("device.py", "import comfy.model_management", "The library knows nothing of ComfyUI"),
+        ("sample.py", "from .toy.world import OBJECTS", "Only loaders, the terminal, evaluation and training know the toy world"),
+    ],
+)
+def test_a_forbidden_import_breaks_its_contract(project: Path, module: str, line: str, contract: str) -> None:
+    file = project / "blended_core" / module
+    file.write_text(f"{file.read_text('utf-8')}\n{line}\n", "utf-8")
+    checked = lint_imports(project)
+    assert checked.returncode != 0
+    assert f"{contract} BROKEN" in checked.stdout, checked.stdout + checked.stderr
+
+
+def test_no_node_imports_evaluation_or_training() -> None:
+    imports = re.compile(r"^\s*from \.\.blended_core\.(evaluation|training)\b", re.MULTILINE)
+    assert [file.name for file in (ROOT / "nodes").glob("*.py") if imports.search(file.read_text("utf-8"))] == []
+
+
+@pytest.mark.slow
+def test_the_code_of_the_library_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "library.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(blocks) >= 3
+    quick = "\n".join(blocks).replace("candidates=4", 'candidates=1, steps="4", views=2').replace('steps="25"', 'steps="4", views=2')
+    picture, mask = demo_scene()
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    script = tmp_path / "page.py"
+    check = "plain = edit_picture(picture.tensor(), mask, 'a rose', models, preset('best', steps='4', views=2, candidates=1))\n"
+    check += "import numpy\nnumpy.save('means.npy', [float(r.candidates[0].edited.mean()) for r in (darker, plain)])\n"
+    script.write_text(f"import torch\n{quick}\n{check}", "utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    darker, plain = np.load(tmp_path / "means.npy")
+    assert darker < plain, "the loss of the page darkens the region"
