@@ -210,7 +210,7 @@ class Schedule:
         A strength of 0.75 on 100 steps gives 74, as ``skip_timesteps=25`` of the reference does.
         """
         if not 0 < strength <= 1:
-            raise BlendedError(f"strength is {strength}; give a number above 0 and at most 1 (default 0.75).", option="strength")
+            raise BlendedError(f"strength is {strength}; give a number above 0 and at most 1.", option="strength")
         return max(1, math.floor(strength * len(self) + 0.5)) - 1
 
 
