@@ -12,7 +12,7 @@ NOTE = ("#432", "#653")
 STEPS = 40
 GROUPS = {
     "Models": "#3b4a5c",
-    "Picture": "#3d5446",
+    "Image": "#3d5446",
     "Edit": "#5b4634",
     "Result": "#4f3d57",
 }
@@ -132,16 +132,16 @@ QUICK = Graph(
     "Quick edit",
     (
         note(
-            "# Quick edit\n\nPress **Run**. A mushroom is painted into the white part of the mask; every other pixel stays as it was.\n\n"
+            "# Quick edit\n\nPress **Run**. The white part of the mask is edited: a mushroom appears there. Every other pixel stays unchanged.\n\n"
             "- The result shows four candidates, **best first**.\n"
-            "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 things and 6 backgrounds.\n"
-            "- Set *control after generate* of the sampler to `randomize` for new candidates at every run.\n"
-            "- *strength* 1 forgets what lies under the mask, lower keeps more of it.\n\n"
-            "Nothing is downloaded: the models are in the pack.",
+            "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 objects and 6 backgrounds.\n"
+            "- To get new candidates at every run, set *control after generate* of the sampler to `randomize`.\n"
+            "- *strength* 1 keeps nothing of what the mask covers. Lower values keep more of it.\n\n"
+            "The models are part of the pack. Nothing is downloaded.",
             height=360,
         ),
         models("a mushroom"),
-        Column("Picture", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
+        Column("Image", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
         Column("Edit", {"sampler": sampler(candidates=4)}),
         Column("Result", {"after": save("sampler.images", "quick_edit", 400), "scores": scores()}),
     ),
@@ -153,18 +153,18 @@ STEP_BY_STEP = Graph(
     "Six nodes step by step",
     (
         note(
-            "# The method, one node at a time\n\nOne round of the loop is one noise level:\n\n"
-            "1. **CLIP Guidance Step** takes one denoising step towards the prompt.\n"
-            "2. **Noise Background** (*match*) brings the real picture to the level that was just reached.\n"
-            "3. **Blend Latents** keeps the step inside the mask and the real picture outside.\n\n"
-            "The loop ends when no noise is left. **Final Paste** puts the edit on the original, so that nothing outside the mask "
-            "has changed by a single bit.\n\nSteps, strength, seed and mask are given once, in *Noise Background* (*start*): the LATENT carries "
-            "them. The same seed gives the same picture in *Blended Diffusion Sampler*.",
+            "# The method, one node at a time\n\nEach iteration of the loop is one noise level:\n\n"
+            "1. **CLIP Guidance Step** takes one denoising step toward the prompt.\n"
+            "2. **Noise Background** (*match*) noises the source image to the level of that step.\n"
+            "3. **Blend Latents** takes the step inside the mask and the noised source image outside.\n\n"
+            "The loop ends when no noise is left. **Final Paste** pastes the edit into the source image, which stays bit-identical outside the mask.\n\n"
+            "Steps, strength, seed and mask are set once, in *Noise Background* (*start*). The LATENT carries them. With the same seed, "
+            "*Blended Diffusion Sampler* returns the same image.",
             height=440,
         ),
         models("an apple"),
         Column(
-            "Picture",
+            "Image",
             {
                 "scene": scene("lake"),
                 "before": preview("scene.image", "Before", 280),
@@ -176,7 +176,7 @@ STEP_BY_STEP = Graph(
             },
         ),
         Column(
-            "Loop: one round a noise level",
+            "Loop: one iteration per noise level",
             {
                 "begin": Node("BlendedDenoiseLoopStart", {"latent": "start.latent"}),
                 "step": Node(
@@ -201,21 +201,21 @@ STEP_BY_STEP = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Loop: one round a noise level": GROUPS["Edit"]},
+    colours={**GROUPS, "Loop: one iteration per noise level": GROUPS["Edit"]},
 )
 
 RANKED = Graph(
     "Many results ranked",
     (
         note(
-            "# Many results, ranked\n\nOne try in a few is good, so the paper makes many and keeps the best. Here twelve candidates are "
-            "painted, four at once, and come out **sorted by CLIP**: the first four are kept, the last four shown beside them.\n\n"
-            "*Rank by CLIP* sorts pictures of **any** node. Here it looks at the same candidates with another prompt and without a mask: "
-            "which of them fits the whole scene?\n\nCLIP has its own taste. Look at them yourself.",
+            "# Many results, ranked\n\nNot every candidate is good, so the paper makes many and keeps the best. This workflow makes twelve candidates, "
+            "four at once, **ranked by CLIP**. The first four are saved. The last four are shown for comparison.\n\n"
+            "*Rank by CLIP* sorts images of **any** node. Here it ranks the same candidates by a prompt that describes the whole scene, without a mask.\n\n"
+            "The ranking of CLIP is coarse. Compare the candidates yourself.",
             height=340,
         ),
         models("a cat"),
-        Column("Picture", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
+        Column("Image", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
         Column("Edit", {"sampler": sampler(candidates=12)}),
         Column(
             "Result",
@@ -227,7 +227,7 @@ RANKED = Graph(
             },
         ),
         Column(
-            "Another opinion",
+            "Ranked by another prompt",
             {
                 "other": Node(
                     "BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": "a cat on a meadow"}, title="Encode Prompt (scene)", height=140
@@ -240,27 +240,28 @@ RANKED = Graph(
     ),
     after=("after",),
     each=4,
-    colours={**GROUPS, "Another opinion": GROUPS["Models"]},
+    colours={**GROUPS, "Ranked by another prompt": GROUPS["Models"]},
 )
 
 BACKGROUND = Graph(
     "Replace the background",
     (
         note(
-            "# Replace the background\n\nThe mask covers the object, and core's *Invert Mask* turns it round: now everything **but** the "
-            "object is painted anew, and the object stays to the bit.\n\n"
-            "- *strength* 1 forgets the old background. About 0.7 keeps its layout.\n"
-            "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `night`, `snow`, `a sunset`.\n- *scale* is lower than for objects: CLIP has seen few pictures with a hole in the middle, and is easily content with wrong colours.",
+            "# Replace the background\n\nThe mask covers the object. The core node *Invert Mask* inverts it: everything **except** the object is edited, "
+            "and the object stays bit-identical.\n\n"
+            "- *strength* 1 keeps nothing of the old background. About 0.7 keeps its layout.\n"
+            "- Other backgrounds that the embedded models know: `a meadow`, `a desert`, `night`, `snow`, `a sunset`.\n"
+            "- *scale* is lower than for objects. CLIP was trained on few images with a hole in the middle, so it gives good scores to wrong colors.",
             height=300,
         ),
         models("a lake", scale=1500.0),
         Column(
-            "Picture",
+            "Image",
             {
                 "scene": scene("desert", thing="cactus", seed=2),
                 "before": preview("scene.image", "Before", 260),
                 "invert": Node("InvertMask", {"mask": "scene.mask"}),
-                "mask": Node("MaskPreview", {"mask": "invert.MASK"}, title="White: painted anew", height=240),
+                "mask": Node("MaskPreview", {"mask": "invert.MASK"}, title="White: edited", height=240),
             },
         ),
         Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0, candidates=4)}),
@@ -274,24 +275,25 @@ REMOVAL = Graph(
     "Remove an object",
     (
         note(
-            "# Remove an object\n\n**Without a prompt** there is no guidance: the diffusion model fills the mask from its surroundings and from "
-            "what it has learned. The embedded model has hardly seen a scene without a thing in its middle, so it puts another one there; a "
-            "checkpoint trained on places does better.\n\n**Naming the ground** helps any model: here `an empty meadow`.\n\n"
-            "- Let the mask cover the whole object and a little more (*Grow Mask*).\n"
-            "- *strength* 1 forgets the object entirely.\n"
-            "- Make several candidates. Without a prompt nothing ranks them, so they come in the order of their draws.",
+            "# Remove an object\n\n**Without a prompt** there is no guidance. The diffusion model fills in the masked part from its surroundings. "
+            "The embedded model was trained on few scenes without an object in the middle, so it generates another object. "
+            "A checkpoint that was trained on places gives better results.\n\n"
+            "**A prompt that describes the background** helps with any model: here `an empty meadow`.\n\n"
+            "- The mask should cover the whole object and a margin around it (*Grow Mask*).\n"
+            "- *strength* 1 keeps nothing of the object.\n"
+            "- Make several candidates. Without a prompt they are not ranked, and come in the order of their numbers.",
             height=360,
         ),
         models("an empty meadow"),
         Column(
-            "Picture",
+            "Image",
             {
                 "scene": scene("meadow", thing="mushroom", seed=4),
                 "before": preview("scene.image", "Before", 280),
             },
         ),
         Column(
-            "Naming the ground",
+            "With a background prompt",
             {"sampler": sampler(strength=1.0, context=1.8, candidates=4), "after": save("sampler.images", "removal", 360)},
         ),
         Column(
@@ -304,17 +306,17 @@ REMOVAL = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Naming the ground": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
+    colours={**GROUPS, "With a background prompt": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
 )
 
 SCRIBBLE = Graph(
     "Scribble to object",
     (
         note(
-            "# Scribble to object\n\nPaint roughly what you want, mask it, and begin in the middle of the process: *strength* 0.6 keeps the "
-            "colours and the place of the scribble and lets the prompt make a thing of it.\n\n"
-            "Here core nodes do the scribbling: a red patch and a brown one. In your own picture use any paint program, or the mask editor's "
-            "colours.\n\nLower *strength* stays closer to the scribble.",
+            "# Scribble to object\n\nPaint a rough shape and mask it. *strength* 0.6 starts the edit at a medium noise level: the colors and the position of the "
+            "scribble are kept, and the prompt turns it into an object.\n\n"
+            "Here core nodes paint the scribble, a red patch and a brown one. For your own image, use any paint program or the brush of the mask editor.\n\n"
+            "A lower *strength* stays closer to the scribble.",
             height=300,
         ),
         models("a mushroom"),
@@ -333,7 +335,7 @@ SCRIBBLE = Graph(
             },
         ),
         Column(
-            "Picture",
+            "Image",
             {
                 "cap": Node(
                     "ImageCompositeMasked", {"destination": "stem.IMAGE", "source": "red.IMAGE"}, {"x": 64, "y": 62}, title="Paint the cap"
@@ -347,22 +349,24 @@ SCRIBBLE = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Scribble": GROUPS["Picture"]},
+    colours={**GROUPS, "Scribble": GROUPS["Image"]},
 )
 
 ALGORITHMS = Graph(
     "Algorithm 1 beside Algorithm 2",
     (
         note(
-            "# Two algorithms of one paper\n\n**Algorithm 1** (*local*) asks for the background by a loss, weighted by λ (*background_scale*). "
-            "The model paints the whole square, and the background drifts.\n\n**Algorithm 2** (*blended*) puts the real background back at every "
-            "noise level. Nothing drifts, and the edit grows into it.\n\nBelow: the square as the model painted it (x̂0), before it "
-            "is pasted. Look outside the mask. λ 100 drifts more, λ 10000 edits less.",
+            "# Two algorithms of one paper\n\n**Algorithm 1** (*local*) preserves the background by a loss with the weight λ (*background_scale*). The model changes the "
+            "whole region, and the background drifts.\n\n"
+            "**Algorithm 2** (*blended*) blends in the noised source image at every noise level. The background does not drift, and the edit "
+            "adapts to it.\n\n"
+            "The previews show the region (output x̂0) before it is pasted. Compare the part outside the mask. With λ 100 the background drifts more; "
+            "with λ 10000 the edit changes less.",
             height=340,
         ),
         models("an apple"),
         Column(
-            "Picture",
+            "Image",
             {
                 "scene": scene("sunset", seed=1),
                 "with_lambda": Node(
@@ -401,7 +405,7 @@ CORE = Graph(
     (
         models("a sunflower"),
         Column(
-            "Picture",
+            "Image",
             {
                 "scene": scene("meadow", seed=8, width=192, height=128),
                 "scale": Node(
@@ -411,10 +415,11 @@ CORE = Graph(
                 ),
                 "before": preview("scale.IMAGE", "Before", 260),
                 "note": words(
-                    "# Among ComfyUI's own nodes\n\nA wide picture, scaled up by core; a mask made, feathered, placed and grown by core.\n\n"
-                    "The sampler reads its greys because *mask_edges* is `soft`: dark grey may change late, light grey early. It edits a square "
-                    "around the mask at the model's size and pastes it back into the wide picture.\n\nAt the end core's *Image Composite Masked* puts "
-                    "the edit on yet another picture: a soft edge on a new ground. *Final Paste* would keep that picture outside the mask to the bit.",
+                    "# With nodes of the ComfyUI core\n\nCore nodes scale up a wide image, and make, feather, place and grow the mask.\n\n"
+                    "*mask_edges* is `soft`, so gray values set how freely a pixel may change: dark gray only at the last noise levels, light gray at "
+                    "most levels. The sampler edits a square region around the mask at the size of the model and pastes it into the wide image.\n\n"
+                    "At the end, *Image Composite Masked* puts the edit into a different image, with a soft edge. *Final Paste* would keep that "
+                    "image bit-identical outside the mask.",
                     width=WIDTH,
                     height=310,
                 ),
@@ -447,41 +452,41 @@ CORE = Graph(
             },
         ),
         Column(
-            "On another picture",
+            "On another image",
             {
                 "night": scene("night", seed=2, width=384, height=256),
                 "composite": Node(
                     "ImageCompositeMasked",
                     {"destination": "night.image", "source": "best.IMAGE", "mask": "grow.MASK"},
                 ),
-                "on_night": preview("composite.IMAGE", "On another picture", 260),
+                "on_night": preview("composite.IMAGE", "On another image", 260),
             },
         ),
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Mask by core": GROUPS["Picture"], "On another picture": GROUPS["Result"]},
+    colours={**GROUPS, "Mask by core": GROUPS["Image"], "On another image": GROUPS["Result"]},
 )
 
 OWN = Graph(
     "Your checkpoint and photo",
     (
         note(
-            "# Your own checkpoint and photo\n\nThis runs as it is, on the embedded models. Then make it yours:\n\n"
-            "1. **Checkpoint**: put an ADM file (`256x256_diffusion_uncond.pt`, a fine-tune, LSUN…) into `models/ddpm`, press **R**, and choose it "
-            "in *Load DDPM*. Its settings are read from the file; *overrides* corrects them.\n"
-            "2. **CLIP**: choose `ViT-B-16:openai` in *Load CLIP*. open_clip fetches it once. Files of yours go into `models/open_clip`.\n"
-            "3. **Photo**: drop or paste it on the empty canvas: a *Load Image* appears. Wire its IMAGE and MASK instead of *Demo Scene*'s, "
-            "into the sampler and *Before*.\n"
-            "4. **Mask**: right-click *Load Image*, *Open in MaskEditor*, paint what may change.\n"
-            f"5. **Guidance**: *scale* 1000 suits photos ({GUIDANCE_SCALE:.0f} is for the embedded models). *steps* 100.\n\n"
-            "| it should | turn |\n|---|---|\n| change more | strength up |\n| obey the text | scale, views up; more candidates |\n"
-            "| use less memory | batch 1, view_chunk 2 |\n| be quicker | preset fast, steps 0, options not wired |",
+            "# Your own checkpoint and photo\n\nThis workflow runs with the embedded models. To use your own files, change five settings:\n\n"
+            "1. **Checkpoint**: put an ADM checkpoint (`256x256_diffusion_uncond.pt`, a fine-tune, LSUN…) into `models/ddpm`, press **R**, and choose it "
+            "in *Load DDPM*. Its settings are detected from the file. Use *overrides* to correct them.\n"
+            "2. **CLIP**: choose `ViT-B-16:openai` in *Load CLIP*. open_clip downloads it once. Put your own files into `models/open_clip`.\n"
+            "3. **Photo**: drop or paste it on the empty canvas. A *Load Image* node appears. Connect its IMAGE and MASK in place of those of "
+            "*Demo Scene*, to the sampler and to *Before*.\n"
+            "4. **Mask**: right-click *Load Image*, choose *Open in MaskEditor*, and paint where the image may change.\n"
+            f"5. **Guidance**: set *scale* to 1000 ({GUIDANCE_SCALE:.0f} is for the embedded models) and *steps* to 100.\n\n"
+            "| goal | change |\n|---|---|\n| a larger change | raise strength |\n| a closer match to the prompt | raise scale and views; make more candidates |\n"
+            "| less memory | batch 1, view_chunk 2 |\n| less time | preset fast, steps 0, options unconnected |",
             width=460,
             height=620,
         ),
         models("a balloon"),
-        Column("Picture", {"scene": scene("desert", seed=5, width=384, height=256), "before": preview("scene.image", "Before", 300)}),
+        Column("Image", {"scene": scene("desert", seed=5, width=384, height=256), "before": preview("scene.image", "Before", 300)}),
         Column("Edit", {"sampler": sampler(candidates=4)}),
         Column("Result", {"after": save("sampler.images", "own", 400), "scores": scores()}),
     ),
@@ -529,7 +534,7 @@ BLUEPRINTS = (
     Blueprint(
         inner(
             models("an apple"),
-            Column("Picture", {"scene": scene("lake")}),
+            Column("Image", {"scene": scene("lake")}),
             Column("Edit", {"sampler": sampler()}),
             name="Edit by Prompt (Blended Diffusion)",
         ),
@@ -541,12 +546,12 @@ BLUEPRINTS = (
             *SETTINGS,
         ),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
-        description="Paints what the prompt says into the white part of the mask; every other pixel stays. Candidates come best first.",
+        description="Edits the white part of the mask from a prompt. Every other pixel stays unchanged. Returns the candidates best first.",
     ),
     Blueprint(
         inner(
             models("a lake", scale=1500.0),
-            Column("Picture", {"scene": scene("desert", thing="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
+            Column("Image", {"scene": scene("desert", thing="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
             Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0)}),
             name="Replace Background (Blended Diffusion)",
         ),
@@ -558,13 +563,13 @@ BLUEPRINTS = (
             *SETTINGS,
         ),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
-        description="Keeps what the mask covers to the bit and paints everything around it from the prompt.",
+        description="Replaces everything outside the mask from a prompt. The masked object stays bit-identical.",
     ),
     Blueprint(
         inner(
             models(""),
             Column(
-                "Picture",
+                "Image",
                 {"scene": scene("meadow", thing="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
             ),
             Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0)}),
@@ -583,6 +588,6 @@ BLUEPRINTS = (
             ("sampler", "candidates", "candidates"),
         ),
         outputs=(("sampler", "images", "images"),),
-        description="Fills the masked part from its surroundings; naming what is behind it helps, and may be left empty. Every other pixel stays.",
+        description="Fills in the masked part from its surroundings. A text that describes what is behind the object is optional and helps. Every other pixel stays unchanged.",
     ),
 )
