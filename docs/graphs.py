@@ -28,7 +28,7 @@ class Node:
     title: str | None = None
     width: int = WIDTH
     height: int = 0
-    colour: tuple[str, str] | None = None
+    color: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Graph:
     columns: tuple[Column, ...]
     before: str = ""
     after: tuple[str, ...] = ()
-    each: int = 1
+    images_per_node: int = 1
     overlap_free: bool = True
-    colours: dict[str, str] = field(default_factory=lambda: GROUPS)
+    colors: dict[str, str] = field(default_factory=lambda: GROUPS)
 
     def links(self) -> list[tuple[str, str, str, str]]:
         """(from, output, to, input)."""
@@ -72,14 +72,14 @@ class Blueprint:
     description: str
 
 
-def words(text: str, width: int = 380, height: int = 320) -> Node:
+def read_me(text: str, width: int = 380, height: int = 320) -> Node:
     """A note for who opens the template."""
-    return Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, colour=NOTE)
+    return Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, color=NOTE)
 
 
-def note(text: str, width: int = 380, height: int = 320) -> Column:
+def note_column(text: str, width: int = 380, height: int = 320) -> Column:
     """A column with nothing but words."""
-    return Column("", {"note": words(text, width, height)})
+    return Column("", {"note": read_me(text, width, height)})
 
 
 def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
@@ -97,9 +97,16 @@ def prompt(text: str) -> Node:
     return Node("BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": text}, height=140)
 
 
-def scene(background: str, seed: int = 0, thing: str = "none", width: int = 256, height: int = 256) -> Node:
+def scene(background: str, seed: int = 0, object_name: str = "none", width: int = 256, height: int = 256) -> Node:
     """A picture of the embedded world."""
-    values = {"background": background, "object": thing, "width": width, "height": height, "seed": seed, "control_after_generate": "fixed"}
+    values = {
+        "background": background,
+        "object": object_name,
+        "width": width,
+        "height": height,
+        "seed": seed,
+        "control_after_generate": "fixed",
+    }
     return Node("BlendedDemoScene", values=values)
 
 
@@ -131,7 +138,7 @@ def scores(of: str = "sampler.scores") -> Node:
 QUICK = Graph(
     "Quick edit",
     (
-        note(
+        note_column(
             "# Quick edit\n\nPress **Run**. A mushroom is painted into the white part of the mask; every other pixel stays as it was.\n\n"
             "- The result shows four candidates, **best first**.\n"
             "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 things and 6 backgrounds.\n"
@@ -152,7 +159,7 @@ QUICK = Graph(
 STEP_BY_STEP = Graph(
     "Six nodes step by step",
     (
-        note(
+        note_column(
             "# The method, one node at a time\n\nOne round of the loop is one noise level:\n\n"
             "1. **CLIP Guidance Step** takes one denoising step towards the prompt.\n"
             "2. **Noise Background** (*match*) brings the real picture to the level that was just reached.\n"
@@ -201,13 +208,13 @@ STEP_BY_STEP = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Loop: one round a noise level": GROUPS["Edit"]},
+    colors={**GROUPS, "Loop: one round a noise level": GROUPS["Edit"]},
 )
 
 RANKED = Graph(
     "Many results ranked",
     (
-        note(
+        note_column(
             "# Many results, ranked\n\nOne try in a few is good, so the paper makes many and keeps the best. Here twelve candidates are "
             "painted, four at once, and come out **sorted by CLIP**: the first four are kept, the last four shown beside them.\n\n"
             "*Rank by CLIP* sorts pictures of **any** node. Here it looks at the same candidates with another prompt and without a mask: "
@@ -239,25 +246,25 @@ RANKED = Graph(
         ),
     ),
     after=("after",),
-    each=4,
-    colours={**GROUPS, "Another opinion": GROUPS["Models"]},
+    images_per_node=4,
+    colors={**GROUPS, "Another opinion": GROUPS["Models"]},
 )
 
 BACKGROUND = Graph(
     "Replace the background",
     (
-        note(
+        note_column(
             "# Replace the background\n\nThe mask covers the object, and core's *Invert Mask* turns it round: now everything **but** the "
             "object is painted anew, and the object stays to the bit.\n\n"
             "- *strength* 1 forgets the old background. About 0.7 keeps its layout.\n"
-            "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `night`, `snow`, `a sunset`.\n- *scale* is lower than for objects: CLIP has seen few pictures with a hole in the middle, and is easily content with wrong colours.",
+            "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `night`, `snow`, `a sunset`.\n- *scale* is lower than for objects: CLIP has seen few pictures with a hole in the middle, and is easily content with wrong colors.",
             height=300,
         ),
         models("a lake", scale=1500.0),
         Column(
             "Picture",
             {
-                "scene": scene("desert", thing="cactus", seed=2),
+                "scene": scene("desert", object_name="cactus", seed=2),
                 "before": preview("scene.image", "Before", 260),
                 "invert": Node("InvertMask", {"mask": "scene.mask"}),
                 "mask": Node("MaskPreview", {"mask": "invert.MASK"}, title="White: painted anew", height=240),
@@ -273,7 +280,7 @@ BACKGROUND = Graph(
 REMOVAL = Graph(
     "Remove an object",
     (
-        note(
+        note_column(
             "# Remove an object\n\n**Without a prompt** there is no guidance: the diffusion model fills the mask from its surroundings and from "
             "what it has learned. The embedded model has hardly seen a scene without a thing in its middle, so it puts another one there; a "
             "checkpoint trained on places does better.\n\n**Naming the ground** helps any model: here `an empty meadow`.\n\n"
@@ -286,7 +293,7 @@ REMOVAL = Graph(
         Column(
             "Picture",
             {
-                "scene": scene("meadow", thing="mushroom", seed=4),
+                "scene": scene("meadow", object_name="mushroom", seed=4),
                 "before": preview("scene.image", "Before", 280),
             },
         ),
@@ -304,17 +311,17 @@ REMOVAL = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Naming the ground": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
+    colors={**GROUPS, "Naming the ground": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
 )
 
 SCRIBBLE = Graph(
     "Scribble to object",
     (
-        note(
+        note_column(
             "# Scribble to object\n\nPaint roughly what you want, mask it, and begin in the middle of the process: *strength* 0.6 keeps the "
-            "colours and the place of the scribble and lets the prompt make a thing of it.\n\n"
+            "colors and the place of the scribble and lets the prompt make a thing of it.\n\n"
             "Here core nodes do the scribbling: a red patch and a brown one. In your own picture use any paint program, or the mask editor's "
-            "colours.\n\nLower *strength* stays closer to the scribble.",
+            "colors.\n\nLower *strength* stays closer to the scribble.",
             height=300,
         ),
         models("a mushroom"),
@@ -347,13 +354,13 @@ SCRIBBLE = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Scribble": GROUPS["Picture"]},
+    colors={**GROUPS, "Scribble": GROUPS["Picture"]},
 )
 
 ALGORITHMS = Graph(
     "Algorithm 1 beside Algorithm 2",
     (
-        note(
+        note_column(
             "# Two algorithms of one paper\n\n**Algorithm 1** (*local*) asks for the background by a loss, weighted by λ (*background_scale*). "
             "The model paints the whole square, and the background drifts.\n\n**Algorithm 2** (*blended*) puts the real background back at every "
             "noise level. Nothing drifts, and the edit grows into it.\n\nBelow: the square as the model painted it (x̂0), before it "
@@ -388,8 +395,8 @@ ALGORITHMS = Graph(
         ),
     ),
     after=("one", "two"),
-    each=2,
-    colours={
+    images_per_node=2,
+    colors={
         **GROUPS,
         "Algorithm 1: local": GROUPS["Result"],
         "Algorithm 2: blended": GROUPS["Edit"],
@@ -410,9 +417,9 @@ CORE = Graph(
                     {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"},
                 ),
                 "before": preview("scale.IMAGE", "Before", 260),
-                "note": words(
+                "note": read_me(
                     "# Among ComfyUI's own nodes\n\nA wide picture, scaled up by core; a mask made, feathered, placed and grown by core.\n\n"
-                    "The sampler reads its greys because *mask_edges* is `soft`: dark grey may change late, light grey early. It edits a square "
+                    "The sampler reads its grays because *mask_edges* is `soft`: dark gray may change late, light gray early. It edits a square "
                     "around the mask at the model's size and pastes it back into the wide picture.\n\nAt the end core's *Image Composite Masked* puts "
                     "the edit on yet another picture: a soft edge on a new ground. *Final Paste* would keep that picture outside the mask to the bit.",
                     width=WIDTH,
@@ -460,13 +467,13 @@ CORE = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Mask by core": GROUPS["Picture"], "On another picture": GROUPS["Result"]},
+    colors={**GROUPS, "Mask by core": GROUPS["Picture"], "On another picture": GROUPS["Result"]},
 )
 
 OWN = Graph(
     "Your checkpoint and photo",
     (
-        note(
+        note_column(
             "# Your own checkpoint and photo\n\nThis runs as it is, on the embedded models. Then make it yours:\n\n"
             "1. **Checkpoint**: put an ADM file (`256x256_diffusion_uncond.pt`, a fine-tune, LSUN…) into `models/ddpm`, press **R**, and choose it "
             "in *Load DDPM*. Its settings are read from the file; *overrides* corrects them.\n"
@@ -493,7 +500,7 @@ TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORIT
 
 
 # Where the picture of each node's help page is taken: the template and the node's name in it.
-PORTRAITS = {
+NODE_SCREENSHOTS = {
     "BlendedLoadDDPM": (QUICK, "ddpm"),
     "BlendedLoadCLIP": (QUICK, "clip"),
     "BlendedEncodePrompt": (QUICK, "prompt"),
@@ -510,7 +517,7 @@ PORTRAITS = {
 }
 
 
-def inner(*columns: Column, name: str) -> Graph:
+def source_graph(*columns: Column, name: str) -> Graph:
     """The graph that a blueprint is cut out of."""
     return Graph(name, columns)
 
@@ -527,7 +534,7 @@ SETTINGS = (
 
 BLUEPRINTS = (
     Blueprint(
-        inner(
+        source_graph(
             models("an apple"),
             Column("Picture", {"scene": scene("lake")}),
             Column("Edit", {"sampler": sampler()}),
@@ -544,9 +551,9 @@ BLUEPRINTS = (
         description="Paints what the prompt says into the white part of the mask; every other pixel stays. Candidates come best first.",
     ),
     Blueprint(
-        inner(
+        source_graph(
             models("a lake", scale=1500.0),
-            Column("Picture", {"scene": scene("desert", thing="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
+            Column("Picture", {"scene": scene("desert", object_name="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
             Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0)}),
             name="Replace Background (Blended Diffusion)",
         ),
@@ -561,11 +568,11 @@ BLUEPRINTS = (
         description="Keeps what the mask covers to the bit and paints everything around it from the prompt.",
     ),
     Blueprint(
-        inner(
+        source_graph(
             models(""),
             Column(
                 "Picture",
-                {"scene": scene("meadow", thing="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
+                {"scene": scene("meadow", object_name="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
             ),
             Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0)}),
             name="Remove Object (Blended Diffusion)",
