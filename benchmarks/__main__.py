@@ -25,7 +25,7 @@ from blended_core.io.atomic import write_bytes
 
 from .edit import measure_candidates, measure_edit
 from .loading import measure_import, measure_load
-from .process import ROUNDS_OF_PROCESSES, measure_process
+from .process import PROCESS_ROUNDS, measure_process
 from .report import plot, table
 from .step import measure_growth, measure_step
 
@@ -51,39 +51,39 @@ def main() -> int:
     if args.channels_last:
         context = DeviceContext(context.device, context.dtype, True)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"machine": machine(context)}
+    results: dict[str, Any] = {"machine": machine(context)}
 
-    def keep() -> None:
-        write_bytes(args.out / "benchmarks.json", json.dumps(found, indent=1).encode() + b"\n")
-        write_bytes(args.out / "benchmarks.md", f"{table(found)}\n".encode())
+    def save() -> None:
+        write_bytes(args.out / "benchmarks.json", json.dumps(results, indent=1).encode() + b"\n")
+        write_bytes(args.out / "benchmarks.md", f"{table(results)}\n".encode())
 
     if "step" in args.only:
-        found["steps"] = []
+        results["steps"] = []
         for name in args.networks:
-            found["steps"].append(measure_step(name, context, args.rounds or ROUNDS[name], say))
-            keep()
+            results["steps"].append(measure_step(name, context, args.rounds or ROUNDS[name], log))
+            save()
         if "small" in args.networks:
-            found["growth"] = measure_growth(context, args.rounds or ROUNDS["small"], say)
+            results["growth"] = measure_growth(context, args.rounds or ROUNDS["small"], log)
     if "edit" in args.only:
-        found["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], say)
+        results["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], log)
         if context.device.type == "cuda":  # on a processor it would take days
-            found["candidates"] = measure_candidates(context, say)
+            results["candidates"] = measure_candidates(context, log)
     if "load" in args.only:
-        found["load"] = measure_load(args.rounds or ROUNDS["full"], say)
+        results["load"] = measure_load(args.rounds or ROUNDS["full"], log)
     if "import" in args.only:
-        found["import"] = measure_import(args.rounds or ROUNDS["medium"], say)
+        results["import"] = measure_import(args.rounds or ROUNDS["medium"], log)
     if "process" in args.only and sys.platform == "linux" and context.device.type == "cpu":
-        found["process"] = []
+        results["process"] = []
         for name in args.networks:
-            found["process"].append(measure_process(name, args.rounds or ROUNDS_OF_PROCESSES[name], say))
-            keep()
-    keep()
-    plot(args.out / "benchmarks.png", found)
-    print(table(found))
+            results["process"].append(measure_process(name, args.rounds or PROCESS_ROUNDS[name], log))
+            save()
+    save()
+    plot(args.out / "benchmarks.png", results)
+    print(table(results))
     return 0
 
 

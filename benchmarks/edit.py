@@ -13,22 +13,22 @@ from blended_core.device import DeviceContext
 from blended_core.edit import edit_picture
 from blended_core.options import EditOptions, GuidanceOptions
 
-from .measure import ratio, side_by_side
+from .measure import ratio, time_interleaved
 from .networks import SIZES, Size
-from .step import Say
+from .step import Log
 from .structure import Setting, floor
 
 SIDES = (256, 512, 1024, 2048, 4096)
 MASK = 120  # px, the same in every picture
-WHOLE = replace(SIZES["full"], batch=8, views=16)
+FULL_EDIT = replace(SIZES["full"], batch=8, views=16)
 """What a person with a GPU would ask for: 64 candidates in batches of eight, CLIP shown 16 views."""
 
 
-def measure_edit(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any]:
+def measure_edit(context: DeviceContext, rounds: int, log: Log) -> dict[str, Any]:
     """Whole edits of four steps: the time of the steps, and of cutting out, putting back and scoring, against a picture of 256 px."""
     setting = Setting.build(SIZES["small"], context)
     options = EditOptions(steps="4", strength=1.0, batch=1, candidates=1)
-    say(f"pictures of {', '.join(map(str, SIDES))} px, {rounds} rounds")
+    log(f"pictures of {', '.join(map(str, SIDES))} px, {rounds} rounds")
     seconds: dict[str, dict[str, list[float]]] = {part: {str(side): [] for side in SIDES} for part in ("steps", "around")}
 
     def edit(side: int) -> None:
@@ -40,7 +40,7 @@ def measure_edit(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any
         seconds["steps"][str(side)].append(taken["diffusion"])
         seconds["around"][str(side)].append(taken["prepare"] + taken["paste and score"])
 
-    side_by_side({str(side): partial(edit, side) for side in SIDES}, rounds, context.device)
+    time_interleaved({str(side): partial(edit, side) for side in SIDES}, rounds, context.device)
     counted = {part: {n: values[1:] for n, values in of.items()} for part, of in seconds.items()}  # the first round warms up
     quarter = [t / 4 for t in counted["around"]["4096"]]
     return {
@@ -51,7 +51,7 @@ def measure_edit(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any
     }
 
 
-def measure_candidates(context: DeviceContext, say: Say, size: Size = WHOLE, candidates: int = 64, steps: int = 75) -> dict[str, Any]:
+def measure_candidates(context: DeviceContext, log: Log, size: Size = FULL_EDIT, candidates: int = 64, steps: int = 75) -> dict[str, Any]:
     """A whole edit of many candidates with the full network, in seconds, and as a multiple of the floor of as many steps.
 
     A floor is taken before and after each edit, so that a device that grows slower in between does not make one of them look better.
@@ -61,12 +61,12 @@ def measure_candidates(context: DeviceContext, say: Say, size: Size = WHOLE, can
     picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, side, side)
     mask[..., side // 6 : -side // 6, side // 6 : -side // 6] = 1
-    found: dict[str, Any] = {"candidates": candidates, "steps": steps, "views": size.views, "batch": size.batch}
-    whole = steps * candidates / size.batch
+    results: dict[str, Any] = {"candidates": candidates, "steps": steps, "views": size.views, "batch": size.batch}
+    floor_steps = steps * candidates / size.batch
     with context.autograd():
-        side_by_side({"floor": partial(floor, setting)}, 1, context.device)
+        time_interleaved({"floor": partial(floor, setting)}, 1, context.device)
         for gradient in ("unet", "x0"):
-            say(f"{candidates} candidates of {side} px, {steps} steps, gradient {gradient}")
+            log(f"{candidates} candidates of {side} px, {steps} steps, gradient {gradient}")
             options = EditOptions(
                 steps=str(steps),
                 strength=1.0,
@@ -74,9 +74,14 @@ def measure_candidates(context: DeviceContext, say: Say, size: Size = WHOLE, can
                 candidates=candidates,
                 guidance=GuidanceOptions(gradient=gradient, views=size.views),
             )
-            floors = side_by_side({"floor": partial(floor, setting)}, 2, context.device, warm=False)["floor"]
+            floors = time_interleaved({"floor": partial(floor, setting)}, 2, context.device, warm=False)["floor"]
             taken = edit_picture(picture, mask, setting.prompt, setting.models, options).seconds
-            floors += side_by_side({"floor": partial(floor, setting)}, 2, context.device, warm=False)["floor"]
+            floors += time_interleaved({"floor": partial(floor, setting)}, 2, context.device, warm=False)["floor"]
             seconds = sum(taken.values())
-            found[gradient] = {"seconds": seconds, "parts": taken, "floors": floors, "over the floor": seconds / (whole * median(floors))}
-    return found
+            results[gradient] = {
+                "seconds": seconds,
+                "parts": taken,
+                "floors": floors,
+                "over the floor": seconds / (floor_steps * median(floors)),
+            }
+    return results

@@ -19,7 +19,7 @@ from blended_core.adm.unet import UNet
 
 from .measure import ratio
 from .networks import SIZES
-from .step import MIB, Say
+from .step import MIB, Log
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ done.set()
 watcher.join()
 print(max(peak, own()) - before)
 """
-KINDS = ("float32", "float32 channels_last", "bfloat16")
+VARIANTS = ("float32", "float32 channels_last", "bfloat16")
 IMPORT = """
 import time
 begun = time.perf_counter()
@@ -72,7 +72,7 @@ print(time.perf_counter() - begun)
 """
 
 
-def measure_load(rounds: int, say: Say) -> dict[str, Any]:
+def measure_load(rounds: int, log: Log) -> dict[str, Any]:
     """Reading the file of the 552.8 M network, and loading it in some precisions and layouts, by turns."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "full.safetensors"
@@ -84,37 +84,37 @@ def measure_load(rounds: int, say: Say) -> dict[str, Any]:
         size = sum(w.numel() * 4 for w in weights.values())
         save_file(weights, path, metadata={"unet": json.dumps(config.to_dict()), "diffusion": "{}"})
         del weights
-        say(f"loading {size / MIB:.0f} MiB, {rounds} rounds")
-        seconds: dict[str, list[float]] = {name: [] for name in ("read", *KINDS)}
+        log(f"loading {size / MIB:.0f} MiB, {rounds} rounds")
+        seconds: dict[str, list[float]] = {name: [] for name in ("read", *VARIANTS)}
         for number in range(rounds + 1):
             names = list(seconds) if number % 2 else list(reversed(seconds))
             for name in names:
-                taken = float(python(READ if name == "read" else SETUP + LOAD, str(path), name)[0])
+                taken = float(run_python(READ if name == "read" else SETUP + LOAD, str(path), name)[0])
                 if number:
                     seconds[name].append(taken)
-        memory = {name: float(python(SETUP + WATCH, str(path), name)[0]) / size for name in KINDS}
+        memory = {name: float(run_python(SETUP + WATCH, str(path), name)[0]) / size for name in VARIANTS}
     return {
         "file_mib": size / MIB,
-        "ratios": {name: vars(ratio(seconds[name], seconds["read"])) for name in KINDS},
+        "ratios": {name: vars(ratio(seconds[name], seconds["read"])) for name in VARIANTS},
         "seconds": seconds,
         "memory_over_float32_weights": memory,
     }
 
 
-def measure_import(rounds: int, say: Say) -> dict[str, Any]:
+def measure_import(rounds: int, log: Log) -> dict[str, Any]:
     """Seconds that a process needs to import the library, beside what torch alone takes."""
-    say(f"import, {rounds} rounds")
+    log(f"import, {rounds} rounds")
     seconds: dict[str, list[float]] = {"torch": [], "blended_core": [], "blended_core.edit": []}
     for number in range(rounds + 1):  # the first reads the files into the system's cache
         for name in list(seconds) if number % 2 else list(reversed(seconds)):
             before = "import torch\n" if name.startswith("blended_core.") else ""
-            taken = float(python(before + IMPORT.format(module=name))[0])
+            taken = float(run_python(before + IMPORT.format(module=name))[0])
             if number:
                 seconds[name].append(taken)
     return {"seconds": seconds, "median": {name: median(values) for name, values in seconds.items()}}
 
 
-def python(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:
+def run_python(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:
     """The lines that a fresh interpreter prints, in this process's environment or another."""
     variables = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=variables, check=False)

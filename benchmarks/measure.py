@@ -37,24 +37,24 @@ def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
     return Ratio(median(each), low, high, len(each))
 
 
-def side_by_side(ways: Mapping[str, Work], rounds: int, device: torch.device, warm: bool = True) -> dict[str, list[float]]:
+def time_interleaved(variants: Mapping[str, Work], rounds: int, device: torch.device, warm: bool = True) -> dict[str, list[float]]:
     """Seconds of every way in every round; a first round is not counted, and left out where all are warm already.
 
     The order is turned in every second round, and begins with another way every two rounds, so that none is always after the same one;
     an even number of rounds is balanced.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1) if warm else range(1, rounds + 1):
-        first = number // 2 % len(ways)
-        names = [*list(ways)[first:], *list(ways)[:first]]
+        first = number // 2 % len(variants)
+        names = [*list(variants)[first:], *list(variants)[:first]]
         names = names[::-1] if number % 2 else names
         for name in names:
             wait(device)
-            begun = time.perf_counter()
-            ways[name]()
+            start = time.perf_counter()
+            variants[name]()
             wait(device)
             if number:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from blended_core.cli.process import WAITING_THREADS
 
-from .loading import python
+from .loading import run_python
 from .measure import ratio
-from .step import MIB, Say
+from .step import MIB, Log
 
-ROUNDS_OF_PROCESSES = {"small": 6, "medium": 2, "full": 2}
+PROCESS_ROUNDS = {"small": 6, "medium": 2, "full": 2}
 STEPS = {"small": 12, "medium": 3, "full": 2}
 """Steps of which each process gives the median, after one that warms up."""
 WORK = """
@@ -32,7 +32,7 @@ with setting.context.autograd():
 print(statistics.median(seconds[1:]))
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-WAYS: dict[str, tuple[dict[str, str], str]] = {
+SETUPS: dict[str, tuple[dict[str, str], str]] = {
     # name → (variables of the environment, whether memory is kept)
     "as torch comes": ({}, ""),
     "threads that sleep": ({"OMP_WAIT_POLICY": "PASSIVE"}, ""),
@@ -41,25 +41,27 @@ WAYS: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-def measure_process(name: str, rounds: int, say: Say) -> dict[str, Any]:
+def measure_process(name: str, rounds: int, log: Log) -> dict[str, Any]:
     """Seconds of an x̂0 step, and the process's largest memory, in processes that are set up otherwise, by turns: float32, as many threads as
     torch takes. On Linux with glibc alone."""
-    say(f"processes, {name}: {', '.join(WAYS)}, {rounds} rounds")
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    memory: dict[str, list[float]] = {way: [] for way in WAYS}
+    log(f"processes, {name}: {', '.join(SETUPS)}, {rounds} rounds")
+    seconds: dict[str, list[float]] = {setup: [] for setup in SETUPS}
+    memory: dict[str, list[float]] = {setup: [] for setup in SETUPS}
     others = {key: value for key, value in os.environ.items() if key not in WAITING_THREADS}
     for number in range(rounds):
-        for way in list(WAYS) if number % 2 else list(reversed(WAYS)):
-            variables, keep = WAYS[way]
-            taken, most = python(WORK, name, str(STEPS[name]), keep, environment={**others, **variables})
-            seconds[way].append(float(taken))
-            memory[way].append(float(most) / MIB)
+        for setup in list(SETUPS) if number % 2 else list(reversed(SETUPS)):
+            variables, keep = SETUPS[setup]
+            taken, most = run_python(WORK, name, str(STEPS[name]), keep, environment={**others, **variables})
+            seconds[setup].append(float(taken))
+            memory[setup].append(float(most) / MIB)
     return {
         "network": name,
         "seconds": seconds,
-        "memory_mib": {way: median(values) for way, values in memory.items()},
+        "memory_mib": {setup: median(values) for setup, values in memory.items()},
         "ratios": {
-            f"{way} / as torch comes": vars(ratio(seconds[way], seconds["as torch comes"])) for way in WAYS if way != "as torch comes"
+            f"{setup} / as torch comes": vars(ratio(seconds[setup], seconds["as torch comes"]))
+            for setup in SETUPS
+            if setup != "as torch comes"
         },
         "kept": vars(ratio(seconds["the terminal"], seconds["threads that wait a little"])),
     }

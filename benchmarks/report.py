@@ -8,11 +8,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .measure import Ratio
-from .step import BARS
+from .step import TARGETS
 
 # Of the plot: network and what was measured, a ratio or a number, what counts as 1, and what was to reach.
 Row = tuple[tuple[str, str], Any, float, tuple[float, str] | None]
-INK, PALE, BAR, GOOD, BAD = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
+INK, LIGHT, NEUTRAL, MET, MISSED = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
 
 
 def as_text(values: dict[str, Any]) -> str:
@@ -20,37 +20,37 @@ def as_text(values: dict[str, Any]) -> str:
     return str(Ratio(**values))
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Markdown: every figure with its bar, where it has one."""
     lines = ["| what | network | figure (quartiles) | to reach |", "|---|---|---|---|"]
-    for name, value, bar in figures(found):
+    for name, value, target in figures(results):
         network, what = name
         text = as_text(value) if isinstance(value, dict) else f"{value:.2f}"
-        lines.append(f"| {what} | {network} | {text} | {'' if bar is None else f'{sign(bar[1])} {bar[0]:g}'} |")
-    for step in found.get("steps", []):
-        memory = ", ".join(f"{way} {mib:.0f}" for way, mib in step["memory_mib"].items())
+        lines.append(f"| {what} | {network} | {text} | {'' if target is None else f'{sign(target[1])} {target[0]:g}'} |")
+    for step in results.get("steps", []):
+        memory = ", ".join(f"{variant} {mib:.0f}" for variant, mib in step["memory_mib"].items())
         lines.append(f"| peak memory of tensors, MiB | {step['network']} | {memory} | |")
         for what, key in (("profile of an exact step", "operations"), ("of the floor, spent above it", "above_the_floor")):
             text = ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in step.get(key, {}).items())
             lines.append(f"| {what} | {step['network']} | {text} | |")
         if "attention" in step:
             lines.append(f"| attention of an exact step | {step['network']} | {', '.join(step['attention'])} | |")
-        for way, gap in step["difference"].items():
+        for variant, gap in step["difference"].items():
             lines.append(
-                f"| difference to the plain path: {way} | {step['network']} | x {gap['x']:.1e}, gradient {gap['gradient']:.1e} | ≤ 1e-4, 1e-3 |"
+                f"| difference to the plain path: {variant} | {step['network']} | x {gap['x']:.1e}, gradient {gap['gradient']:.1e} | ≤ 1e-4, 1e-3 |"
             )
-    for kind, memory in found.get("growth", {}).get("views_memory_mib", {}).items():
+    for kind, memory in results.get("growth", {}).get("views_memory_mib", {}).items():
         text = ", ".join(f"{n}: {mib:.1f}" for n, mib in memory.items())
         lines.append(f"| peak memory by views, {kind}, MiB | small | {text} | |")
-    for process in found.get("process", []):
-        text = ", ".join(f"{way} {mib:.0f}" for way, mib in process["memory_mib"].items())
+    for process in results.get("process", []):
+        text = ", ".join(f"{variant} {mib:.0f}" for variant, mib in process["memory_mib"].items())
         lines.append(f"| largest memory of the process, MiB | {process['network']} | {text} | |")
-    many = found.get("candidates", {})
+    many = results.get("candidates", {})
     for gradient in (g for g in ("unet", "x0") if g in many):
         what = f"{many['candidates']} candidates, {many['steps']} steps, {many['views']} views, gradient {gradient}"
         lines.append(f"| {what} | full | {many[gradient]['seconds']:.0f} s, {many[gradient]['over the floor']:.2f} of the floor | |")
-    if "import" in found:
-        text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["import"]["median"].items())
+    if "import" in results:
+        text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in results["import"]["median"].items())
         lines.append(f"| import | | {text} | |")
     return "\n".join(lines)
 
@@ -60,28 +60,28 @@ def sign(which: str) -> str:
     return "≥" if which == "least" else "≤"
 
 
-def figures(found: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[float, str] | None]]:
+def figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[float, str] | None]]:
     """((network, what), ratio or number, bar) in the order of the table."""
     out: list[tuple[tuple[str, str], Any, tuple[float, str] | None]] = []
-    for step in found.get("steps", []):
+    for step in results.get("steps", []):
         for what, value in (step["ratios"] | step["memory_ratios"]).items():
-            out.append(((step["network"], what), value, BARS.get((step["network"], what))))
-    for n, value in found.get("growth", {}).get("batch", {}).items():
+            out.append(((step["network"], what), value, TARGETS.get((step["network"], what))))
+    for n, value in results.get("growth", {}).get("batch", {}).items():
         out.append((("small", f"time an image, batch {n} / batch 1"), value, (1.0, "most") if n != "1" else None))
-    for n, value in found.get("growth", {}).get("views", {}).items():
+    for n, value in results.get("growth", {}).get("views", {}).items():
         out.append((("small", f"time, {n} views / 1"), value, None))
-    edit = found.get("edit", {})
+    edit = results.get("edit", {})
     for n, value in edit.get("steps", {}).items():
         out.append((("small", f"steps, picture of {n} px / 256"), value, (1.1, "most") if n == "4096" else None))
     for n, value in edit.get("cut and paste", {}).items():
         out.append((("small", f"cut, paste and score, picture of {n} px / 256"), value, None))
     if edit:
         out.append((("small", "cut, paste and score a pixel, 4096 px / 2048"), edit["a pixel, 4096 / 2048"], (1.1, "most")))
-    for process in found.get("process", []):
+    for process in results.get("process", []):
         for what, value in process["ratios"].items():
             out.append(((process["network"], f"x̂0 step, {what}"), value, None))
         out.append(((process["network"], "x̂0 step, freed memory kept / given back"), process["kept"], None))
-    load = found.get("load", {})
+    load = results.get("load", {})
     for name, value in load.get("ratios", {}).items():
         out.append(
             (
@@ -95,17 +95,17 @@ def figures(found: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[flo
     return out
 
 
-def reached(value: Any, bar: tuple[float, str]) -> bool:
+def meets_target(value: Any, target: tuple[float, str]) -> bool:
     """Whether a figure, by its median, is what was asked for."""
     number = value["median"] if isinstance(value, dict) else value
-    return bool(number >= bar[0] if bar[1] == "least" else number <= bar[0])
+    return bool(number >= target[0] if target[1] == "least" else number <= target[0])
 
 
-def plot(path: Path, found: dict[str, Any]) -> None:
+def plot(path: Path, results: dict[str, Any]) -> None:
     """Two groups of bars: the times of a step, beside that of the floor; and every figure that has something to reach, as a share of that."""
-    rows = figures(found)
+    rows = figures(results)
     times: list[Row] = [(name, value, 1.0, None) for name, value, _ in rows if isinstance(value, dict) and name[1].endswith("/ floor")]
-    aims: list[Row] = [(name, value, bar[0], bar) for name, value, bar in rows if bar is not None]
+    aims: list[Row] = [(name, value, target[0], target) for name, value, target in rows if target is not None]
     groups = {"time of a step, the floor is 1": times, "what was to reach, as a share of it": aims}
     height, left, width = 30, 520, 1220
     image = Image.new("RGB", (width, 40 + sum(56 + height * len(group) for group in groups.values())), "white")
@@ -116,16 +116,16 @@ def plot(path: Path, found: dict[str, Any]) -> None:
         top += 38
         largest = max([1.0, *((value["high"] if isinstance(value, dict) else value) / whole for _, value, whole, _ in group)])
         scale = (width - left - 210) / largest
-        for (network, what), value, whole, bar in group:
+        for (network, what), value, whole, target in group:
             ends = (value["low"], value["median"], value["high"]) if isinstance(value, dict) else (value, value, value)
             low, middle, high = (left + end / whole * scale for end in ends)
-            colour = BAR if bar is None else GOOD if reached(value, bar) else BAD
+            color = NEUTRAL if target is None else MET if meets_target(value, target) else MISSED
             draw.text((left - 12, top + 12), f"{network}: {what}", INK, font=font, anchor="rm")
-            draw.rectangle((left, top + 3, middle, top + 21), colour)
+            draw.rectangle((left, top + 3, middle, top + 21), color)
             if high > low:
                 draw.line((low, top + 12, high, top + 12), INK, 2)
             draw.line((left + scale, top - 3, left + scale, top + 27), INK, 2)
-            text = f"{ends[1]:.2f}" + (f"  (at {bar[1]} {bar[0]:g})" if bar else "")
+            text = f"{ends[1]:.2f}" + (f"  (at {target[1]} {target[0]:g})" if target else "")
             draw.text((width - 190, top + 12), text, INK, font=font, anchor="lm")
             top += height
         top += 18

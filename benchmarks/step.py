@@ -12,13 +12,24 @@ import torch
 
 from blended_core.device import DeviceContext
 
-from .measure import Work, peak_bytes, ratio, side_by_side, time_by_operation
+from .measure import Work, peak_bytes, ratio, time_by_operation, time_interleaved
 from .networks import SIZES
-from .structure import Setting, checkpointed, clip, clip_alone, compiled, floor, forward, ours, plain_attention, reference
+from .structure import (
+    Setting,
+    checkpointed,
+    clip_gradient,
+    clip_pass,
+    compiled,
+    floor,
+    forward,
+    library_step,
+    plain_attention,
+    reference_step,
+)
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 MIB = 2**20
-BARS = {
+TARGETS = {
     # (network, figure): (the least or the most, which)
     ("small", "reference / exact"): (1.65, "least"),
     ("full", "reference / exact"): (2.2, "least"),
@@ -31,14 +42,14 @@ BARS = {
 }
 
 
-WARM = 3
+WARM_UP_CALLS = 3
 """Calls before anything is measured on a GPU."""
 INEXACT = ("reference", "floor", "forward", "x0", "fp32", "bf16", "fp16")
 """Ways that are not compared with the plain one: they are it, give nothing, or give another picture. (Half precision is beside float32, or
 the other way round.)"""
 
 
-def kept(results: dict[str, Any], name: str, work: Work) -> None:
+def store_result(results: dict[str, Any], name: str, work: Work) -> None:
     """Does the work and puts its result there."""
     results[name] = work()
 
@@ -52,39 +63,43 @@ def native_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> dict[str, Any]:
+def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> dict[str, Any]:
     """Times, ratios, memory and equality for the networks of a size."""
     setting = Setting.build(SIZES[name], context)
-    ways: dict[str, Work] = {
-        "reference": lambda: reference(setting),
+    variants: dict[str, Work] = {
+        "reference": lambda: reference_step(setting),
         "floor": lambda: floor(setting),
-        "exact": lambda: ours(setting),
+        "exact": lambda: library_step(setting),
         "checkpointing": checkpointed(setting),
-        "x0": lambda: ours(setting, "x0"),
+        "x0": lambda: library_step(setting, "x0"),
         "forward": partial(forward, setting),
     }
     if context.device.type == "cuda":
-        ways |= switches(setting)
+        variants |= gpu_variants(setting)
     elif native_bf16():
-        ways["bf16"] = partial(ours, beside(setting, dtype=torch.bfloat16))
-    say(f"{name}: {', '.join(ways)}, {rounds} rounds")
+        variants["bf16"] = partial(library_step, with_context(setting, dtype=torch.bfloat16))
+    log(f"{name}: {', '.join(variants)}, {rounds} rounds")
     results: dict[str, Any] = {}
     with context.autograd():
         if context.device.type == "cuda":
             # A compiled network with CUDA graphs is compiled by its first call and recorded by its second; libraries take their workspaces.
-            for work in ways.values():
-                for _ in range(WARM):
+            for work in variants.values():
+                for _ in range(WARM_UP_CALLS):
                     work()
         # The round that warms up is the one whose memory is measured: rounds of the full network take minutes.
-        memory = {way: peak_bytes(partial(kept, results, way, work), context.device) / MIB for way, work in ways.items()}
-        memory["clip"] = peak_bytes(lambda: clip(setting), context.device) / MIB
-        seconds = side_by_side(ways, rounds, context.device, warm=False)
-        spent = {way: time_by_operation(ways[way], context.device) for way in ("exact", "floor")}
-        split = ours(setting, view_chunk=1)
+        memory = {
+            variant: peak_bytes(partial(store_result, results, variant, work), context.device) / MIB for variant, work in variants.items()
+        }
+        memory["clip"] = peak_bytes(lambda: clip_pass(setting), context.device) / MIB
+        seconds = time_interleaved(variants, rounds, context.device, warm=False)
+        times = {variant: time_by_operation(variants[variant], context.device) for variant in ("exact", "floor")}
+        split = library_step(setting, view_chunk=1)
     plain = results["reference"]
-    ratios = {f"{way} / floor": ratio(seconds[way], seconds["floor"]) for way in ways if way != "floor"}
+    ratios = {f"{variant} / floor": ratio(seconds[variant], seconds["floor"]) for variant in variants if variant != "floor"}
     ratios |= {
-        f"reference / {way}": ratio(seconds["reference"], seconds[way]) for way in ways if way not in ("reference", "floor", "forward")
+        f"reference / {variant}": ratio(seconds["reference"], seconds[variant])
+        for variant in variants
+        if variant not in ("reference", "floor", "forward")
     }
     shares = {"x0 memory / forward": memory["x0"] / memory["forward"], "exact memory / floor": memory["exact"] / memory["floor"]}
     return {
@@ -96,53 +111,55 @@ def measure_step(name: str, context: DeviceContext, rounds: int, say: Say) -> di
         "ratios": {key: vars(value) for key, value in ratios.items()},
         "memory_mib": memory,
         "memory_ratios": shares,
-        "operations": largest(spent["exact"]),
-        "above_the_floor": above(spent["exact"], spent["floor"]),
-        "attention": attention_kernels(spent["exact"]),
+        "operations": largest_shares(times["exact"]),
+        "above_the_floor": above_floor(times["exact"], times["floor"]),
+        "attention": attention_kernels(times["exact"]),
         "difference": {
-            **{way: differences(plain, results[way]) for way in ways if way not in INEXACT},
+            **{variant: differences(plain, results[variant]) for variant in variants if variant not in INEXACT},
             "one view at a time": differences(plain, split),
         },
     }
 
 
-def beside(setting: Setting, **changes: Any) -> Setting:
+def with_context(setting: Setting, **changes: Any) -> Setting:
     """The same sizes in another context; CLIP is shared where that allows it."""
     context = replace(setting.context, **changes)
     shared = setting.clip if context.channels_last == setting.context.channels_last else None
     return Setting.build(setting.size, context, shared)
 
 
-def switches(setting: Setting) -> dict[str, Work]:
+def gpu_variants(setting: Setting) -> dict[str, Work]:
     """What a GPU can be asked for, each against our step in ``setting``: other precisions, the other layout, attention without a fused kernel,
     the network compiled, and compiled with CUDA graphs."""
     layout = "contiguous" if setting.context.channels_last else "channels_last"
     others = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    ways: dict[str, Work] = {name: partial(ours, beside(setting, dtype=d)) for d, name in others.items() if d != setting.context.dtype}
-    ways[layout] = partial(ours, beside(setting, channels_last=not setting.context.channels_last))
-    ways["plain attention"] = plain_attention(setting)
-    ways["compiled"] = compiled(beside(setting), graphs=False)
-    ways["CUDA graphs"] = compiled(beside(setting), graphs=True)
-    return ways
+    variants: dict[str, Work] = {
+        name: partial(library_step, with_context(setting, dtype=d)) for d, name in others.items() if d != setting.context.dtype
+    }
+    variants[layout] = partial(library_step, with_context(setting, channels_last=not setting.context.channels_last))
+    variants["plain attention"] = plain_attention(setting)
+    variants["compiled"] = compiled(with_context(setting), graphs=False)
+    variants["CUDA graphs"] = compiled(with_context(setting), graphs=True)
+    return variants
 
 
-def attention_kernels(spent: dict[str, float]) -> list[str]:
+def attention_kernels(times: dict[str, float]) -> list[str]:
     """Which of torch's ways of attention ran: 'flash_attention_for_cpu', 'efficient_attention', 'attention_math' …"""
     mark = "aten::_scaled_dot_product_"
-    return sorted({name.removeprefix(mark).removesuffix("_backward") for name in spent if name.startswith(mark)})
+    return sorted({name.removeprefix(mark).removesuffix("_backward") for name in times if name.startswith(mark)})
 
 
 NAMED = 6
 """Operations that a profile names."""
 
 
-def largest(spent: dict[str, float]) -> dict[str, float]:
+def largest_shares(times: dict[str, float]) -> dict[str, float]:
     """The operations that take most of a step, as shares of it."""
-    whole = sum(spent.values())
-    return {name: seconds / whole for name, seconds in sorted(spent.items(), key=lambda item: -item[1])[:NAMED]}
+    whole = sum(times.values())
+    return {name: seconds / whole for name, seconds in sorted(times.items(), key=lambda item: -item[1])[:NAMED]}
 
 
-def above(exact: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
+def above_floor(exact: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
     """The operations that take most beyond what they take in the floor, as shares of the floor."""
     whole = sum(floor.values())
     more = {name: (seconds - floor.get(name, 0.0)) / whole for name, seconds in exact.items()}
@@ -157,17 +174,17 @@ def differences(plain: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Ten
     }
 
 
-def measure_growth(context: DeviceContext, rounds: int, say: Say) -> dict[str, Any]:
+def measure_growth(context: DeviceContext, rounds: int, log: Log) -> dict[str, Any]:
     """Time an image as the batch grows, and CLIP's memory as its views grow in chunks of four."""
     setting = Setting.build(SIZES["small"], context)
     batches = {count: setting.with_batch(count, setting.size.views) for count in (1, 2, 4, 8)}
     views = {count: setting.with_batch(setting.size.batch, count) for count in (1, 4, 16, 64)}
-    say(f"growth with batch {', '.join(map(str, batches))} and views {', '.join(map(str, views))}, {rounds} rounds")
+    log(f"growth with batch {', '.join(map(str, batches))} and views {', '.join(map(str, views))}, {rounds} rounds")
     with context.autograd():
-        by_batch = side_by_side({str(n): partial(ours, s) for n, s in batches.items()}, rounds, context.device)
-        by_views = side_by_side({str(n): partial(ours, s, view_chunk=4) for n, s in views.items()}, rounds, context.device)
-        chunked = {str(n): peak_bytes(partial(clip_alone, s, 4), context.device) / MIB for n, s in views.items()}
-        whole = {str(n): peak_bytes(partial(clip_alone, s, 0), context.device) / MIB for n, s in views.items()}
+        by_batch = time_interleaved({str(n): partial(library_step, s) for n, s in batches.items()}, rounds, context.device)
+        by_views = time_interleaved({str(n): partial(library_step, s, view_chunk=4) for n, s in views.items()}, rounds, context.device)
+        chunked = {str(n): peak_bytes(partial(clip_gradient, s, 4), context.device) / MIB for n, s in views.items()}
+        whole = {str(n): peak_bytes(partial(clip_gradient, s, 0), context.device) / MIB for n, s in views.items()}
     per_image = {n: [t / int(n) for t in seconds] for n, seconds in by_batch.items()}
     return {
         "batch": {n: vars(ratio(seconds, per_image["1"])) for n, seconds in per_image.items()},

@@ -41,7 +41,7 @@ class Setting:
     x: Tensor
     mask: Tensor
     schedule: Schedule
-    draws: SeededRandom
+    random: SeededRandom
 
     @classmethod
     def build(cls, size: Size, context: DeviceContext, clip: ClipModel | None = None) -> Setting:
@@ -72,7 +72,7 @@ class Setting:
         """How CLIP's views are warped."""
         if self.size.views == 1:
             return None
-        return self.draws.views(INDEX, self.images, self.size.views - 1, self.clip.image_size, True)
+        return self.random.views(INDEX, self.images, self.size.views - 1, self.clip.image_size, True)
 
     def with_batch(self, batch: int, views: int) -> Setting:
         """The same networks with another batch and number of views."""
@@ -84,18 +84,18 @@ Result = tuple[Tensor, Tensor]
 """(x_{t−1}, gradient), [B, 3, H, W] each."""
 
 
-def ours(setting: Setting, gradient: str = "unet", view_chunk: int = 0) -> Result:
+def library_step(setting: Setting, gradient: str = "unet", view_chunk: int = 0) -> Result:
     """The engine's own step."""
     options = EditOptions(guidance=GuidanceOptions(gradient=gradient, views=setting.size.views, view_chunk=view_chunk))
     step = guided_step(
-        setting.models, setting.x, INDEX, setting.schedule, options, setting.prompt, setting.mask, setting.draws, setting.images
+        setting.models, setting.x, INDEX, setting.schedule, options, setting.prompt, setting.mask, setting.random, setting.images
     )
     if step.gradient is None:
         raise RuntimeError("the step was not guided.")
     return step.x, step.gradient
 
 
-def reference(setting: Setting) -> Result:
+def reference_step(setting: Setting) -> Result:
     """What the reference code does for the same numbers, written anew.
 
     A forward for the prediction; a second one, recorded, for the gradient; attention by explicit matrices, which are forgotten and
@@ -103,7 +103,7 @@ def reference(setting: Setting) -> Result:
     at once (docs/method.md, row 13).
     """
     options, clip, batch = GuidanceOptions(), setting.clip, setting.size.batch
-    with _plain(setting.model.network), _attention_of_the_reference(setting.model.network) as unused:
+    with _plain_autograd(setting.model.network), _reference_attention(setting.model.network) as unused:
         with torch.no_grad():
             prediction = setting.model.predict(setting.x, INDEX, setting.schedule)
         with torch.enable_grad():
@@ -115,14 +115,14 @@ def reference(setting: Setting) -> Result:
                 rows = torch.cat([rows[:batch], warp_views(rows[batch:], views)])
             distance = prompt_distance(clip.encode_image(rows), setting.prompt)
             loss = options.scale * distance.view(-1, batch).mean(0).sum() + options.range_scale * range_loss(x0).sum()
-            found = torch.autograd.grad(loss, [x, *unused])[0]
-    gradient = -found * (x.shape[-1] * x.shape[-2] / options.reference_size**2)
-    noise = setting.draws.noise("step", INDEX, setting.images, tuple(x.shape[1:])).to(x)
+            input_gradient = torch.autograd.grad(loss, [x, *unused])[0]
+    gradient = -input_gradient * (x.shape[-1] * x.shape[-2] / options.reference_size**2)
+    noise = setting.random.noise("step", INDEX, setting.images, tuple(x.shape[1:])).to(x)
     return ddpm_step(prediction, INDEX, noise, gradient), gradient
 
 
 @contextlib.contextmanager
-def _plain(network: nn.Module) -> Iterator[None]:
+def _plain_autograd(network: nn.Module) -> Iterator[None]:
     """The network as plain autograd runs it, which keeps the input of every operation."""
     if not isinstance(network, UNet):
         raise TypeError("only an ADM network is measured.")
@@ -134,7 +134,7 @@ def _plain(network: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attention_of_the_reference(network: nn.Module) -> Iterator[list[nn.Parameter]]:
+def _reference_attention(network: nn.Module) -> Iterator[list[nn.Parameter]]:
     """The attention blocks as the reference computes them, and their weights, which ask for gradients meanwhile."""
     blocks = [m for m in network.modules() if isinstance(m, AttentionBlock)]
     weights = [p for block in blocks for part in (block.qkv, block.norm, block.proj_out) for p in part.parameters()]
@@ -172,16 +172,16 @@ def floor(setting: Setting) -> None:
 
     In this order, for what the network keeps for its way back has to wait while CLIP is asked.
     """
-    with _plain(setting.model.network), torch.enable_grad():
+    with _plain_autograd(setting.model.network), torch.enable_grad():
         x = setting.x.detach().requires_grad_()
         out = setting.model.network(x, timesteps(setting))
-        clip(setting)
+        clip_pass(setting)
         torch.autograd.grad(out.sum(), x)
 
 
 def forward(setting: Setting) -> None:
     """A bare forward of the diffusion network."""
-    with _plain(setting.model.network), torch.no_grad():
+    with _plain_autograd(setting.model.network), torch.no_grad():
         setting.model.network(setting.x, timesteps(setting))
 
 
@@ -190,14 +190,14 @@ def timesteps(setting: Setting) -> Tensor:
     return torch.full((setting.size.batch,), 500.0, device=setting.x.device)
 
 
-def clip_alone(setting: Setting, view_chunk: int) -> None:
+def clip_gradient(setting: Setting, view_chunk: int) -> None:
     """The gradient of our guidance at CLIP's input, by so many views at once."""
     side = setting.clip.image_size
     pooled = torch.zeros(setting.size.batch, 3, side, side, device=setting.x.device)
     ClipLoss(setting.clip, setting.prompt, views=setting.size.views, chunk=view_chunk).pooled_gradient(pooled, setting.views)
 
 
-def clip(setting: Setting) -> None:
+def clip_pass(setting: Setting) -> None:
     """CLIP forward and back on all views at once."""
     side, rows = setting.clip.image_size, setting.size.batch * setting.size.views
     with torch.enable_grad():
@@ -214,7 +214,7 @@ def checkpointed(setting: Setting) -> Callable[[], Result]:
             raise TypeError("only an ADM network checkpoints.")
         network.gradient_checkpointing = True
         try:
-            return ours(setting)
+            return library_step(setting)
         finally:
             network.gradient_checkpointing = False
 
@@ -226,7 +226,7 @@ def plain_attention(setting: Setting) -> Callable[[], Result]:
 
     def work() -> Result:
         with sdpa_kernel(SDPBackend.MATH):
-            return ours(setting)
+            return library_step(setting)
 
     return work
 
@@ -237,6 +237,6 @@ def compiled(setting: Setting, graphs: bool) -> Callable[[], Result]:
 
     def work() -> Result:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return ours(setting)
+        return library_step(setting)
 
     return work

@@ -28,7 +28,7 @@ class Node:
     title: str | None = None
     width: int = WIDTH
     height: int = 0
-    colour: tuple[str, str] | None = None
+    color: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Graph:
     columns: tuple[Column, ...]
     before: str = ""
     after: tuple[str, ...] = ()
-    each: int = 1
+    images_per_node: int = 1
     overlap_free: bool = True
-    colours: dict[str, str] = field(default_factory=lambda: GROUPS)
+    colors: dict[str, str] = field(default_factory=lambda: GROUPS)
 
     def links(self) -> list[tuple[str, str, str, str]]:
         """(from, output, to, input)."""
@@ -72,14 +72,14 @@ class Blueprint:
     description: str
 
 
-def words(text: str, width: int = 380, height: int = 320) -> Node:
+def read_me(text: str, width: int = 380, height: int = 320) -> Node:
     """A note for who opens the template."""
-    return Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, colour=NOTE)
+    return Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, color=NOTE)
 
 
-def note(text: str, width: int = 380, height: int = 320) -> Column:
+def note_column(text: str, width: int = 380, height: int = 320) -> Column:
     """A column with nothing but words."""
-    return Column("", {"note": words(text, width, height)})
+    return Column("", {"note": read_me(text, width, height)})
 
 
 def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
@@ -97,9 +97,16 @@ def prompt(text: str) -> Node:
     return Node("BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": text}, height=140)
 
 
-def scene(background: str, seed: int = 0, thing: str = "none", width: int = 256, height: int = 256) -> Node:
+def scene(background: str, seed: int = 0, object_name: str = "none", width: int = 256, height: int = 256) -> Node:
     """A picture of the embedded world."""
-    values = {"background": background, "object": thing, "width": width, "height": height, "seed": seed, "control_after_generate": "fixed"}
+    values = {
+        "background": background,
+        "object": object_name,
+        "width": width,
+        "height": height,
+        "seed": seed,
+        "control_after_generate": "fixed",
+    }
     return Node("BlendedDemoScene", values=values)
 
 
@@ -131,7 +138,7 @@ def scores(of: str = "sampler.scores") -> Node:
 QUICK = Graph(
     "Quick edit",
     (
-        note(
+        note_column(
             "# Quick edit\n\nPress **Run**. The white part of the mask is edited: a mushroom appears there. Every other pixel stays unchanged.\n\n"
             "- The result shows four candidates, **best first**.\n"
             "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 objects and 6 backgrounds.\n"
@@ -152,7 +159,7 @@ QUICK = Graph(
 STEP_BY_STEP = Graph(
     "Six nodes step by step",
     (
-        note(
+        note_column(
             "# The method, one node at a time\n\nEach iteration of the loop is one noise level:\n\n"
             "1. **CLIP Guidance Step** takes one denoising step toward the prompt.\n"
             "2. **Noise Background** (*match*) noises the source image to the level of that step.\n"
@@ -201,13 +208,13 @@ STEP_BY_STEP = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Loop: one iteration per noise level": GROUPS["Edit"]},
+    colors={**GROUPS, "Loop: one iteration per noise level": GROUPS["Edit"]},
 )
 
 RANKED = Graph(
     "Many results ranked",
     (
-        note(
+        note_column(
             "# Many results, ranked\n\nNot every candidate is good, so the paper makes many and keeps the best. This workflow makes twelve candidates, "
             "four at once, **ranked by CLIP**. The first four are saved. The last four are shown for comparison.\n\n"
             "*Rank by CLIP* sorts images of **any** node. Here it ranks the same candidates by a prompt that describes the whole scene, without a mask.\n\n"
@@ -239,14 +246,14 @@ RANKED = Graph(
         ),
     ),
     after=("after",),
-    each=4,
-    colours={**GROUPS, "Ranked by another prompt": GROUPS["Models"]},
+    images_per_node=4,
+    colors={**GROUPS, "Ranked by another prompt": GROUPS["Models"]},
 )
 
 BACKGROUND = Graph(
     "Replace the background",
     (
-        note(
+        note_column(
             "# Replace the background\n\nThe mask covers the object. The core node *Invert Mask* inverts it: everything **except** the object is edited, "
             "and the object stays bit-identical.\n\n"
             "- *strength* 1 keeps nothing of the old background. About 0.7 keeps its layout.\n"
@@ -258,7 +265,7 @@ BACKGROUND = Graph(
         Column(
             "Image",
             {
-                "scene": scene("desert", thing="cactus", seed=2),
+                "scene": scene("desert", object_name="cactus", seed=2),
                 "before": preview("scene.image", "Before", 260),
                 "invert": Node("InvertMask", {"mask": "scene.mask"}),
                 "mask": Node("MaskPreview", {"mask": "invert.MASK"}, title="White: edited", height=240),
@@ -274,7 +281,7 @@ BACKGROUND = Graph(
 REMOVAL = Graph(
     "Remove an object",
     (
-        note(
+        note_column(
             "# Remove an object\n\n**Without a prompt** there is no guidance. The diffusion model fills in the masked part from its surroundings. "
             "The embedded model was trained on few scenes without an object in the middle, so it generates another object. "
             "A checkpoint that was trained on places gives better results.\n\n"
@@ -288,7 +295,7 @@ REMOVAL = Graph(
         Column(
             "Image",
             {
-                "scene": scene("meadow", thing="mushroom", seed=4),
+                "scene": scene("meadow", object_name="mushroom", seed=4),
                 "before": preview("scene.image", "Before", 280),
             },
         ),
@@ -306,13 +313,13 @@ REMOVAL = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "With a background prompt": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
+    colors={**GROUPS, "With a background prompt": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
 )
 
 SCRIBBLE = Graph(
     "Scribble to object",
     (
-        note(
+        note_column(
             "# Scribble to object\n\nPaint a rough shape and mask it. *strength* 0.6 starts the edit at a medium noise level: the colors and the position of the "
             "scribble are kept, and the prompt turns it into an object.\n\n"
             "Here core nodes paint the scribble, a red patch and a brown one. For your own image, use any paint program or the brush of the mask editor.\n\n"
@@ -349,13 +356,13 @@ SCRIBBLE = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Scribble": GROUPS["Image"]},
+    colors={**GROUPS, "Scribble": GROUPS["Image"]},
 )
 
 ALGORITHMS = Graph(
     "Algorithm 1 beside Algorithm 2",
     (
-        note(
+        note_column(
             "# Two algorithms of one paper\n\n**Algorithm 1** (*local*) preserves the background by a loss with the weight λ (*background_scale*). The model changes the "
             "whole region, and the background drifts.\n\n"
             "**Algorithm 2** (*blended*) blends in the noised source image at every noise level. The background does not drift, and the edit "
@@ -392,8 +399,8 @@ ALGORITHMS = Graph(
         ),
     ),
     after=("one", "two"),
-    each=2,
-    colours={
+    images_per_node=2,
+    colors={
         **GROUPS,
         "Algorithm 1: local": GROUPS["Result"],
         "Algorithm 2: blended": GROUPS["Edit"],
@@ -465,13 +472,13 @@ CORE = Graph(
     ),
     before="before",
     after=("after",),
-    colours={**GROUPS, "Mask by core": GROUPS["Image"], "On another image": GROUPS["Result"]},
+    colors={**GROUPS, "Mask by core": GROUPS["Image"], "On another image": GROUPS["Result"]},
 )
 
 OWN = Graph(
     "Your checkpoint and photo",
     (
-        note(
+        note_column(
             "# Your own checkpoint and photo\n\nThis workflow runs with the embedded models. To use your own files, change five settings:\n\n"
             "1. **Checkpoint**: put an ADM checkpoint (`256x256_diffusion_uncond.pt`, a fine-tune, LSUN…) into `models/ddpm`, press **R**, and choose it "
             "in *Load DDPM*. Its settings are detected from the file. Use *overrides* to correct them.\n"
@@ -498,7 +505,7 @@ TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORIT
 
 
 # Where the picture of each node's help page is taken: the template and the node's name in it.
-PORTRAITS = {
+NODE_SCREENSHOTS = {
     "BlendedLoadDDPM": (QUICK, "ddpm"),
     "BlendedLoadCLIP": (QUICK, "clip"),
     "BlendedEncodePrompt": (QUICK, "prompt"),
@@ -515,7 +522,7 @@ PORTRAITS = {
 }
 
 
-def inner(*columns: Column, name: str) -> Graph:
+def source_graph(*columns: Column, name: str) -> Graph:
     """The graph that a blueprint is cut out of."""
     return Graph(name, columns)
 
@@ -532,7 +539,7 @@ SETTINGS = (
 
 BLUEPRINTS = (
     Blueprint(
-        inner(
+        source_graph(
             models("an apple"),
             Column("Image", {"scene": scene("lake")}),
             Column("Edit", {"sampler": sampler()}),
@@ -549,9 +556,9 @@ BLUEPRINTS = (
         description="Edits the white part of the mask from a prompt. Every other pixel stays unchanged. Returns the candidates best first.",
     ),
     Blueprint(
-        inner(
+        source_graph(
             models("a lake", scale=1500.0),
-            Column("Image", {"scene": scene("desert", thing="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
+            Column("Image", {"scene": scene("desert", object_name="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
             Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0)}),
             name="Replace Background (Blended Diffusion)",
         ),
@@ -566,11 +573,11 @@ BLUEPRINTS = (
         description="Replaces everything outside the mask from a prompt. The masked object stays bit-identical.",
     ),
     Blueprint(
-        inner(
+        source_graph(
             models(""),
             Column(
                 "Image",
-                {"scene": scene("meadow", thing="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
+                {"scene": scene("meadow", object_name="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
             ),
             Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0)}),
             name="Remove Object (Blended Diffusion)",

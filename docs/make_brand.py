@@ -12,7 +12,7 @@ from blended_core.toy.world import Scene, draw_background, sprite
 
 HERE = Path(__file__).parent / "images"
 INK = (250, 249, 246)
-FINER = 3  # drawn so much larger, then reduced: smooth edges
+SUPERSAMPLING = 3  # drawn so much larger, then reduced: smooth edges
 
 Floats = NDArray[np.float32]
 
@@ -23,12 +23,12 @@ def disc(side: int) -> Floats:
     return (np.hypot(at[:, None], at[None, :]) < side / 2).astype(np.float32)[..., None]
 
 
-def emerge(ground: Floats, name: str, level: Floats, rng: np.random.Generator, grain: int) -> Floats:
+def noisy_object(ground: Floats, name: str, level: Floats, rng: np.random.Generator, grain: int) -> Floats:
     """The object on its ground [S, S, 3], under noise of a level (0 none … 1 nothing else) with grains of some pixels."""
     side = ground.shape[0]
     inner = round(side * 0.74)
     at = (side - inner) // 2
-    # A sheet of small sprites, enlarged: smooth colours suit it.
+    # A sheet of small sprites, enlarged: smooth colors suit it.
     small = sprite(name, 96)
     large = np.stack([np.asarray(Image.fromarray(small[..., c]).resize((inner, inner), Image.Resampling.BICUBIC)) for c in range(4)], -1)
     picture = ground.copy()
@@ -39,31 +39,33 @@ def emerge(ground: Floats, name: str, level: Floats, rng: np.random.Generator, g
     return np.clip(picture * (1 - level) + noise * level, 0, 1).astype(np.float32)
 
 
-def put_disc(canvas: Floats, name: str, centre: tuple[int, int], side: int, level: Floats, seed: int, grain: int, rim: int) -> None:
+def draw_object_in_disc(
+    canvas: Floats, name: str, center: tuple[int, int], side: int, level: Floats, seed: int, grain: int, rim: int
+) -> None:
     """An object coming out of noise inside a ring."""
-    top, left = centre[1] - side // 2, centre[0] - side // 2
+    top, left = center[1] - side // 2, center[0] - side // 2
     ring = side + 2 * rim
     view = canvas[top - rim : top - rim + ring, left - rim : left - rim + ring]
     view[:] = view * (1 - disc(ring)) + np.array(INK, np.float32) / 255 * disc(ring)
     ground = draw_background(Scene("meadow", seed=seed, horizon=0.62), side, side)
-    inside = emerge(ground, name, level, np.random.default_rng(seed), grain)
+    inside = noisy_object(ground, name, level, np.random.default_rng(seed), grain)
     view = canvas[top : top + side, left : left + side]
     view[:] = view * (1 - disc(side)) + inside * disc(side)
 
 
-def finished(canvas: Floats, size: tuple[int, int]) -> Image.Image:
+def downsampled(canvas: Floats, size: tuple[int, int]) -> Image.Image:
     """8 bit, reduced."""
     return Image.fromarray((canvas * 255 + 0.5).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
 
 
 def icon(path: Path, size: int = 400) -> None:
     """A round edit in a landscape: noise on its left, an apple on its right."""
-    side = size * FINER
+    side = size * SUPERSAMPLING
     canvas = draw_background(Scene("lake", seed=5, horizon=0.52), side, side)
     inner = round(side * 0.74)
     across = np.linspace(1.25, -0.75, inner, dtype=np.float32).clip(0, 1)[None, :, None]
-    put_disc(canvas, "apple", (side // 2, side // 2), inner, across, 11, side // 26, side // 50)
-    picture = finished(canvas, (size, size)).convert("RGBA")
+    draw_object_in_disc(canvas, "apple", (side // 2, side // 2), inner, across, 11, side // 26, side // 50)
+    picture = downsampled(canvas, (size, size)).convert("RGBA")
     corners = Image.new("L", (side, side), 0)
     ImageDraw.Draw(corners).rounded_rectangle((0, 0, side - 1, side - 1), side // 6, fill=255)
     picture.putalpha(corners.resize((size, size), Image.Resampling.LANCZOS))
@@ -73,17 +75,17 @@ def icon(path: Path, size: int = 400) -> None:
 def banner(path: Path, width: int = 1680) -> None:
     """21:9: one edit at five noise levels, and the name."""
     height = width * 9 // 21
-    canvas = draw_background(Scene("sunset", seed=3, horizon=0.72), width * FINER, height * FINER)
-    side, count = round(height * 0.36) * FINER, 5
+    canvas = draw_background(Scene("sunset", seed=3, horizon=0.72), width * SUPERSAMPLING, height * SUPERSAMPLING)
+    side, count = round(height * 0.36) * SUPERSAMPLING, 5
     for i in range(count):
-        x = round(width * FINER * (i + 0.75) / (count + 0.5))
+        x = round(width * SUPERSAMPLING * (i + 0.75) / (count + 0.5))
         level = np.full((1, 1, 1), max(0.0, 0.92 - 0.31 * i) if i < 3 else (0.12 if i == 3 else 0.0), np.float32)
-        put_disc(canvas, "apple", (x, round(height * 0.62) * FINER), side, level, 11, side // 30, side // 46)
-    picture = finished(canvas, (width, height))
+        draw_object_in_disc(canvas, "apple", (x, round(height * 0.62) * SUPERSAMPLING), side, level, 11, side // 30, side // 46)
+    picture = downsampled(canvas, (width, height))
     draw = ImageDraw.Draw(picture)
     draw.text((width * 0.075, height * 0.09), "Blended Diffusion", INK, ImageFont.load_default(round(height * 0.155)))
-    words = "edits a region of a real picture from a sentence, and leaves every other pixel untouched"
-    draw.text((width * 0.077, height * 0.28), words, INK, ImageFont.load_default(round(height * 0.046)))
+    tagline = "edits a region of a real picture from a sentence, and leaves every other pixel untouched"
+    draw.text((width * 0.077, height * 0.28), tagline, INK, ImageFont.load_default(round(height * 0.046)))
     picture.save(path, quality=90)
 
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from tests.page import Page, opened
 from tests.server import started
 
-from .graphs import BLUEPRINTS, PORTRAITS, TEMPLATES, Blueprint, Graph
+from .graphs import BLUEPRINTS, NODE_SCREENSHOTS, TEMPLATES, Blueprint, Graph
 
 ROOT = Path(__file__).parent.parent
 THUMBNAIL = 512
@@ -44,7 +44,7 @@ BUILD = """async ({columns, nodes, links, groups}) => {
     if (!node) throw new Error(`no node ${spec.type}`);
     app.graph.add(node);
     if (spec.title) node.title = spec.title;
-    if (spec.colour) { node.color = spec.colour[0]; node.bgcolor = spec.colour[1]; }
+    if (spec.color) { node.color = spec.color[0]; node.bgcolor = spec.color[1]; }
     for (const [widget, value] of Object.entries(spec.values)) set(node, widget, value);
   }
   await new Promise(r => setTimeout(r, 300));
@@ -76,7 +76,7 @@ BUILD = """async ({columns, nodes, links, groups}) => {
   return Object.fromEntries(Object.entries(made).map(([name, node]) => [name, node.id]));
 }"""
 
-ENCLOSE = """async ({inside, inputs, outputs, title, description}) => {
+CONVERT_TO_SUBGRAPH = """async ({inside, inputs, outputs, title, description}) => {
   const app = window.app, rest = () => new Promise(r => setTimeout(r, 300));
   const {subgraph, node} = app.graph.convertToSubgraph(new Set(inside.map(id => app.graph.getNodeById(id))));
   await rest();
@@ -106,7 +106,7 @@ ENCLOSE = """async ({inside, inputs, outputs, title, description}) => {
 }"""
 
 
-def tidy(workflow: dict[str, Any]) -> dict[str, Any]:
+def without_machine_data(workflow: dict[str, Any]) -> dict[str, Any]:
     """Without what belongs to the machine that saved it."""
     workflow.pop("id", None)
     extra = workflow.get("extra", {})
@@ -120,12 +120,12 @@ def build(page: Page, graph: Graph) -> dict[str, int]:
         "columns": [[column.title, list(column.nodes)] for column in graph.columns],
         "nodes": {
             name: {
-                "type": n.type, "title": n.title, "values": n.values, "width": n.width, "height": n.height, "colour": n.colour,
+                "type": n.type, "title": n.title, "values": n.values, "width": n.width, "height": n.height, "color": n.color,
             }
             for column in graph.columns for name, n in column.nodes.items()
         },
         "links": graph.links(),
-        "groups": graph.colours,
+        "groups": graph.colors,
     }  # fmt: skip
     ids = dict(page.page.evaluate(BUILD, spec))
     if graph.overlap_free and (over := page.overlaps()):
@@ -133,14 +133,14 @@ def build(page: Page, graph: Graph) -> dict[str, int]:
     return ids
 
 
-def fetched(url: str, file: dict[str, str]) -> Image.Image:
+def download(url: str, file: dict[str, str]) -> Image.Image:
     """A picture that a node shows."""
     query = urllib.parse.urlencode({k: file[k] for k in ("filename", "subfolder", "type")})
     with urllib.request.urlopen(f"{url}/view?{query}", timeout=60) as answer:
         return Image.open(io.BytesIO(answer.read())).convert("RGB")
 
 
-def large(picture: Image.Image, side: int) -> Image.Image:
+def center_crop(picture: Image.Image, side: int) -> Image.Image:
     """Its middle square at a size."""
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
@@ -156,21 +156,21 @@ def thumbnail(after: list[Image.Image], before: Image.Image | None, path: Path) 
     rows = -(-len(after) // across)
     for i, picture in enumerate(after):
         top = (THUMBNAIL - rows * side - gap * (rows - 1)) // 2
-        card.paste(large(picture, side), (i % across * (side + gap), top + i // across * (side + gap)))
+        card.paste(center_crop(picture, side), (i % across * (side + gap), top + i // across * (side + gap)))
     if before is not None:
         frame = ImageDraw.Draw(card)
         at = THUMBNAIL - INSET - 18
         frame.rounded_rectangle((14, at - 4, 14 + INSET + 7, at + INSET + 3), 8, fill=(250, 249, 246))
-        card.paste(large(before, INSET), (18, at))
+        card.paste(center_crop(before, INSET), (18, at))
     card.save(path, quality=90)
 
 
-def shown(page: Page, ids: dict[str, int], name: str) -> list[Image.Image]:
+def output_images(page: Page, ids: dict[str, int], name: str) -> list[Image.Image]:
     """What a node shows after the run."""
-    return [fetched(page.url, f) for f in page.outputs()[str(ids[name])]["images"]]
+    return [download(page.url, f) for f in page.outputs()[str(ids[name])]["images"]]
 
 
-PORTRAIT = """async ([id, left, top]) => {
+CENTER_NODE = """async ([id, left, top]) => {
   const app = window.app, node = app.graph.getNodeById(id), ds = app.canvas.ds;
   app.canvas.deselectAll();
   ds.scale = 1;
@@ -181,10 +181,10 @@ PORTRAIT = """async ([id, left, top]) => {
 }"""
 
 
-def portrait(page: Page, number: int, path: Path) -> None:
+def node_screenshot(page: Page, number: int, path: Path) -> None:
     """A node with the ends of its wires, as its help page shows it."""
     left, top, beside, above = 420, 180, 64, 76
-    width, height = page.page.evaluate(PORTRAIT, [number, left, top])
+    width, height = page.page.evaluate(CENTER_NODE, [number, left, top])
     box = page.page.locator("canvas#graph-canvas").bounding_box()
     clip = {"x": box["x"] + left - beside, "y": box["y"] + top - above, "width": width + 2 * beside, "height": height + above + 36}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def portrait(page: Page, number: int, path: Path) -> None:
     taken.quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def forget(url: str) -> None:
+def clear_cache(url: str) -> None:
     """Empties the server's cache, so that a run is a run."""
     body = json.dumps({"unload_models": True, "free_memory": True}).encode()
     urllib.request.urlopen(urllib.request.Request(f"{url}/free", body, {"Content-Type": "application/json"}), timeout=60).close()
@@ -203,12 +203,12 @@ def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
     """Builds, saves, opens again, runs, and draws the thumbnail."""
     ids = build(page, graph)
     page.fit()
-    workflow = tidy(page.workflow())
+    workflow = without_machine_data(page.workflow())
     page.load(workflow, graph.name)
     page.fit()
-    if wrong := page.wrong() + page.shown():
+    if wrong := page.wrong() + page.output_images():
         raise SystemExit(f"{graph.name}: {wrong}")
-    forget(page.url)
+    clear_cache(page.url)
     end = page.run(timeout=900)
     if end["end"] != "success" or not end["previews"]:
         raise SystemExit(f"{graph.name}: {end}")
@@ -218,13 +218,13 @@ def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
     if graph.name in SHOWN_IN_README:
         taken = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
         taken.quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs" / "images" / SHOWN_IN_README[graph.name], optimize=True)
-    for kind, (where, name) in PORTRAITS.items():
+    for kind, (where, name) in NODE_SCREENSHOTS.items():
         if where is graph:
-            portrait(page, ids[name], ROOT / "web" / "docs" / kind / "node.png")
+            node_screenshot(page, ids[name], ROOT / "web" / "docs" / kind / "node.png")
     folder = ROOT / "workflows"
     folder.mkdir(exist_ok=True)
-    after = [picture for name in graph.after for picture in shown(page, ids, name)[: graph.each]]
-    thumbnail(after, shown(page, ids, graph.before)[0] if graph.before else None, folder / f"{graph.name}.jpg")
+    after = [picture for name in graph.after for picture in output_images(page, ids, name)[: graph.images_per_node]]
+    thumbnail(after, output_images(page, ids, graph.before)[0] if graph.before else None, folder / f"{graph.name}.jpg")
     (folder / f"{graph.name}.json").write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"{graph.name}: {len(workflow['nodes'])} nodes, {end['previews']} previews")
 
@@ -236,12 +236,13 @@ def make_blueprint(page: Page, blueprint: Blueprint, shots: Path | None) -> None
     sides = {"inputs": blueprint.inputs, "outputs": blueprint.outputs}
     spec = {side: [[ids[name], slot, label] for name, slot, label in slots] for side, slots in sides.items()}
     page.page.evaluate(
-        ENCLOSE, {**spec, "inside": [ids[name] for name in blueprint.inside], "title": graph.name, "description": blueprint.description}
+        CONVERT_TO_SUBGRAPH,
+        {**spec, "inside": [ids[name] for name in blueprint.inside], "title": graph.name, "description": blueprint.description},
     )
     page.fit()
     if shots is not None:
         page.screenshot(shots / f"blueprint {graph.name}.png")
-    workflow = tidy(page.workflow())
+    workflow = without_machine_data(page.workflow())
     workflow["extra"] = {}
     workflow["definitions"]["subgraphs"][0]["category"] = "Blended Diffusion"
     folder = ROOT / "subgraphs"
@@ -250,7 +251,7 @@ def make_blueprint(page: Page, blueprint: Blueprint, shots: Path | None) -> None
     print(f"blueprint {graph.name}: {len(workflow['definitions']['subgraphs'][0]['nodes'])} nodes")
 
 
-def fresh(url: str) -> contextlib.AbstractContextManager[Page]:
+def open_page(url: str) -> contextlib.AbstractContextManager[Page]:
     """A page of its own for each graph, so that no tabs of the others are in its picture; nor the small map over its corner."""
     return opened(url, size=(1800, 1000), **{"Comfy.Minimap.Visible": False})
 
@@ -275,11 +276,11 @@ def main() -> None:
     with server(args.url) as url:
         for graph in TEMPLATES:
             if not args.names or graph.name in args.names:
-                with fresh(url) as page:
+                with open_page(url) as page:
                     make_template(page, graph, args.shots)
         for blueprint in BLUEPRINTS:
             if not args.names or blueprint.graph.name in args.names:
-                with fresh(url) as page:
+                with open_page(url) as page:
                     make_blueprint(page, blueprint, args.shots)
 
 

@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[UNetConfig, DiffusionConfig]] = {
 
 def scenes(rng: np.random.Generator, count: int) -> torch.Tensor:
     """[count, 3, SIDE, SIDE] in −1..1."""
-    pictures = np.stack([render(random_scene(rng, objects=1, centred=1.0, size=(0.6, 0.7)), SIDE, SIDE) for _ in range(count)])
+    pictures = np.stack([render(random_scene(rng, objects=1, centered=1.0, size=(0.6, 0.7)), SIDE, SIDE) for _ in range(count)])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

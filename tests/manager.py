@@ -54,7 +54,7 @@ def main() -> None:
         except errors.BlendedError as error:
             said = str(error)
     context = memory.device_context()
-    ddpm, clip = load.load_ddpm(memory.offload_context(context)), load.load_clip(memory.offload_context(context))
+    ddpm, clip = load.load_checkpoint(memory.offload_context(context)).model, load.load_clip(memory.offload_context(context))
     options = memory.GuidanceOptions
     ways = {
         "unguided": (None, options()), "x0": (clip, options()), "x0, 64 views": (clip, options(views=64)),
@@ -118,7 +118,7 @@ def told_and_taken(memory: Any, load: Any, clip: Any) -> dict[str, list[float]]:
     for dtype in (torch.float32, torch.bfloat16):
         context = memory.DeviceContext(dtype=dtype)
         with context.autograd():
-            model = load.load_ddpm(context)
+            model = load.load_checkpoint(context).model
             x, times = torch.zeros(1, 3, 64, 64), torch.tensor([500.0])
 
             def back(network: Any = model.network, x: Any = x, times: Any = times) -> None:

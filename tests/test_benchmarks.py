@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from benchmarks import process
-from benchmarks.edit import WHOLE, measure_candidates
-from benchmarks.measure import Ratio, peak_bytes, ratio, side_by_side, time_by_operation
+from benchmarks.edit import FULL_EDIT, measure_candidates
+from benchmarks.measure import Ratio, peak_bytes, ratio, time_by_operation, time_interleaved
 from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
-from benchmarks.report import as_text, figures, plot, reached, table
-from benchmarks.step import above, attention_kernels, beside, differences, kept, largest
-from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, ours, plain_attention, reference
+from benchmarks.report import as_text, figures, meets_target, plot, table
+from benchmarks.step import above_floor, attention_kernels, differences, largest_shares, store_result, with_context
+from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, library_step, plain_attention, reference_step
 from blended_core.adm.unet import AttentionBlock
 from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
@@ -37,7 +37,7 @@ def setting() -> Setting:
 
 def test_every_way_takes_turns_in_turned_order() -> None:
     order: list[str] = []
-    seconds = side_by_side({name: partial(order.append, name) for name in "abc"}, 5, CPU.device)
+    seconds = time_interleaved({name: partial(order.append, name) for name in "abc"}, 5, CPU.device)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]  # the first is not counted
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 5)
@@ -63,10 +63,10 @@ def test_peak_memory_is_the_largest_sum_alive() -> None:
 
 def test_a_profile_names_what_takes_the_time() -> None:
     a, b = torch.randn(300, 300), torch.randn(300)
-    spent = time_by_operation(lambda: (a @ a, b + b), CPU.device)
-    assert spent["aten::mm"] > spent["aten::add"] > 0
-    assert list(largest({"mm": 3.0, "add": 1.0})) == ["mm", "add"] and largest({"mm": 3.0, "add": 1.0})["mm"] == 0.75
-    assert above({"mm": 3.0, "warp": 1.0}, {"mm": 3.5, "add": 0.5}) == {"warp": 0.25, "mm": -0.125}
+    times = time_by_operation(lambda: (a @ a, b + b), CPU.device)
+    assert times["aten::mm"] > times["aten::add"] > 0
+    assert list(largest_shares({"mm": 3.0, "add": 1.0})) == ["mm", "add"] and largest_shares({"mm": 3.0, "add": 1.0})["mm"] == 0.75
+    assert above_floor({"mm": 3.0, "warp": 1.0}, {"mm": 3.5, "add": 0.5}) == {"warp": 0.25, "mm": -0.125}
 
 
 @pytest.mark.parametrize("new_order", [False, True])
@@ -80,12 +80,12 @@ def test_attention_of_the_reference_gives_the_same_numbers(new_order: bool) -> N
 
 def test_all_structures_take_the_same_step(setting: Setting) -> None:
     with CPU.autograd():
-        plain = reference(setting)
+        plain = reference_step(setting)
         assert not any(p.requires_grad for p in setting.model.network.parameters()), "the reference's gradients are switched off again"
-        for found in (ours(setting), ours(setting, view_chunk=1), checkpointed(setting)()):
+        for found in (library_step(setting), library_step(setting, view_chunk=1), checkpointed(setting)()):
             gap = differences(plain, found)
             assert gap["x"] < 1e-4 and gap["gradient"] < 1e-3
-        other = differences(plain, ours(setting, "x0"))
+        other = differences(plain, library_step(setting, "x0"))
         assert other["gradient"] > 1e-3  # the comparison can fail
 
 
@@ -93,43 +93,43 @@ def test_the_reference_does_what_is_said_of_it(setting: Setting) -> None:
     calls: list[bool] = []
     hook = setting.model.network.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     with CPU.autograd():
-        reference(setting)
+        reference_step(setting)
         assert calls == [False, True]
-        ours(setting)
+        library_step(setting)
         assert calls[2:] == [True]
-        ours(setting, "x0")
+        library_step(setting, "x0")
         assert calls[3:] == [False]
     hook.remove()
 
 
 def test_less_is_kept_without_the_way_back(setting: Setting) -> None:
     with CPU.autograd():
-        memory = {g: peak_bytes(lambda g=g: ours(setting, g), CPU.device) for g in ("x0", "unet")}  # type: ignore[misc]
+        memory = {g: peak_bytes(lambda g=g: library_step(setting, g), CPU.device) for g in ("x0", "unet")}  # type: ignore[misc]
         assert memory["x0"] < 0.6 * memory["unet"]
         assert peak_bytes(checkpointed(setting), CPU.device) < memory["unet"]
 
 
 def test_the_floor_and_the_reference_keep_what_plain_autograd_keeps(setting: Setting) -> None:
     with CPU.autograd():
-        assert peak_bytes(lambda: ours(setting), CPU.device) < 0.7 * peak_bytes(partial(floor, setting), CPU.device)
-        before = peak_bytes(lambda: ours(setting), CPU.device)
-        reference(setting)
-        assert peak_bytes(lambda: ours(setting), CPU.device) == before, "the network is as it was afterwards"
+        assert peak_bytes(lambda: library_step(setting), CPU.device) < 0.7 * peak_bytes(partial(floor, setting), CPU.device)
+        before = peak_bytes(lambda: library_step(setting), CPU.device)
+        reference_step(setting)
+        assert peak_bytes(lambda: library_step(setting), CPU.device) == before, "the network is as it was afterwards"
 
 
 def test_the_attention_kernel_is_named(setting: Setting) -> None:
     with CPU.autograd():
-        fused, plain = (time_by_operation(work, CPU.device, 1) for work in (lambda: ours(setting), plain_attention(setting)))
+        fused, plain = (time_by_operation(work, CPU.device, 1) for work in (lambda: library_step(setting), plain_attention(setting)))
     assert attention_kernels(fused) == ["flash_attention_for_cpu"] and attention_kernels(plain) == ["attention_math"]
 
 
 def test_another_precision_or_layout_stands_beside(setting: Setting) -> None:
-    half, turned = beside(setting, dtype=torch.bfloat16), beside(setting, channels_last=True)
-    assert half.clip is setting.clip and half.context.dtype == torch.bfloat16 and turned.clip is not setting.clip
+    half, turned = with_context(setting, dtype=torch.bfloat16), with_context(setting, channels_last=True)
+    assert half.clip_pass is setting.clip_pass and half.context.dtype == torch.bfloat16 and turned.clip_pass is not setting.clip_pass
     with CPU.autograd():
         results: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, other in (("own", setting), ("turned", turned)):
-            kept(results, name, partial(ours, other))
+            store_result(results, name, partial(library_step, other))
         gap = differences(results["own"], results["turned"])
         assert gap["x"] < 1e-4 and gap["gradient"] < 1e-3
 
@@ -137,27 +137,29 @@ def test_another_precision_or_layout_stands_beside(setting: Setting) -> None:
 def test_a_whole_edit_is_a_multiple_of_its_floor(setting: Setting) -> None:
     said: list[str] = []
     found = measure_candidates(CPU, said.append, setting.size, candidates=6, steps=2)
-    assert (WHOLE.batch, WHOLE.views, WHOLE.unet.image_size) == (8, 16, 256) and len(said) == 2
-    for way in (found["unet"], found["x0"]):
+    assert (FULL_EDIT.batch, FULL_EDIT.views, FULL_EDIT.unet.image_size) == (8, 16, 256) and len(said) == 2
+    for variant in (found["unet"], found["x0"]):
         # Six candidates in batches of two are three batches of two steps each.
-        assert len(way["floors"]) == 4 and way["over the floor"] == pytest.approx(way["seconds"] / (6 * median(way["floors"])))
-        assert way["seconds"] == pytest.approx(sum(way["parts"].values())) and way["parts"]["diffusion"] > 0
+        assert len(variant["floors"]) == 4 and variant["over the floor"] == pytest.approx(
+            variant["seconds"] / (6 * median(variant["floors"]))
+        )
+        assert variant["seconds"] == pytest.approx(sum(variant["parts"].values())) and variant["parts"]["diffusion"] > 0
     assert f"6 candidates, 2 steps, 3 views, gradient x0 | full | {found['x0']['seconds']:.0f} s" in table({"candidates": found})
 
 
 def test_processes_take_turns_and_differ_in_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str | None, str | None]] = []
 
-    def python(_program: str, name: str, _steps: str, keep: str, environment: dict[str, str]) -> list[str]:
+    def run_python(_program: str, name: str, _steps: str, keep: str, environment: dict[str, str]) -> list[str]:
         calls.append((keep, environment.get("OMP_WAIT_POLICY"), environment.get("GOMP_SPINCOUNT")))
         assert name == "small" and environment["PATH"] == os.environ["PATH"]
         return [str({"keep": 1.0}.get(keep, 2.0 if environment.get("GOMP_SPINCOUNT") else 4.0)), str(300 * 2**20)]
 
-    monkeypatch.setattr(process, "python", python)
+    monkeypatch.setattr(process, "python", run_python)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # what this process is told does not count
     found = process.measure_process("small", 2, lambda _line: None)
-    ways = [("", None, None), ("", "PASSIVE", None), ("", "PASSIVE", "1000"), ("keep", "PASSIVE", "1000")]
-    assert calls == [*reversed(ways), *ways]
+    variants = [("", None, None), ("", "PASSIVE", None), ("", "PASSIVE", "1000"), ("keep", "PASSIVE", "1000")]
+    assert calls == [*reversed(variants), *variants]
     assert found["kept"]["median"] == 0.5 and found["ratios"]["the terminal / as torch comes"]["median"] == 0.25
     text = table({"process": [found]})
     assert "| x̂0 step, the terminal / as torch comes | small | 0.25 (0.25–0.25) |" in text
@@ -166,7 +168,7 @@ def test_processes_take_turns_and_differ_in_what_they_are_told(monkeypatch: pyte
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is kept under Linux alone")
 def test_a_process_gives_seconds_and_bytes() -> None:
-    seconds, most = process.python(process.WORK, "small", "1", "keep")
+    seconds, most = process.run_python(process.WORK, "small", "1", "keep")
     assert 0 < float(seconds) < 600 and float(most) > 100 * 2**20
 
 
@@ -191,7 +193,7 @@ def test_the_report_marks_what_is_reached(tmp_path: Path) -> None:
     found = json.loads(json.dumps({"steps": [step]}))
     text = table(found)
     assert "1.70 (1.60–1.80) | ≥ 1.65" in text and "| exact 320 |" in text and as_text(values) in text
-    marks = {what: reached(value, bar) for (_, what), value, bar in figures(found) if bar}
+    marks = {what: meets_target(value, target) for (_, what), value, target in figures(found) if target}
     assert marks == {"reference / exact": True, "exact / floor": False, "x0 memory / forward": True}
     plot(tmp_path / "plot.png", found)
     with Image.open(tmp_path / "plot.png") as image:

@@ -26,12 +26,12 @@ from blended_core.evaluation.metrics import ROWS, STEPS, as_table, pairs, rank_a
 from blended_core.io.atomic import sha256
 from blended_core.options import PRESETS
 from blended_core.sample import Models
-from blended_core.toy import spoil
+from blended_core.toy import corrupt
 from blended_core.toy.captions import describe
 from blended_core.toy.models import CLIP, DDPM, JUDGE
 from blended_core.toy.world import BACKGROUNDS, OBJECTS, Placed, Scene, draw_background, random_scene, render
 from blended_core.training import judge as train_judge
-from blended_core.training.clip import SPOILED, Examples, estimator, matching_loss, soft_mask, truth_matrix
+from blended_core.training.clip import CORRUPTED, Examples, estimator, match_matrix, matching_loss, shape_mask
 
 from .tiny import tiny_models
 
@@ -54,17 +54,17 @@ def test_the_judge_rejects_what_only_resembles(judge: Judge, kind: str) -> None:
     rng = np.random.default_rng(99)
     rows, masks = [], []
     for _ in range(100):
-        scene = random_scene(rng, objects=1, size=(34 / 64, 46 / 64), centred=1.0)
-        placed, whole, empty = scene.objects[0], spoil.as_picture(scene), draw_background(scene)
+        scene = random_scene(rng, objects=1, size=(34 / 64, 46 / 64), centered=1.0)
+        placed, whole, empty = scene.objects[0], corrupt.render_float(scene), draw_background(scene)
         picture = {
-            "scrambled": lambda w=whole, p=placed: spoil.scrambled(rng, w, p),
-            "fragment": lambda w=whole, e=empty, p=placed: spoil.fragment(rng, w, e, p),
-            "mixture": lambda w=whole, s=scene, p=placed: spoil.mixture(rng, w, s, p),
-            "blob": lambda e=empty, p=placed: spoil.blob(rng, e, p),
+            "scrambled": lambda w=whole, p=placed: corrupt.scrambled(rng, w, p),
+            "fragment": lambda w=whole, e=empty, p=placed: corrupt.fragment(rng, w, e, p),
+            "mixture": lambda w=whole, s=scene, p=placed: corrupt.mixture(rng, w, s, p),
+            "blob": lambda e=empty, p=placed: corrupt.blob(rng, e, p),
         }[kind]()
         half = placed.size * 0.6
         rows.append(picture)
-        masks.append(soft_mask(rng, (placed.x - half, placed.y - half, placed.x + half, placed.y + half)))
+        masks.append(shape_mask(rng, (placed.x - half, placed.y - half, placed.x + half, placed.y + half)))
     x = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() * 2 - 1
     answers = judge(x, torch.from_numpy(np.stack(masks))[:, None])
     assert sum(v.answer == NONE for v in answers) >= 90, Counter(v.answer for v in answers)
@@ -72,7 +72,7 @@ def test_the_judge_rejects_what_only_resembles(judge: Judge, kind: str) -> None:
 
 def test_the_mask_says_which_object_is_meant(judge: Judge) -> None:
     left, right = Placed("rocket", 0.25, 0.5, 0.42), Placed("tree", 0.75, 0.5, 0.42)
-    picture = torch.from_numpy(spoil.as_picture(Scene("meadow", (left, right)))).permute(2, 0, 1)[None] * 2 - 1
+    picture = torch.from_numpy(corrupt.render_float(Scene("meadow", (left, right)))).permute(2, 0, 1)[None] * 2 - 1
     masks = torch.zeros(2, 1, 64, 64)
     masks[0, :, 16:48, 1:31] = 1
     masks[1, :, 16:48, 33:63] = 1
@@ -236,7 +236,7 @@ def test_two_names_for_the_same_options_are_measured_once(tmp_path: Path, models
     best, other, again = run()
     assert taken == {"best": False, "other": False, "again": True}
     assert {**again, "name": "best"} == best and other["clip_gain"] != best["clip_gain"]
-    files = [evaluation.record_of(tmp_path, name, pairs(1)[0]).with_suffix(".png").read_bytes() for name in rows]
+    files = [evaluation.record_path(tmp_path, name, pairs(1)[0]).with_suffix(".png").read_bytes() for name in rows]
     assert files[2] == files[0] != files[1]
 
 
@@ -295,7 +295,7 @@ def test_sheets_frame_what_was_accepted(tmp_path: Path, models: Models) -> None:
         pixels = np.asarray(image.convert("RGB"))
     y = 74 + evaluation_pictures.TILE // 2
     frames = [tuple(pixels[y, evaluation_pictures.LABEL + i * (evaluation_pictures.TILE + evaluation_pictures.GAP) - 2]) for i in range(3)]
-    assert frames == [evaluation_pictures.PAPER, evaluation_pictures.YES, evaluation_pictures.NO]
+    assert frames == [evaluation_pictures.PAGE, evaluation_pictures.ACCEPTED, evaluation_pictures.REJECTED]
 
 
 def test_the_published_table_bears_out_what_is_said_of_it() -> None:
@@ -354,22 +354,22 @@ def test_examples_show_what_the_diffusion_model_makes_of_scenes() -> None:
         asked.extend(levels)
         return pictures // 2
 
-    examples = Examples(np.random.default_rng(0), 200, spoil=0.5, estimates=0.5, estimate=estimate)
+    examples = Examples(np.random.default_rng(0), 200, corrupt=0.5, estimates=0.5, estimate=estimate)
     whole = [(scene, picture) for scene, picture, kept in examples.pool if kept]
     dimmed = [not (picture == render(scene)).all() for scene, picture in whole]
     assert 0.35 < sum(dimmed) / len(dimmed) < 0.65 and len(whole) < 200
     assert 0.35 < len(asked) / 200 < 0.65 and max(asked) > 700
-    spoiled = [level for level in asked if level < 100]
-    assert spoiled  # those are noised less
+    corrupted = [level for level in asked if level < 100]
+    assert corrupted  # those are noised less
     pictures, masks, truths = examples.draw(8, renew=4)
     assert pictures.shape == (8, 3, 64, 64) and masks.shape == (8, 1, 64, 64) and len(truths) == 8
     truths = examples.draw(200, renew=0)[2]
-    spoiled_ones = [t for t in truths if SPOILED in t[0]]
+    spoiled_ones = [t for t in truths if CORRUPTED in t[0]]
     assert 20 < len(spoiled_ones) < 120
-    captions = [describe(examples.rng, *t) for t in truths if SPOILED not in t[0]]
-    truth = truth_matrix(captions, truths)
+    captions = [describe(examples.rng, *t) for t in truths if CORRUPTED not in t[0]]
+    truth = match_matrix(captions, truths)
     assert truth.sum(1).min() >= 1  # each caption is true of its own picture
-    hidden = [i for i, t in enumerate(truths) if SPOILED in t[0]]
+    hidden = [i for i, t in enumerate(truths) if CORRUPTED in t[0]]
     assert truth[:, hidden].sum() == 0  # not even of emptiness
     logits = torch.randn(truth.shape, requires_grad=True)
     loss = matching_loss(logits, truth)

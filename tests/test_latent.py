@@ -109,7 +109,7 @@ def test_a_noise_mask_of_the_samples_size_is_in_their_frame() -> None:
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :2] = 1
     noisy = latent.unpack(packed(1, base={"noise_mask": mask}), "x")
-    assert torch.equal(noisy.region_mask(None), mask)
+    assert torch.equal(noisy.region_mask(None).values, mask)
     assert latent.unpack(packed(1), "x").region_mask(None) is None
 
 
@@ -117,9 +117,9 @@ def test_a_noise_mask_of_the_pictures_size_is_cut_and_of_another_is_stretched() 
     full = torch.zeros(1, 20, 24)
     full[..., 3:11, 2:10] = 1
     noisy = latent.unpack(packed(1, base={"noise_mask": full}), "x")
-    assert noisy.region_mask(None).sum() == 16
+    assert noisy.region_mask(None).values.sum() == 16
     stretched = latent.unpack(packed(1, base={"noise_mask": torch.ones(1, 5, 5)}), "x")
-    assert torch.equal(stretched.region_mask(None), torch.ones(1, 1, 8, 8))
+    assert torch.equal(stretched.region_mask(None).values, torch.ones(1, 1, 8, 8))
 
 
 def test_values_are_matched_to_rows_or_refused() -> None:

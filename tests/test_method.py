@@ -661,7 +661,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
 
 def test_sizes_that_do_not_fit_are_a_sentence(model: DiffusionModel) -> None:
     assert model.network(torch.zeros(1, 3, 12, 20), torch.zeros(1)).shape == (1, 6, 12, 20)
-    with pytest.raises(BlendedError, match="multiples of 2; it was given 16×13"):
+    with pytest.raises(BlendedError, match="multiples of 2, not 16×13"):
         model.network(torch.zeros(1, 3, 13, 16), torch.zeros(1))
 
 

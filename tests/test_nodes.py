@@ -382,7 +382,7 @@ def test_the_list_omits_files_that_are_no_checkpoint_and_a_saved_workflow_gets_a
     assert "unknown.safetensors" in listed and "classifier.safetensors" not in listed
     prompt = sampler(scene(), candidates=1)
     prompt["ddpm"]["inputs"]["checkpoint"] = "classifier.safetensors"
-    assert "classifier of noisy pictures" in comfyui.run(prompt).sentence
+    assert "classifier of noisy images" in comfyui.run(prompt).sentence
     prompt["ddpm"]["inputs"]["checkpoint"] = "unknown.safetensors"
     outcome = comfyui.run(prompt)
     assert outcome.error is None

@@ -1,8 +1,8 @@
-"""The judge: what the masked part of a picture of the embedded world shows. It measures edits and never guides one.
+"""The judge: a classifier of the masked part of an image of the embedded world. It evaluates edits and takes no part in guidance.
 
-A convolutional network, trained apart from CLIP by :mod:`blended_core.training.judge`. It sees the region with its surroundings and
-the mask beside them, and answers one of the world's objects or none. Half an object, two mixed, a scrambled one and a blob of
-the right colours are none.
+It is a convolutional network, trained independently of CLIP by :mod:`blended_core.training.judge`. Its input is the region with its
+surroundings, and the mask. Its output is one of the objects of the world or "none". Half an object, a mixture of two objects, a
+scrambled object and a blob in the colors of an object are "none".
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ NONE = "none"
 ANSWERS = (*OBJECTS, NONE)
 WIDTHS = (32, 64, 96, 128)
 ACCEPTED = 0.5
-"""The probability from which on an answer counts."""
+"""The smallest probability at which the judge accepts an answer."""
 
 
-class _Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+class _ResidualBlock(nn.Module):
+    """Two convolutions with a projection shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -41,12 +41,14 @@ class _Block(nn.Module):
 
 
 class JudgeNetwork(nn.Module):
-    """Pictures in −1..1 beside their masks [B, 4, 64, 64] → logits [B, 17], in the order of ANSWERS."""
+    """Images in −1..1 concatenated with their masks [B, 4, 64, 64] → logits [B, 17] in the order of ANSWERS."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(4, WIDTHS[0], 5, 2, 2, bias=False), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU())
-        self.blocks = nn.Sequential(*(_Block(a, b, 2) for a, b in itertools.pairwise(WIDTHS)), _Block(WIDTHS[-1], WIDTHS[-1], 1))
+        self.blocks = nn.Sequential(
+            *(_ResidualBlock(a, b, 2) for a, b in itertools.pairwise(WIDTHS)), _ResidualBlock(WIDTHS[-1], WIDTHS[-1], 1)
+        )
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(WIDTHS[-1] * 16, len(ANSWERS)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,18 +58,18 @@ class JudgeNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees: its first ``answer``, and the probability of each."""
+    """The most probable ``answer``, and the probability of every answer."""
 
     answer: str
     probabilities: dict[str, float]
 
     def accepts(self, name: str) -> bool:
-        """Whether it shows that object for sure."""
+        """Whether the answer is this object, with a probability of at least ACCEPTED."""
         return self.answer == name and self.probabilities[name] >= ACCEPTED
 
 
 class Judge:
-    """The trained network."""
+    """The judge with trained weights, on the CPU."""
 
     def __init__(self, file: Path = JUDGE) -> None:
         self.network = JudgeNetwork()
@@ -75,23 +77,23 @@ class Judge:
         self.network.eval().requires_grad_(False)
 
     def __call__(self, pictures: Tensor, masks: Tensor) -> list[Verdict]:
-        """Judges regions.
+        """Classifies regions.
 
         Args:
-            pictures: [B, 3, S, S] in −1..1, squares around the masks.
+            pictures: [B, 3, S, S] in −1..1, the regions.
             masks: [B or 1, 1, S, S], 1 where the object should be.
 
         Raises:
-            BlendedError: for other shapes.
+            BlendedError: the shapes do not match.
         """
         count, side = len(pictures), pictures.shape[-1]
         if pictures.shape[1:] != (3, side, side) or masks.shape[1:] != (1, side, side) or len(masks) not in (1, count):
             raise BlendedError(
-                f"the judge takes pictures [B, 3, S, S] and masks [B or 1, 1, S, S], not {tuple(pictures.shape)} and {tuple(masks.shape)}."
+                f"the judge takes images [B, 3, S, S] and masks [B or 1, 1, S, S], not {tuple(pictures.shape)} and {tuple(masks.shape)}."
             )
-        seen = torch.cat([pictures.float().cpu(), masks.float().cpu().expand(len(pictures), -1, -1, -1)], 1)
-        if seen.shape[-1] != SIDE:
-            seen = F.interpolate(seen, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+        inputs = torch.cat([pictures.float().cpu(), masks.float().cpu().expand(len(pictures), -1, -1, -1)], 1)
+        if inputs.shape[-1] != SIDE:
+            inputs = F.interpolate(inputs, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
         with torch.inference_mode():
-            rows = self.network(seen).softmax(1).tolist()
+            rows = self.network(inputs).softmax(1).tolist()
         return [Verdict(ANSWERS[max(range(len(row)), key=row.__getitem__)], dict(zip(ANSWERS, row, strict=True))) for row in rows]

@@ -1,7 +1,7 @@
-"""How good edits are, measured where the truth is known: pairs of a scene and an object of the embedded world, and the judge's word on
-whether the object is there. Rows are ways to edit; every row edits the same pairs with the same seeds.
+"""Quality of edits on the embedded world. A pair is an empty scene and an object to add; the judge decides whether the result shows the
+object. A row is a set of options. Every row edits the same pairs with the same seeds.
 
-A run is a folder. Each pair of each row is written as it is finished, and a run that was stopped goes on from there.
+A run has a folder. The result of each pair and row is saved as soon as it is finished, so that a run can be stopped and resumed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from ..sample import Models, Step
 from ..toy.world import BACKGROUNDS, GUIDANCE_SCALE, OBJECTS, SIDE, demo_scene
 from .judge import NONE, Judge
 
-FORMAT = 2  # of the files of a pair; raised when they mean something else
+FORMAT = 2  # version of the saved files; increase it when their meaning changes
 STEPS = "40"
 CANDIDATES, PAIRS = 8, 50
 FIFTH = 0.2
-REFERENCE = 256
-LISTS = {False: (20220624, 1000), True: (20220626, 5001)}
-"""The seed of the order, and the first of the scenes', of the two lists. A held-back list that was looked at before the end is used up: give the next one another."""
+REFERENCE_SIZE = 256
+PAIR_LISTS = {False: (20220624, 1000), True: (20220626, 5001)}
+"""held_back → (seed of the order, seed of the first scene). A held-back list can be used once: after a look at its results, choose new seeds."""
 
 
 def _row(name: str, **changes: Any) -> EditOptions:
@@ -49,8 +49,8 @@ def _row(name: str, **changes: Any) -> EditOptions:
 ROWS: dict[str, EditOptions] = {
     "best": _row("best"),
     "paper": _row("paper"),
-    # Its losses are not brought to a size: this weight pushes as hard as the others' at the model's 64 px.
-    "official": _row("official", scale=GUIDANCE_SCALE / (REFERENCE / SIDE) ** 2),
+    # Its loss weights are not scaled with the image size; this scale has the same effect at 64 px as that of the other rows.
+    "official": _row("official", scale=GUIDANCE_SCALE / (REFERENCE_SIZE / SIDE) ** 2),
     "local-100": _row("best", algorithm="local", background_scale=100.0),
     "local-1000": _row("best", algorithm="local", background_scale=1000.0),
     "local-10000": _row("best", algorithm="local", background_scale=10000.0),
@@ -69,13 +69,13 @@ ROWS: dict[str, EditOptions] = {
     "half-steps": _row("best", steps=str(int(STEPS) // 2)),
     "fast": _row("fast", steps=str(round(int(STEPS) * int(PRESETS["fast"].steps) / int(PRESETS["best"].steps)))),
 }
-"""Name → options. ``local-λ`` is Algorithm 1; ``naive-paste`` is it without D_bg, the background put back at the end. ``fast`` has as large
-a part of the steps as its preset has of those of ``best``."""
+"""Name → options. ``local-λ`` is Algorithm 1. ``naive-paste`` is Algorithm 1 without D_bg, and pastes the background at the end. The steps of
+``fast`` and ``best`` have the ratio that they have in the presets."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An empty scene with a mask, and the object that should come into it."""
+    """An empty scene with a mask, and the object that the edit should add."""
 
     number: int
     background: str
@@ -89,17 +89,17 @@ class Pair:
 
 
 def pairs(count: int, held_back: bool = False) -> list[Pair]:
-    """The first pairs of one of two lists that share no scene: the one to choose options by, and the one to report with.
+    """The first pairs of one of two lists, one for choosing options and one held back for the report. The lists have no scene in common.
 
-    Objects and backgrounds come equally often, in an order that looks like chance.
+    All objects and backgrounds are equally frequent, in random order.
     """
-    order, first = LISTS[held_back]
+    order, first = PAIR_LISTS[held_back]
     rng = np.random.default_rng(order)
     out: list[Pair] = []
     while len(out) < count:
-        names, grounds = rng.permutation(list(OBJECTS)), rng.permutation(len(OBJECTS))
-        for name, ground in zip(names, grounds, strict=True):
-            background = list(BACKGROUNDS)[int(ground) % len(BACKGROUNDS)]
+        names, backgrounds = rng.permutation(list(OBJECTS)), rng.permutation(len(OBJECTS))
+        for name, index in zip(names, backgrounds, strict=True):
+            background = list(BACKGROUNDS)[int(index) % len(BACKGROUNDS)]
             out.append(Pair(len(out), background, first + 2 * len(out), str(name)))
     return out[:count]
 
@@ -116,43 +116,48 @@ def evaluate(
     on_step: Callable[[Step], None] | None = None,
     on_pair: Callable[[str, Pair, bool], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Edits every pair by every row, pair by pair, and measures.
+    """Edits every pair with the options of every row and measures the results.
 
     Args:
-        out: the run's folder; what it holds of the same pairs, options and networks is taken over, of another row too.
-        models: the networks to edit with; perceptual: for diversity; judge: for the verdicts.
-        rows: name → options; ``candidates`` replaces their number.
-        networks: what tells them from others, such as their files' hashes; measurements with others are made anew.
-        on_step: after every step; on_pair: after every pair, with True if it was taken over.
+        out: folder of the run. Saved results with the same pair, options and networks are reused, also those of another row.
+        models: networks of the edit.
+        perceptual: distance for the diversity.
+        judge: decides whether a candidate shows the object.
+        rows: name → options.
+        cases: the pairs.
+        candidates: number of candidates, instead of that in the options.
+        networks: identifies the networks, for example by the hashes of their files. Results of other networks are not reused.
+        on_step: called after every step.
+        on_pair: called after every pair with (row, pair, whether the saved result was reused).
 
     Returns:
-        The rows of ``evaluation.json``, as :func:`summary` has them.
+        The rows of ``evaluation.json``; see :func:`summary`.
     """
     clip = models.clip
     if clip is None:
-        raise BlendedError("an evaluation needs a CLIP; give one.")
+        raise BlendedError("an evaluation needs a CLIP model.", option="clip")
     for case in cases:
         for name, options in rows.items():
             options = _with_candidates(options, candidates)
-            file, asked = record_of(out, name, case), _asked(case, options, networks)
-            taken_over = recorded(file, asked) is not None or _copied(file, asked)
-            if not taken_over:
-                record, strip = _edited(models, clip, perceptual, judge, case, options, on_step)
+            file, key = record_path(out, name, case), _cache_key(case, options, networks)
+            cached = load_record(file, key) is not None or _copy_from_other_row(file, key)
+            if not cached:
+                record, strip = _edit_and_measure(models, clip, perceptual, judge, case, options, on_step)
                 write_png(file.with_suffix(".png"), strip)
-                write_bytes(file, json.dumps({"asked": asked, **record}, indent=1).encode())
+                write_bytes(file, json.dumps({"asked": key, **record}, indent=1).encode())
             if on_pair is not None:
-                on_pair(name, case, taken_over)
+                on_pair(name, case, cached)
     return finished(out, rows, cases, candidates, networks)
 
 
 def finished(
     out: Path, rows: Mapping[str, EditOptions], cases: Sequence[Pair], candidates: int, networks: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """The summaries of those rows that a run's folder holds whole, of these pairs, options and networks."""
+    """The summaries of the rows for which the folder has the results of all pairs, with these options and networks."""
     table = []
     for name, options in rows.items():
         options = _with_candidates(options, candidates)
-        records = [recorded(record_of(out, name, case), _asked(case, options, networks)) for case in cases]
+        records = [load_record(record_path(out, name, case), _cache_key(case, options, networks)) for case in cases]
         known = [r for r in records if r is not None]
         if len(known) == len(cases):
             table.append(summary(name, known))
@@ -163,37 +168,37 @@ def _with_candidates(options: EditOptions, candidates: int) -> EditOptions:
     return replace(options, candidates=candidates, batch=min(candidates, options.batch))
 
 
-def _asked(case: Pair, options: EditOptions, networks: Mapping[str, str] | None) -> dict[str, Any]:
-    """What a measurement is of; another one is not taken over."""
+def _cache_key(case: Pair, options: EditOptions, networks: Mapping[str, str] | None) -> dict[str, Any]:
+    """What a saved result depends on. Only a result with the same key is reused."""
     return {"format": FORMAT, "pair": vars(case), "options": options.to_dict(), "networks": dict(networks or {})}
 
 
-def record_of(out: Path, row: str, case: Pair) -> Path:
-    """Where what was measured of a pair is kept."""
+def record_path(out: Path, row: str, case: Pair) -> Path:
+    """The file with the result of a pair."""
     return out / "pairs" / row / f"{case.number:03}.json"
 
 
-def recorded(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """An earlier measurement of the same, with its picture; None otherwise."""
+def load_record(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The saved result, or None if it or its image is missing or its key differs."""
     try:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    same = isinstance(found, dict) and found.get("asked") == json.loads(json.dumps(asked)) and file.with_suffix(".png").is_file()
+    same = isinstance(found, dict) and found.get("asked") == json.loads(json.dumps(key)) and file.with_suffix(".png").is_file()
     return found if same else None
 
 
-def _copied(file: Path, asked: dict[str, Any]) -> bool:
-    """Takes over what another row measured of the same: two names may be given to the same options."""
+def _copy_from_other_row(file: Path, key: dict[str, Any]) -> bool:
+    """Copies the result of another row with the same key, since rows may have equal options. False if there is none."""
     for other in sorted(file.parents[1].glob(f"*/{file.name}")):
-        if recorded(other, asked) is not None:
+        if load_record(other, key) is not None:
             write_bytes(file.with_suffix(".png"), other.with_suffix(".png").read_bytes())
             write_bytes(file, other.read_bytes())
             return True
     return False
 
 
-def _edited(
+def _edit_and_measure(
     models: Models,
     clip: ClipModel,
     perceptual: PerceptualDistance,
@@ -202,15 +207,15 @@ def _edited(
     options: EditOptions,
     on_step: Callable[[Step], None] | None,
 ) -> tuple[dict[str, Any], UInt8]:
-    """(what was measured, the candidates side by side, best first)."""
+    """(result, image of all candidates side by side, best first)."""
     scene, mask = demo_scene(case.background, case.seed)
     picture = torch.from_numpy(scene).permute(2, 0, 1)[None].float() / 255
-    area = torch.from_numpy(mask[..., 0]).float()[None, None] / 255
-    begun = time.perf_counter()
-    result = edit_picture(picture, area, clip.prompt(case.prompt), models, options, on_step=on_step)
-    seconds = time.perf_counter() - begun
+    mask_image = torch.from_numpy(mask[..., 0]).float()[None, None] / 255
+    start = time.perf_counter()
+    result = edit_picture(picture, mask_image, clip.prompt(case.prompt), models, options, on_step=on_step)
+    seconds = time.perf_counter() - start
     finished = torch.cat([result.picture(c) for c in result.candidates])
-    squares, inside = _squares(finished, result)
+    squares, inside = _regions(finished, result)
     verdicts = judge(squares, inside)
     prompt = clip.prompt(case.prompt)
     one_view = clip_distance(models.context.put(squares), models.context.put(inside), clip, prompt)
@@ -232,47 +237,47 @@ def _edited(
     }, np.concatenate([to_uint8(row[None]) for row in finished], 1)
 
 
-def _squares(pictures: Tensor, result: EditResult) -> tuple[Tensor, Tensor]:
-    """The region of finished pictures [B, 3, H, W] in 0..1, in −1..1 at the judge's size, and its mask."""
+def _regions(pictures: Tensor, result: EditResult) -> tuple[Tensor, Tensor]:
+    """The regions of images [B, 3, H, W] in 0..1, as −1..1 at the size of the judge, and the mask of the region."""
     cut = torch.cat([result.region.cut(row[None], SIDE) for row in pictures])
     return cut * 2 - 1, result.region.cut_mask(EditMask.of(result.mask.values), SIDE).values
 
 
 @torch.no_grad()
 def diversity(squares: Tensor, mask: Tensor, perceptual: PerceptualDistance) -> float | None:
-    """Mean LPIPS distance of two candidates inside the mask, grey outside; None for a single one."""
-    seen = squares * mask
-    first, second = torch.triu_indices(len(seen), len(seen), 1)
-    return float(perceptual(seen[first], seen[second]).mean()) if len(first) else None
+    """Mean LPIPS distance of two candidates inside the mask, gray outside; None for a single candidate."""
+    masked = squares * mask
+    first, second = torch.triu_indices(len(masked), len(masked), 1)
+    return float(perceptual(masked[first], masked[second]).mean()) if len(first) else None
 
 
-# --- what a row comes to ----------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table.
 
-    ``batch_precision``: share of all candidates that the judge accepts. ``best_precision``: share of pairs whose first
-    candidate it accepts. ``top_fifth`` and ``bottom_fifth``: share accepted among the best and the worst ranked fifth of each pair, rounded up to whole candidates. ``rank_auc``:
-    how often, of two candidates of one pair of which one is accepted, that one has the smaller CLIP distance (½ is chance);
-    ``one_view_auc``: the same if all were ranked by the one view that is not warped, of the pasted square.
-    ``by_rank``: share accepted at each rank. The others are means; ``background_error_max`` is the largest.
+    - ``batch_precision``: share of all candidates that the judge accepts.
+    - ``best_precision``: share of pairs whose first candidate the judge accepts.
+    - ``top_fifth``, ``bottom_fifth``: share accepted among the best and the worst ranked fifth of each pair, rounded up.
+    - ``rank_auc``: :func:`rank_auc`; ``one_view_auc``: the same for a ranking by the unwarped view of the pasted region alone.
+    - ``by_rank``: share accepted at each rank. ``background_error_max`` is a maximum, all others are means.
     """
-    every = [c for r in records for c in r["candidates"]]
+    candidates = [c for r in records for c in r["candidates"]]
     firsts = [r["candidates"][0] for r in records]
-    top, bottom = ([c["accepted"] for r in records for c in _share(r["candidates"], end)] for end in (False, True))
+    top, bottom = ([c["accepted"] for r in records for c in _fifth(r["candidates"], end)] for end in (False, True))
     return {
         "name": name,
         "pairs": len(records),
-        "candidates": len(every),
-        "batch_precision": _mean(c["accepted"] for c in every),
+        "candidates": len(candidates),
+        "batch_precision": _mean(c["accepted"] for c in candidates),
         "best_precision": _mean(c["accepted"] for c in firsts),
-        "nothing": _mean(c["answer"] == NONE for c in every),
-        "background_error": _mean(c["background_error"] for c in every),
-        "background_error_max": max((c["background_error"] for c in every), default=0.0),
+        "nothing": _mean(c["answer"] == NONE for c in candidates),
+        "background_error": _mean(c["background_error"] for c in candidates),
+        "background_error_max": max((c["background_error"] for c in candidates), default=0.0),
         "diversity": _mean(r["diversity"] for r in records if r["diversity"] is not None),
-        "seam_energy": _mean(c["seam_energy"] for c in every),
-        "clip_gain": _mean(c["gain"] for c in every if c["gain"] is not None),
+        "seam_energy": _mean(c["seam_energy"] for c in candidates),
+        "clip_gain": _mean(c["gain"] for c in candidates if c["gain"] is not None),
         "top_fifth": _mean(top),
         "bottom_fifth": _mean(bottom),
         "rank_auc": rank_auc(records),
@@ -287,24 +292,24 @@ def _mean(values: Iterable[float]) -> float | None:
     return float(np.mean(numbers)) if numbers else None
 
 
-def _share(ranked: Sequence[dict[str, Any]], end: bool) -> Sequence[dict[str, Any]]:
-    """The best or the worst fifth of one pair's candidates, rounded up."""
+def _fifth(ranked: Sequence[dict[str, Any]], end: bool) -> Sequence[dict[str, Any]]:
+    """The best ranked fifth of the candidates of a pair, or with ``end`` the worst, rounded up."""
     count = math.ceil(FIFTH * len(ranked))
     return ranked[-count:] if end else ranked[:count]
 
 
 def rank_auc(records: Sequence[dict[str, Any]], by: str = "clip_distance") -> float | None:
-    """The probability that CLIP puts an accepted candidate before a rejected one of the same pair; None without such couples."""
+    """The probability that an accepted candidate ranks before a rejected one of the same pair (chance: ½); None without such candidates."""
     wins = []
     for record in records:
         known = [c for c in record["candidates"] if c[by] is not None]
-        good, bad = ([c[by] for c in known if c["accepted"] is accepted] for accepted in (True, False))
-        wins += [1.0 if a < b else 0.5 if a == b else 0.0 for a in good for b in bad]
+        accepted_distances, rejected_distances = ([c[by] for c in known if c["accepted"] is accepted] for accepted in (True, False))
+        wins += [1.0 if a < b else 0.5 if a == b else 0.0 for a in accepted_distances for b in rejected_distances]
     return _mean(wins)
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """For a terminal and for documents: Markdown, one line a row."""
+    """A Markdown table with one line per row."""
     columns = (
         ("row", "name", "{}"), ("batch precision", "batch_precision", "{:.1%}"), ("best precision", "best_precision", "{:.1%}"),
         ("background error", "background_error", "{:.4f}"), ("diversity", "diversity", "{:.3f}"), ("seam", "seam_energy", "{:.4f}"),
@@ -324,9 +329,9 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def strip_of(out: Path, row: str, case: Pair) -> tuple[list[UInt8], list[bool]]:
-    """A pair's candidates, best first [S, S, 3], and which the judge accepted."""
-    file = record_of(out, row, case)
+def load_candidates(out: Path, row: str, case: Pair) -> tuple[list[UInt8], list[bool]]:
+    """The images [S, S, 3] of the candidates of a pair, best first, and whether the judge accepted each."""
+    file = record_path(out, row, case)
     accepted = [bool(c["accepted"]) for c in json.loads(file.read_text("utf-8"))["candidates"]]
     with Image.open(file.with_suffix(".png")) as image:
         return list(np.split(np.asarray(image.convert("RGB")), len(accepted), 1)), accepted

@@ -1,4 +1,4 @@
-"""What people say about scenes of the embedded world, and which pictures a sentence is true of."""
+"""Captions of scenes of the embedded world, and which images a caption matches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .world import BACKGROUNDS, OBJECTS
 
 _OPENINGS = ("", "", "a picture of ", "a photo of ", "an image of ", "a drawing of ", "there is ", "an emoji of ", "this is ")
 _ADJECTIVES = ("", "", "", "nice ", "beautiful ", "big ", "small ", "little ", "cute ", "cartoon ", "pretty ", "single ")
-_PLACES = (
+_PLACEMENTS = (
     "in the {}",
     "on the {}",
     "at the {}",
@@ -28,17 +28,17 @@ _EMPTY = ("{}", "a {}", "the {}", "an empty {}", "only {}", "nothing but {}", "j
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence and its meaning. ``thing`` None means that no object is shown; ``background`` None means any."""
+    """A sentence and its meaning. ``object_name`` None: no object is visible. ``background`` None: any background."""
 
     text: str
-    thing: str | None
+    object_name: str | None
     background: str | None
 
-    def is_true_of(self, things: frozenset[str], background: str) -> bool:
-        """Whether the sentence describes a picture that shows these objects before this background."""
+    def matches(self, objects: frozenset[str], background: str) -> bool:
+        """Whether the caption matches an image that shows these objects on this background."""
         if self.background is not None and self.background != background:
             return False
-        return not things if self.thing is None else self.thing in things
+        return not objects if self.object_name is None else self.object_name in objects
 
 
 def article(noun: str) -> str:
@@ -46,24 +46,24 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def describe(rng: np.random.Generator, things: frozenset[str], background: str) -> Caption:
-    """A varied true sentence: synonyms, colours, openings, with the background in half of the cases."""
+def describe(rng: np.random.Generator, objects: frozenset[str], background: str) -> Caption:
+    """A random caption that matches the image, with varied openings, synonyms and colors. Half of the captions name the background."""
 
-    def one_of(options: tuple[str, ...]) -> str:
+    def choose(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
 
-    place = one_of(BACKGROUNDS[background])
-    if not things:
-        return Caption(one_of(_OPENINGS) + one_of(_EMPTY).format(place), None, background)
-    thing = sorted(things)[int(rng.integers(len(things)))]
-    kind = OBJECTS[thing]
-    noun = thing if rng.uniform() < 0.6 else one_of(kind.synonyms)
-    if rng.uniform() < 0.25 and kind.colour not in noun:
-        noun = f"{kind.colour} {noun}"
-    noun = one_of(_ADJECTIVES) + noun
+    place = choose(BACKGROUNDS[background])
+    if not objects:
+        return Caption(choose(_OPENINGS) + choose(_EMPTY).format(place), None, background)
+    object_name = sorted(objects)[int(rng.integers(len(objects)))]
+    object_class = OBJECTS[object_name]
+    noun = object_name if rng.uniform() < 0.6 else choose(object_class.synonyms)
+    if rng.uniform() < 0.25 and object_class.color not in noun:
+        noun = f"{object_class.color} {noun}"
+    noun = choose(_ADJECTIVES) + noun
     if rng.uniform() < 0.75:
         noun = article(noun)
-    text, where = one_of(_OPENINGS) + noun, None
+    text, where = choose(_OPENINGS) + noun, None
     if rng.uniform() < 0.5:
-        text, where = f"{text} {one_of(_PLACES).format(place)}", background
-    return Caption(text, thing, where)
+        text, where = f"{text} {choose(_PLACEMENTS).format(place)}", background
+    return Caption(text, object_name, where)

@@ -1,4 +1,4 @@
-"""Where the embedded networks lie. The loaders resolve the name 'embedded' by this module."""
+"""Paths of the embedded networks. The loaders use them for the name 'embedded'."""
 
 from __future__ import annotations
 

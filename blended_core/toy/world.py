@@ -1,7 +1,7 @@
-"""The embedded world: little scenes whose truth is known.
+"""The embedded world: synthetic scenes with known labels.
 
-A scene is a named background with none, one or two named objects. Everything is drawn from a seed, at any size; the
-embedded networks were trained on it at 64×64. Objects are sprites of Noto Color Emoji (SIL Open Font License 1.1).
+A scene has a named background and zero, one or two named objects. A seed determines it, and it can be rendered at any size. The
+embedded networks were trained on scenes of 64×64. Objects are sprites from Noto Color Emoji (SIL Open Font License 1.1).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from PIL import Image
 
 from ..errors import BlendedError
 
-SIDE = 64  # pixels of a training scene
-CENTRE = 0.5 / SIDE  # how far from the middle a centred object may stand
-GUIDANCE_SCALE = 3000.0  # suits the embedded models; those of photographs want the presets' own
+SIDE = 64  # px, side of a training scene
+MAX_CENTER_OFFSET = 0.5 / SIDE  # largest offset of a centered object from the middle of the scene
+GUIDANCE_SCALE = 3000.0  # for the embedded models; the presets hold the scale for models of photographs
 SPRITE_SIDE = 96
 SHEET_COLUMNS = 4
 SPRITES_PATH = Path(__file__).with_name("data") / "sprites.png"
@@ -29,34 +29,34 @@ FloatImage = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Thing:
-    """An object: its emoji, other words for it and its colour as a person would say it."""
+class ObjectClass:
+    """An object: its emoji, its synonyms and its color, as captions name them."""
 
     glyph: str
     synonyms: tuple[str, ...]
-    colour: str
+    color: str
 
 
-OBJECTS: dict[str, Thing] = {
-    "apple": Thing("🍎", ("fruit",), "red"),
-    "balloon": Thing("🎈", ("party balloon",), "red"),
-    "butterfly": Thing("🦋", ("moth",), "orange"),
-    "cactus": Thing("🌵", ("saguaro",), "green"),
-    "car": Thing("🚙", ("jeep", "automobile"), "blue"),
-    "castle": Thing("🏰", ("fortress", "palace"), "grey"),
-    "cat": Thing("🐱", ("kitten", "kitty"), "yellow"),
-    "dog": Thing("🐶", ("puppy", "hound"), "brown"),
-    "fish": Thing("🐠", ("tropical fish",), "yellow"),
-    "frog": Thing("🐸", ("toad",), "green"),
-    "mushroom": Thing("🍄", ("toadstool",), "red"),
-    "pumpkin": Thing("🎃", ("jack-o-lantern",), "orange"),
-    "rocket": Thing("🚀", ("spaceship",), "white"),
-    "rose": Thing("🌹", ("red flower",), "red"),
-    "sunflower": Thing("🌻", ("yellow flower",), "yellow"),
-    "tree": Thing("🌳", ("oak", "oak tree"), "green"),
+OBJECTS: dict[str, ObjectClass] = {
+    "apple": ObjectClass("🍎", ("fruit",), "red"),
+    "balloon": ObjectClass("🎈", ("party balloon",), "red"),
+    "butterfly": ObjectClass("🦋", ("moth",), "orange"),
+    "cactus": ObjectClass("🌵", ("saguaro",), "green"),
+    "car": ObjectClass("🚙", ("jeep", "automobile"), "blue"),
+    "castle": ObjectClass("🏰", ("fortress", "palace"), "grey"),  # the spelling in the training captions
+    "cat": ObjectClass("🐱", ("kitten", "kitty"), "yellow"),
+    "dog": ObjectClass("🐶", ("puppy", "hound"), "brown"),
+    "fish": ObjectClass("🐠", ("tropical fish",), "yellow"),
+    "frog": ObjectClass("🐸", ("toad",), "green"),
+    "mushroom": ObjectClass("🍄", ("toadstool",), "red"),
+    "pumpkin": ObjectClass("🎃", ("jack-o-lantern",), "orange"),
+    "rocket": ObjectClass("🚀", ("spaceship",), "white"),
+    "rose": ObjectClass("🌹", ("red flower",), "red"),
+    "sunflower": ObjectClass("🌻", ("yellow flower",), "yellow"),
+    "tree": ObjectClass("🌳", ("oak", "oak tree"), "green"),
 }
 
-# Phrases that a caption may use for each background, its name first.
+# Words that a caption may use for each background. The first one is its name.
 BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "meadow": ("meadow", "grass", "field", "green field"),
     "desert": ("desert", "sand", "dunes"),
@@ -66,7 +66,7 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "sunset": ("sunset", "evening", "dusk"),
 }
 
-# Sky at the top, sky at the horizon, ground at the horizon, ground at the bottom.
+# Colors of the sky at the top and at the horizon, and of the ground at the horizon and at the bottom.
 _PALETTE: dict[str, tuple[tuple[int, int, int], ...]] = {
     "meadow": ((96, 168, 236), (196, 226, 248), (128, 190, 84), (58, 138, 52)),
     "desert": ((120, 188, 232), (246, 226, 186), (238, 196, 122), (204, 146, 76)),
@@ -79,7 +79,7 @@ _PALETTE: dict[str, tuple[tuple[int, int, int], ...]] = {
 
 @dataclass(frozen=True)
 class Placed:
-    """An object in a scene; centre and size as fractions of the scene's shorter side and of each axis."""
+    """An object in a scene. The center is a fraction of each axis, the size a fraction of the shorter side."""
 
     name: str
     x: float
@@ -88,14 +88,14 @@ class Placed:
     mirrored: bool = False
 
     def square(self, width: int, height: int) -> tuple[int, int, int]:
-        """(left, top, side) in pixels where it is drawn in a picture of that size; it may reach beyond."""
+        """(left, top, side) in pixels of the square that the object covers in an image of this size. It may exceed the image."""
         side = max(1, round(self.size * min(width, height)))
         return round(self.x * width - side / 2), round(self.y * height - side / 2), side
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture of the world shows. ``seed`` draws the background's details."""
+    """The content of an image. ``seed`` determines the details of the background."""
 
     background: str
     objects: tuple[Placed, ...] = ()
@@ -104,39 +104,39 @@ class Scene:
 
     def __post_init__(self) -> None:
         if self.background not in BACKGROUNDS:
-            raise BlendedError(f"the world has no background {self.background!r}; it has {', '.join(BACKGROUNDS)}.")
+            raise BlendedError(f"unknown background {self.background!r}; known are {', '.join(BACKGROUNDS)}.")
         for placed in self.objects:
             if placed.name not in OBJECTS:
-                raise BlendedError(f"the world has no object {placed.name!r}; it has {', '.join(OBJECTS)}.")
+                raise BlendedError(f"unknown object {placed.name!r}; known are {', '.join(OBJECTS)}.")
 
 
 @lru_cache(maxsize=1)
-def _sheet() -> Image.Image:
+def _sprite_sheet() -> Image.Image:
     return Image.open(SPRITES_PATH).convert("RGBA")
 
 
 @lru_cache(maxsize=512)
 def sprite(name: str, side: int, mirrored: bool = False) -> FloatImage:
-    """An object as [side, side, 4] float32 in 0..1, colour premultiplied by alpha."""
+    """An object as [side, side, 4] float32 in 0..1, color premultiplied by alpha."""
     i = list(OBJECTS).index(name)
     x, y = i % SHEET_COLUMNS * SPRITE_SIDE, i // SHEET_COLUMNS * SPRITE_SIDE
-    cell = np.asarray(_sheet().crop((x, y, x + SPRITE_SIDE, y + SPRITE_SIDE)), np.float32) / 255
+    cell = np.asarray(_sprite_sheet().crop((x, y, x + SPRITE_SIDE, y + SPRITE_SIDE)), np.float32) / 255
     cell[..., :3] *= cell[..., 3:]
-    # Bilinear widens its window when it shrinks, and unlike a cubic never rings at the outline when it enlarges.
+    # Bilinear resampling antialiases when it shrinks. Unlike bicubic it does not ring at the outline when it enlarges.
     channels = [Image.fromarray(np.ascontiguousarray(cell[..., c])).resize((side, side), Image.Resampling.BILINEAR) for c in range(4)]
     out = np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)
     return np.ascontiguousarray(out[:, ::-1] if mirrored else out)
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: tuple[int, int]) -> FloatImage:
-    """Bilinear value noise in −1..1 with ``cells`` (rows, columns) knots."""
+    """Bicubic value noise with ``cells`` (rows, columns), from uniform values in −1..1."""
     knots = rng.uniform(-1, 1, (cells[0] + 1, cells[1] + 1)).astype(np.float32)
     field = Image.fromarray(knots).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(field)
 
 
 def draw_background(scene: Scene, width: int = SIDE, height: int = SIDE) -> FloatImage:
-    """The background alone, [height, width, 3] float32 in 0..1."""
+    """The background without objects, [height, width, 3] float32 in 0..1."""
     rng = np.random.default_rng(scene.seed)
     top, far, near, bottom = (np.array(c, np.float32) / 255 for c in _PALETTE[scene.background])
     v = ((np.arange(height, dtype=np.float32) + 0.5) / height)[:, None]
@@ -172,7 +172,7 @@ def draw_background(scene: Scene, width: int = SIDE, height: int = SIDE) -> Floa
 
 
 def render(scene: Scene, width: int = SIDE, height: int = SIDE) -> UInt8Image:
-    """The scene as an 8-bit RGB picture [height, width, 3]."""
+    """The scene as an 8-bit RGB image [height, width, 3]."""
     picture = draw_background(scene, width, height)
     for placed in scene.objects:
         left, top, side = placed.square(width, height)
@@ -192,16 +192,16 @@ def random_scene(
     objects: int | None = None,
     names: Sequence[str] | None = None,
     size: tuple[float, float] = (30 / SIDE, 46 / SIDE),
-    centred: float = 0.0,
+    centered: float = 0.0,
 ) -> Scene:
-    """A scene from the generator: one object mostly, none in a tenth, two smaller ones in a twentieth of all cases.
+    """A random scene. By default 85 % of the scenes have one object, 10 % have none and 5 % have two smaller ones.
 
     Args:
-        rng: source of every choice.
-        objects: 0, 1 or 2 to fix their number.
+        rng: random generator.
+        objects: number of objects, 0 to 2; None draws it.
         names: objects to choose from (default: all).
-        size: range of an object's side as a fraction of the scene's, for scenes with one object.
-        centred: probability that a single object stands near the middle, as it does in a region cut out around a mask.
+        size: range of the side of a single object, as a fraction of the side of the scene.
+        centered: probability that a single object is near the middle, as in a region cut out around a mask.
     """
     if objects is None:
         objects = int(rng.choice(3, p=(0.1, 0.85, 0.05)))
@@ -213,8 +213,8 @@ def random_scene(
         x_range = y_range = (side / 2, 1 - side / 2)
         if objects > 1:
             x_range = (i / 2 + side / 2, (i + 1) / 2 - side / 2)
-        elif centred and rng.uniform() < centred:
-            x_range = y_range = (0.5 - CENTRE, 0.5 + CENTRE)
+        elif centered and rng.uniform() < centered:
+            x_range = y_range = (0.5 - MAX_CENTER_OFFSET, 0.5 + MAX_CENTER_OFFSET)
         placed.append(
             Placed(
                 name=pool[int(rng.integers(len(pool)))],
@@ -229,10 +229,10 @@ def random_scene(
 def demo_scene(
     background: str = "meadow", seed: int = 0, width: int = SIDE, height: int = SIDE, name: str | None = None
 ) -> tuple[UInt8Image, UInt8Image]:
-    """A scene and a mask to draw an object into, both 8-bit RGB [height, width, 3].
+    """A scene and a mask for an edit, both 8-bit RGB [height, width, 3].
 
-    The mask is an ellipse of about two thirds of the shorter side, in the middle. The scene is empty, or shows the named
-    object where the mask is.
+    The mask is an ellipse in the middle, about two thirds of the shorter side wide. Without ``name`` the scene is empty; with it, the
+    object is inside the mask.
     """
     rng = np.random.default_rng(seed)
     drawn = int(rng.integers(2**31)), float(rng.uniform(0.4, 0.6))

@@ -1,11 +1,11 @@
-"""Trains the embedded CLIP, an open_clip model of a small own configuration, on the embedded world.
+"""Trains the embedded CLIP, an open_clip model with a small custom configuration, on the embedded world.
 
     python -m blended_core.training.clip --out runs/clip --minutes 25
 
-It sees what guidance shows it: whole scenes and regions with grey outside, clean, noisy or blurred, and warped; with ``--estimates``
-also what the diffusion model makes of scenes in which noise has left only a hint of an object, which is all that x̂0 shows early on.
-Sentences are matched with every picture of the batch that they are true of, not with their own alone. The same command goes on
-where it stopped; ``--init FILE.safetensors`` begins from weights alone.
+The training images resemble the images that guidance gives to CLIP: whole scenes and masked regions with gray outside; clean, noisy or
+blurred; warped. With ``--estimates``, some are x̂0 of noised scenes, as guidance sees them in early steps. The loss matches each
+caption with every image of the batch that it describes. The same command resumes a stopped training; ``--init FILE.safetensors``
+starts from weights without the state of the optimizer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..device import DeviceContext
 from ..diffusion import q_sample
 from ..io.atomic import replacing
 from ..toy.captions import Caption, describe
-from ..toy.spoil import spoiled
+from ..toy.corrupt import corrupted
 from ..toy.world import BACKGROUNDS, OBJECTS, SIDE, Placed, Scene, random_scene, render
 
 CONFIG: dict[str, Any] = {
@@ -40,15 +40,15 @@ CONFIG: dict[str, Any] = {
 }
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 START, END = 49406, 49407
-SPOILED = "spoiled"
-"""What a spoiled object is: none of the things with a name, and not an empty scene either, or blobs would do for removal."""
-ESTIMATED_LEVELS = {True: (100, 760), False: (50, 600)}
-"""Of 1000, by whether the object is whole: from above the noise that leaves everything to see, to where an edit of strength 0.75
-begins. What is spoiled is noised less: from more noise the diffusion model would make something whole of it."""
+CORRUPTED = "corrupted"
+"""Label of a corrupted object. It matches no object, and no empty scene either: otherwise blobs would satisfy prompts for an empty scene."""
+ESTIMATE_LEVELS = {True: (100, 760), False: (50, 600)}
+"""object intact → range of noise levels of 1000: from a level at which the object is still visible to the first level of an edit of strength 0.75.
+Corrupted objects get less noise, because the diffusion model restores objects at high noise levels."""
 
 
 def vocabulary() -> list[int]:
-    """Token ids of the sentences of the world, ascending; padding, start and end included."""
+    """Token ids of all captions in ascending order, with padding, start and end."""
     tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
     rng = np.random.default_rng(0)
     used = {0, START, END}
@@ -59,16 +59,16 @@ def vocabulary() -> list[int]:
     return sorted(used)
 
 
-def compact(tokens: Tensor, ids: list[int]) -> Tensor:
-    """Rows of the trained embedding for token ids: known ones in order, one shared row for all others before the end."""
+def compact_ids(tokens: Tensor, ids: list[int]) -> Tensor:
+    """Token ids → rows of the reduced embedding: one row per known token, and one row for all unknown tokens before those of start and end."""
     table = torch.full((CONFIG["text_cfg"]["vocab_size"],), len(ids) - 2)
     table[torch.tensor(ids[:-2])] = torch.arange(len(ids) - 2)
     table[START], table[END] = len(ids) - 1, len(ids)
     return table[tokens]
 
 
-def soft_mask(rng: np.random.Generator, box: tuple[float, float, float, float]) -> np.ndarray:
-    """[64, 64] float32, 1 inside an ellipse, rectangle or rounded rectangle with these bounds (fractions)."""
+def shape_mask(rng: np.random.Generator, box: tuple[float, float, float, float]) -> np.ndarray:
+    """[64, 64] float32, 1 inside a random ellipse, rectangle or rounded rectangle with these bounds (fractions)."""
     x0, y0, x1, y1 = box
     yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE + 0.5 / SIDE
     u, v = np.abs(2 * xx - x0 - x1) / max(x1 - x0, 1e-3), np.abs(2 * yy - y0 - y1) / max(y1 - y0, 1e-3)
@@ -78,22 +78,21 @@ def soft_mask(rng: np.random.Generator, box: tuple[float, float, float, float]) 
 
 
 def coverage(mask: np.ndarray, placed: Placed) -> float:
-    """The share of an object's inner disc that a mask shows."""
+    """The fraction of the inner disc of an object that is inside the mask."""
     yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE + 0.5 / SIDE
     disc = (xx - placed.x) ** 2 + (yy - placed.y) ** 2 <= (0.4 * placed.size) ** 2
     return float(mask[disc].mean()) if disc.any() else 0.0
 
 
-Shown = tuple[Scene, np.ndarray, bool]
-"""A scene, its picture [64, 64, 3] uint8, and whether its objects are whole."""
-
+Sample = tuple[Scene, np.ndarray, bool]
+"""A scene, its image [64, 64, 3] uint8, and whether its objects are intact."""
 
 Estimate = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(pictures [N, 64, 64, 3] uint8, noise levels [N] of 1000) → pictures."""
+"""(images [N, 64, 64, 3] uint8, noise levels [N] of 1000) → images."""
 
 
 def estimator(device: torch.device, rng: np.random.Generator) -> Estimate:
-    """What the embedded diffusion model takes noised pictures for: its x̂0 at each one's level."""
+    """A function that adds noise of the given levels to images and returns x̂0 of the embedded diffusion model."""
     model = load_ddpm(DeviceContext(device), probe=None)
     schedule = model.config.respaced("1000")
 
@@ -103,59 +102,59 @@ def estimator(device: torch.device, rng: np.random.Generator) -> Estimate:
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
         with torch.no_grad():
             x0 = model.predict(q_sample(x, index, noise, schedule).to(device), index, schedule).x0.cpu()
-        found: np.ndarray = (x0 * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        return found
+        images: np.ndarray = (x0 * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return images
 
     return estimate
 
 
 class Examples:
-    """An endless stream of (picture, what it shows), from a pool of scenes that is renewed slowly.
+    """An infinite stream of labeled images, from a pool of scenes that is replaced gradually.
 
-    ``spoil``: share of single objects that are spoiled; such a picture shows :data:`SPOILED`, which no sentence is true of. ``estimates``: share of
-    pictures that are replaced by what ``estimate`` makes of them.
+    ``corrupt``: share of single objects that are corrupted; no caption matches their label :data:`CORRUPTED`. ``estimates``: share of
+    images that are replaced by the result of ``estimate``.
     """
 
     def __init__(
         self,
         rng: np.random.Generator,
         size: int,
-        spoil: float = 0.0,
+        corrupt: float = 0.0,
         estimates: float = 0.0,
         estimate: Estimate | None = None,
     ) -> None:
-        self.rng, self.spoil = rng, spoil
+        self.rng, self.corrupt = rng, corrupt
         self.estimates, self.estimate = estimates if estimate else 0.0, estimate
-        self.pool: list[Shown] = []
+        self.pool: list[Sample] = []
         while len(self.pool) < size:
             self.pool += self._scenes(min(64, size - len(self.pool)))
 
-    def _scene(self) -> Shown:
+    def _scene(self) -> Sample:
         scene = random_scene(self.rng, size=(26 / SIDE, 54 / SIDE))
-        if len(scene.objects) == 1 and self.rng.uniform() < self.spoil:
-            picture = (spoiled(self.rng, scene) * 255).round().clip(0, 255).astype(np.uint8)
+        if len(scene.objects) == 1 and self.rng.uniform() < self.corrupt:
+            picture = (corrupted(self.rng, scene) * 255).round().clip(0, 255).astype(np.uint8)
             return scene, picture, False
         return scene, render(scene), True
 
-    def _scenes(self, count: int) -> list[Shown]:
+    def _scenes(self, count: int) -> list[Sample]:
         scenes = [self._scene() for _ in range(count)]
         noised = [i for i in range(count) if self.rng.uniform() < self.estimates]
         if noised and self.estimate:
-            levels = np.array([self.rng.integers(*ESTIMATED_LEVELS[scenes[i][2]]) for i in noised])
+            levels = np.array([self.rng.integers(*ESTIMATE_LEVELS[scenes[i][2]]) for i in noised])
             for i, picture in zip(noised, self.estimate(np.stack([scenes[i][1] for i in noised]), levels), strict=True):
                 scenes[i] = (scenes[i][0], picture, scenes[i][2])
         return scenes
 
     def draw(self, batch: int, renew: int) -> tuple[Tensor, Tensor, list[tuple[frozenset[str], str]]]:
-        """(pictures [B,3,64,64] in −1..1, masks [B,1,64,64], truths)."""
+        """(images [B, 3, 64, 64] in −1..1, masks [B, 1, 64, 64], labels (objects, background)). ``renew`` scenes of the pool are replaced first."""
         rng = self.rng
-        for shown in self._scenes(renew):
-            self.pool[int(rng.integers(len(self.pool)))] = shown
+        for sample in self._scenes(renew):
+            self.pool[int(rng.integers(len(self.pool)))] = sample
         pictures: list[np.ndarray] = []
         masks: list[np.ndarray] = []
-        truths: list[tuple[frozenset[str], str]] = []
+        labels: list[tuple[frozenset[str], str]] = []
         while len(pictures) < batch:
-            scene, picture, whole = self.pool[int(rng.integers(len(self.pool)))]
+            scene, picture, intact = self.pool[int(rng.integers(len(self.pool)))]
             mask = np.ones((SIDE, SIDE), np.float32)
             if rng.uniform() < 0.75:
                 if scene.objects and rng.uniform() < 0.75:
@@ -164,20 +163,20 @@ class Examples:
                     cx, cy = placed.x + rng.normal(0, 0.04), placed.y + rng.normal(0, 0.04)
                 else:
                     half, (cx, cy) = rng.uniform(0.15, 0.4, 2), rng.uniform(0.2, 0.8, 2)
-                mask = soft_mask(rng, (cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
+                mask = shape_mask(rng, (cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
             shares = [coverage(mask, placed) for placed in scene.objects]
             if mask.mean() < 0.03 or any(0.1 < share < 0.55 for share in shares):
-                continue  # too little to see, or neither shown nor hidden
-            things = frozenset(p.name if whole else SPOILED for p, share in zip(scene.objects, shares, strict=True) if share >= 0.55)
+                continue  # the mask is too small, or an object is neither visible nor hidden
+            objects = frozenset(p.name if intact else CORRUPTED for p, share in zip(scene.objects, shares, strict=True) if share >= 0.55)
             pictures.append(picture)
             masks.append(mask)
-            truths.append((things, scene.background))
+            labels.append((objects, scene.background))
         x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return x, torch.from_numpy(np.stack(masks))[:, None], truths
+        return x, torch.from_numpy(np.stack(masks))[:, None], labels
 
 
 def degrade(x: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Makes pictures like those of guidance: contrast changed, blurred or noisy, grey outside the mask, warped."""
+    """Augments images to resemble those of guidance: contrast, blur, noise, gray outside the mask, projective warp."""
     b = len(x)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -208,15 +207,15 @@ def degrade(x: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x, points[..., :2] / points[..., 2:].clamp(min=0.2), align_corners=False)
 
 
-def truth_matrix(captions: list[Caption], truths: list[tuple[frozenset[str], str]]) -> Tensor:
-    """[captions, pictures] of 0 and 1."""
-    return torch.tensor([[float(c.is_true_of(*t)) for t in truths] for c in captions])
+def match_matrix(captions: list[Caption], labels: list[tuple[frozenset[str], str]]) -> Tensor:
+    """[captions, images]: 1 where the caption matches the image, else 0."""
+    return torch.tensor([[float(c.matches(*t)) for t in labels] for c in captions])
 
 
 def matching_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross entropy in both directions, each caption's (picture's) probability spread over all its true partners.
+    """Symmetric cross-entropy. The target distribution of a caption (image) is uniform over all images (captions) that match it.
 
-    A picture without a true caption is only what captions have to be told from.
+    An image without a matching caption is only a negative example.
     """
     rows = -(truth / truth.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     described = truth.sum(0) > 0
@@ -234,8 +233,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--init", type=Path)
-    parser.add_argument("--spoil", type=float, default=0.0, help="share of objects that are spoiled until they are none (%(default)s)")
-    parser.add_argument("--estimates", type=float, default=0.0, help="share of pictures that are x̂0 of the diffusion model (%(default)s)")
+    parser.add_argument("--corrupt", type=float, default=0.0, help="share of single objects that are corrupted (default: %(default)s)")
+    parser.add_argument(
+        "--estimates", type=float, default=0.0, help="share of images that are x̂0 of the diffusion model (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
@@ -263,12 +264,12 @@ def main() -> None:
         ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
 
     def tokens(texts: list[str]) -> Tensor:
-        return compact(tokenizer(texts), ids).to(device)
+        return compact_ids(tokenizer(texts), ids).to(device)
 
     def save() -> None:
-        whole = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
+        state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
         with replacing(state_path) as part:
-            torch.save(whole, part)
+            torch.save(state, part)
         meta = {
             "format": "pt",
             "config": json.dumps(CONFIG),
@@ -280,37 +281,37 @@ def main() -> None:
         save_file({k: v.half().contiguous() for k, v in ema.items()}, str(args.out / "clip.safetensors"), metadata=meta)
 
     def accuracy(noise: float) -> float:
-        """How often the right one of all objects is named for a masked region, sentences 'a dog'."""
+        """Accuracy of zero-shot classification of masked regions with captions such as 'a dog', at a standard deviation of the noise."""
         rng = np.random.default_rng(999)
         pictures, truth = [], []
         for i in range(320):
             scene = random_scene(rng, objects=1)
             placed = scene.objects[0]
             half = placed.size * 0.6
-            mask = soft_mask(rng, (placed.x - half, placed.y - half, placed.x + half, placed.y + half))
+            mask = shape_mask(rng, (placed.x - half, placed.y - half, placed.x + half, placed.y + half))
             x = torch.from_numpy(render(scene)).permute(2, 0, 1).float() / 127.5 - 1
             x = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
             pictures.append(x * torch.from_numpy(mask))
             truth.append(list(OBJECTS).index(placed.name))
-        shadow = open_clip.CLIP(**config).to(device).eval()
-        shadow.load_state_dict(ema)
+        ema_model = open_clip.CLIP(**config).to(device).eval()
+        ema_model.load_state_dict(ema)
         with torch.no_grad():
-            text = shadow.encode_text(tokens([f"a {name}" for name in OBJECTS]), normalize=True)
-            image = shadow.encode_image(torch.stack(pictures).to(device), normalize=True)
+            text = ema_model.encode_text(tokens([f"a {name}" for name in OBJECTS]), normalize=True)
+            image = ema_model.encode_image(torch.stack(pictures).to(device), normalize=True)
         return float(((image @ text.T).argmax(1).cpu() == torch.tensor(truth)).float().mean())
 
     estimate = estimator(device, np.random.default_rng((args.seed, step, 1))) if args.estimates else None
-    examples = Examples(np.random.default_rng((args.seed, step)), 6000, args.spoil, args.estimates, estimate)
+    examples = Examples(np.random.default_rng((args.seed, step)), 6000, args.corrupt, args.estimates, estimate)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     average, last = None, time.monotonic()
     while (progress := elapsed / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.6))
-        x, mask, truths = examples.draw(args.batch, renew=8)
-        captions = [describe(examples.rng, *t) for t in truths if SPOILED not in t[0]]
+        x, mask, labels = examples.draw(args.batch, renew=8)
+        captions = [describe(examples.rng, *t) for t in labels if CORRUPTED not in t[0]]
         image = model.encode_image(degrade(x, mask, generator).to(device), normalize=True)
         text = model.encode_text(tokens([c.text for c in captions]), normalize=True)
-        loss = matching_loss(model.logit_scale.exp() * text @ image.T, truth_matrix(captions, truths).to(device))
+        loss = matching_loss(model.logit_scale.exp() * text @ image.T, match_matrix(captions, labels).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -327,9 +328,9 @@ def main() -> None:
         if step % 100 == 0:
             print(f"step {step} {elapsed / 60:.1f} min  loss {average:.3f}", flush=True)
         if step % 500 == 0:
-            print(f"  named: clean {accuracy(0.0):.3f}, noise 0.4 {accuracy(0.4):.3f}, noise 0.8 {accuracy(0.8):.3f}", flush=True)
+            print(f"  accuracy: clean {accuracy(0.0):.3f}, noise 0.4 {accuracy(0.4):.3f}, noise 0.8 {accuracy(0.8):.3f}", flush=True)
             save()
-    print(f"named: clean {accuracy(0.0):.3f}, noise 0.4 {accuracy(0.4):.3f}, noise 0.8 {accuracy(0.8):.3f}", flush=True)
+    print(f"accuracy: clean {accuracy(0.0):.3f}, noise 0.4 {accuracy(0.4):.3f}, noise 0.8 {accuracy(0.8):.3f}", flush=True)
     save()
 
 

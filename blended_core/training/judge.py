@@ -1,10 +1,10 @@
-"""Trains the judge of edits, a convolutional network of its own, on the embedded world.
+"""Trains the judge of edits, a convolutional network, on the embedded world.
 
     python -m blended_core.training.judge --out runs/judge --minutes 20
 
-It learns the sixteen objects where the mask points, whatever stands beside it; and that fragments, mixtures of two, scrambled
-objects and blobs of an object's colours are none. The same command goes on where it stopped, and tells the accuracy on fresh
-scenes at the end.
+It learns to classify the object inside the mask as one of the sixteen objects, regardless of objects outside. Fragments, mixtures of two
+objects, scrambled objects and blobs in the colors of an object have the label "none". The same command resumes a stopped training. At
+the end it prints the accuracy on new scenes.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from torch import Tensor
 
 from ..evaluation.judge import ANSWERS, NONE, Judge, JudgeNetwork
 from ..io.atomic import replacing
-from ..toy.spoil import as_picture, spoiled
+from ..toy.corrupt import corrupted, render_float
 from ..toy.world import SIDE, FloatImage, Placed, random_scene, render
-from .clip import coverage, soft_mask
+from .clip import coverage, shape_mask
 
 SIZES = (24 / SIDE, 56 / SIDE)
-SPOILED = 0.3  # share of examples whose object is spoiled
+CORRUPTED_SHARE = 0.3  # of the scenes with one object
 
 
 class Cases:
-    """An endless stream of (picture, mask, answer)."""
+    """An infinite stream of (image, mask, answer), from a pool of scenes that is replaced gradually."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.rng = rng
         self.pool = [self._case() for _ in range(size)]
 
     def _case(self) -> tuple[FloatImage, tuple[Placed, ...], str]:
-        """A picture, its objects, and what the first of them is now."""
+        """An image, its objects, and the label of the first object."""
         rng = self.rng
-        scene = random_scene(rng, size=SIZES, centred=0.5)
-        if len(scene.objects) != 1 or rng.uniform() >= SPOILED:
-            return as_picture(scene), scene.objects, scene.objects[0].name if scene.objects else NONE
-        return spoiled(rng, scene), scene.objects, NONE
+        scene = random_scene(rng, size=SIZES, centered=0.5)
+        if len(scene.objects) != 1 or rng.uniform() >= CORRUPTED_SHARE:
+            return render_float(scene), scene.objects, scene.objects[0].name if scene.objects else NONE
+        return corrupted(rng, scene), scene.objects, NONE
 
     def draw(self, batch: int, renew: int) -> tuple[Tensor, Tensor]:
-        """([B, 4, 64, 64]: pictures in −1..1 and masks; [B] indices of ANSWERS)."""
+        """([B, 4, 64, 64]: images in −1..1 and masks; [B]: indices into ANSWERS). ``renew`` scenes of the pool are replaced first."""
         rng = self.rng
         for _ in range(renew):
             self.pool[int(rng.integers(len(self.pool)))] = self._case()
         rows: list[FloatImage] = []
         answers: list[int] = []
         while len(rows) < batch:
-            picture, objects, truth = self.pool[int(rng.integers(len(self.pool)))]
+            picture, objects, label = self.pool[int(rng.integers(len(self.pool)))]
             target = objects[int(rng.integers(len(objects)))] if objects and rng.uniform() < 0.85 else None
             if target is not None:
                 half, (cx, cy) = (
@@ -62,19 +62,19 @@ class Cases:
                 )
             else:
                 half, (cx, cy) = rng.uniform(0.15, 0.42, 2), rng.uniform(0.3, 0.7, 2)
-            mask = soft_mask(rng, (cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
+            mask = shape_mask(rng, (cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
             shown = [coverage(mask, placed) for placed in objects]
             if mask.mean() < 0.03 or any(0.08 < share < 0.8 for share in shown) or sum(share >= 0.8 for share in shown) > 1:
-                continue  # neither shown nor hidden, or two at once
+                continue  # the mask is too small, or an object is neither visible nor hidden, or two are visible
             inside = [placed for placed, share in zip(objects, shown, strict=True) if share >= 0.8]
-            answer = NONE if not inside else inside[0].name if len(objects) > 1 else truth
+            answer = NONE if not inside else inside[0].name if len(objects) > 1 else label
             rows.append(np.concatenate([picture * 2 - 1, mask[..., None]], 2))
             answers.append(ANSWERS.index(answer))
         return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float(), torch.tensor(answers)
 
 
-def weathered(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures a little blurred, noisy, of other contrast, turned and moved, as edits are; their masks move along."""
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Augments images to resemble edits: contrast, blur, noise, and an affine warp of image and mask."""
     b = len(x)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -98,40 +98,40 @@ def weathered(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(torch.cat([picture.clamp(-1, 1), mask], 1), grid, padding_mode="border", align_corners=False)
 
 
-def fresh_cases(kind: str, count: int, seed: int = 12345) -> tuple[Tensor, Tensor, list[str]]:
-    """Scenes that were never trained on: pictures [B, 3, 64, 64], masks [B, 1, 64, 64] and what they show.
+def validation_cases(kind: str, count: int, seed: int = 12345) -> tuple[Tensor, Tensor, list[str]]:
+    """Scenes that are not in the training data: images [B, 3, 64, 64], masks [B, 1, 64, 64] and labels.
 
-    ``kind``: 'one' object in its mask, 'two' objects of which the mask shows one, 'empty' ground in the mask.
+    ``kind``: 'one' object inside the mask; 'two' objects, one of them inside the mask; 'empty' background inside the mask.
     """
     rng = np.random.default_rng((seed, ("one", "two", "empty").index(kind)))
-    pictures, masks, truths = [], [], []
+    pictures, masks, labels = [], [], []
     for i in range(count):
         scene = random_scene(rng, objects={"one": 1, "two": 2, "empty": i % 2}[kind], size=(30 / SIDE, 46 / SIDE))
         if kind == "empty":
             cx, cy, half = 0.5, 0.5, 0.3
-            if scene.objects:  # the object beside the mask
+            if scene.objects:  # the mask must not cover the object
                 placed = scene.objects[0]
                 cx, cy, half = (0.22 if placed.x > 0.5 else 0.78), 0.5, 0.16
                 if abs(placed.x - cx) < placed.size / 2 + half:
                     scene = replace(scene, objects=())
-            truth = NONE
+            label = NONE
         else:
             placed = scene.objects[i % len(scene.objects)]
-            cx, cy, half, truth = placed.x, placed.y, placed.size * 0.6, placed.name
+            cx, cy, half, label = placed.x, placed.y, placed.size * 0.6, placed.name
         pictures.append(render(scene))
-        masks.append(soft_mask(rng, (cx - half, cy - half, cx + half, cy + half)))
-        truths.append(truth)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(np.stack(masks))[:, None], truths
+        masks.append(shape_mask(rng, (cx - half, cy - half, cx + half, cy + half)))
+        labels.append(label)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(np.stack(masks))[:, None], labels
 
 
 def accuracy(judge: Judge, kind: str, count: int = 1000) -> float:
-    """How often it answers rightly on fresh scenes."""
-    pictures, masks, truths = fresh_cases(kind, count)
-    right = 0
+    """Accuracy on validation scenes."""
+    pictures, masks, labels = validation_cases(kind, count)
+    correct = 0
     for i in range(0, count, 100):
         answers = judge(pictures[i : i + 100], masks[i : i + 100])
-        right += sum(v.answer == t for v, t in zip(answers, truths[i : i + 100], strict=True))
-    return right / count
+        correct += sum(v.answer == t for v, t in zip(answers, labels[i : i + 100], strict=True))
+    return correct / count
 
 
 def main() -> None:
@@ -160,9 +160,9 @@ def main() -> None:
         ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
 
     def save() -> None:
-        whole = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step, "elapsed": elapsed}
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step, "elapsed": elapsed}
         with replacing(state_path) as part:
-            torch.save(whole, part)
+            torch.save(state, part)
         halves = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in ema.items()}
         with replacing(file) as part:
             save_file(halves, str(part), metadata={"format": "pt", "trained_steps": str(step)})
@@ -174,7 +174,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.7))
         x, answers = cases.draw(args.batch, renew=12)
-        loss = F.cross_entropy(network(weathered(x, generator)), answers, label_smoothing=0.02)
+        loss = F.cross_entropy(network(augment(x, generator)), answers, label_smoothing=0.02)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
@@ -193,7 +193,10 @@ def main() -> None:
             save()
             print("  " + ", ".join(f"{kind} {accuracy(Judge(file), kind, 300):.3f}" for kind in ("one", "two", "empty")), flush=True)
     save()
-    print("on 1000 fresh scenes each: " + ", ".join(f"{kind} {accuracy(Judge(file), kind):.4f}" for kind in ("one", "two", "empty")))
+    print(
+        "accuracy on 1000 validation scenes each: "
+        + ", ".join(f"{kind} {accuracy(Judge(file), kind):.4f}" for kind in ("one", "two", "empty"))
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Trains the embedded perceptual backbone: SqueezeNet 1.1, small enough to embed and one of lpips's own architectures.
+"""Trains the backbone of the embedded LPIPS metric: SqueezeNet 1.1, the smallest architecture that the package lpips supports.
 
     python -m blended_core.training.lpips --out runs/lpips --minutes 8
 
-(the same command goes on where it stopped; ``--init`` begins from weights alone, with a new classifier on top).
+The same command resumes a stopped training; ``--init`` starts from weights without the state of the optimizer, with a new classifier.
 
-It learns to name objects and backgrounds of scenes, as the backbones of Zhang et al. (2018) learned from ImageNet. The
-linear heads are one constant, chosen so that two unrelated scenes are about 0.7 apart, as unrelated photographs are
-under the published heads.
+The backbone learns to classify objects and backgrounds of scenes, like the ImageNet backbones of Zhang et al. (2018). All weights of the
+linear layers have the same value. It is chosen so that the mean distance of unrelated scenes is 0.7, as for unrelated photographs with
+the published weights.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameters, 4e-4, weight_decay=0.01)
     examples = Examples(np.random.default_rng(1), 4000)
     generator = torch.Generator().manual_seed(1)
-    things, places = list(OBJECTS), list(BACKGROUNDS)
+    objects, places = list(OBJECTS), list(BACKGROUNDS)
 
-    def targets(truths: list[tuple[frozenset[str], str]]) -> Tensor:
-        rows = torch.zeros(len(truths), len(things) + len(places))
-        for row, (shown, place) in zip(rows, truths, strict=True):
-            row[len(things) + places.index(place)] = 1
-            for name in shown:
-                row[things.index(name)] = 1
+    def targets(labels: list[tuple[frozenset[str], str]]) -> Tensor:
+        rows = torch.zeros(len(labels), len(objects) + len(places))
+        for row, (present, place) in zip(rows, labels, strict=True):
+            row[len(objects) + places.index(place)] = 1
+            for name in present:
+                row[objects.index(name)] = 1
         return rows
 
     def save() -> None:
@@ -108,10 +108,10 @@ def main() -> None:
     while (progress := elapsed / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 4e-4 * min(1.0, (step + 1) / 100, max(0.02, (1 - progress) / 0.5))
-        x, mask, truths = examples.draw(args.batch, renew=4)
+        x, mask, labels = examples.draw(args.batch, renew=4)
         x = (degrade(x, mask, generator) if step % 2 else x * mask).to(device)
         features = metric.net.forward(metric.scaling_layer(x))[-1]
-        loss = F.binary_cross_entropy_with_logits(head(features.mean((2, 3))), targets(truths).to(device))
+        loss = F.binary_cross_entropy_with_logits(head(features.mean((2, 3))), targets(labels).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
