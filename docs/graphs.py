@@ -421,7 +421,7 @@ CORE = Graph(
                     {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"},
                 ),
                 "before": preview("scale.IMAGE", "Before", 260),
-                "note": words(
+                "note": read_me(
                     "# With nodes of the ComfyUI core\n\nCore nodes scale up a wide image, and make, feather, place and grow the mask.\n\n"
                     "*mask_edges* is `soft`, so gray values set how freely a pixel may change: dark gray only at the last noise levels, light gray at "
                     "most levels. The sampler edits a square region around the mask at the size of the model and pastes it into the wide image.\n\n"

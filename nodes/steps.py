@@ -144,7 +144,7 @@ class CLIPGuidanceStep(io.ComfyNode):
             display_name=STEP,
             category=inputs.STEPS_CATEGORY,
             description=(
-                "One denoising step of the diffusion model. CLIP guides it towards the prompt inside the mask. Before the next step, blend its result "
+                "One denoising step of the diffusion model. CLIP guides it toward the prompt inside the mask. Before the next step, blend its result "
                 "with the noised source image (Blend Latents). Without a prompt the masked part is filled in from its surroundings."
             ),
             search_aliases=["guided step", "CLIP guidance", "denoise step", "p_sample"],

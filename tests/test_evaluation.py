@@ -268,7 +268,7 @@ def test_the_command_writes_table_plot_and_sheets(
     capsys.readouterr()
     assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == ["000.json", "000.png", "001.json", "001.png"]
     for wrong, says in (
-        (["--only", "better"], "there is no row better; known are best, paper"),
+        (["--only", "better"], "unknown row better; known are best, paper"),
         (["--pairs", "0"], "--pairs is 0"),
         (["--threads", "-1"], "--threads is -1"),
         (["--out", str(out / "evaluation.json")], "is a file; name a folder"),
@@ -283,7 +283,7 @@ def test_a_stopped_run_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(evaluation, "evaluate", stopped)
     assert main(["evaluate", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
-    assert f"kept in {tmp_path / 'out'}, and the same command goes on" in capsys.readouterr().err
+    assert f"kept in {tmp_path / 'out'}, and the same command continues" in capsys.readouterr().err
 
 
 def test_sheets_frame_what_was_accepted(tmp_path: Path, models: Models) -> None:

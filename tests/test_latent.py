@@ -102,7 +102,7 @@ def test_a_mask_of_the_picture_is_cut_with_the_region() -> None:
     mask = torch.zeros(1, 1, 20, 24)
     mask[..., 3:11, 2:10] = 1  # the upper left quarter of the region
     cut = noisy.region_mask(mask)
-    assert torch.equal(cut[0, 0] > 0, torch.arange(8)[:, None].lt(4) & torch.arange(8)[None].lt(4))
+    assert torch.equal(cut.inside[0, 0], torch.arange(8)[:, None].lt(4) & torch.arange(8)[None].lt(4))
 
 
 def test_a_noise_mask_of_the_samples_size_is_in_their_frame() -> None:
