@@ -1,1 +1,1 @@
-"""Time and memory of the engine, as ratios taken side by side: ``python -m benchmarks --help``."""
+"""Benchmarks of time and memory: ``python -m benchmarks --help``."""

@@ -1,15 +1,15 @@
-"""Measures time and memory of the engine and writes a table, a JSON and a plot.
+"""Measures time and memory of the library and writes a table, a JSON file and a plot.
 
     python -m benchmarks --only step --out runs/benchmarks
 
-Every figure is a ratio of ways that took turns in one run; see benchmarks/measure.py.
+Times are ratios of variants that are measured in turn; see benchmarks/measure.py.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports every start and stop otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before the import of torch; otherwise its profiler logs every start and stop
 
 import argparse
 import json
@@ -37,12 +37,14 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure (default: all)")
-    parser.add_argument("--networks", choices=list(ROUNDS), nargs="+", default=list(ROUNDS), help="of the step (default: all)")
-    parser.add_argument("--rounds", type=int, help=f"of every comparison (default: by network, {ROUNDS})")
+    parser.add_argument(
+        "--networks", choices=list(ROUNDS), nargs="+", default=list(ROUNDS), help="networks of the parts step and process (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, help=f"rounds of every comparison (default: by network, {ROUNDS})")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("--channels-last", action="store_true", help="the layout in memory that is usual on CUDA")
+    parser.add_argument("--channels-last", action="store_true", help="use the memory format channels_last")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
@@ -70,7 +72,7 @@ def main() -> int:
             results["growth"] = measure_growth(context, args.rounds or ROUNDS["small"], log)
     if "edit" in args.only:
         results["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], log)
-        if context.device.type == "cuda":  # on a processor it would take days
+        if context.device.type == "cuda":  # on a CPU it would take days
             results["candidates"] = measure_candidates(context, log)
     if "load" in args.only:
         results["load"] = measure_load(args.rounds or ROUNDS["full"], log)
@@ -88,7 +90,7 @@ def main() -> int:
 
 
 def machine(context: DeviceContext) -> dict[str, Any]:
-    """What the figures are of."""
+    """Hardware and settings of the run."""
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else platform.machine(),

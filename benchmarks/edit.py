@@ -1,4 +1,4 @@
-"""What an edit costs beside its steps: pictures from 256 to 4096 px with the same mask."""
+"""The cost of an edit outside its steps, for images from 256 to 4096 px with the same mask; and edits of many candidates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .step import Log
 from .structure import Setting, floor
 
 SIDES = (256, 512, 1024, 2048, 4096)
-MASK = 120  # px, the same in every picture
+MASK = 120  # px, the side of the mask in every image
 FULL_EDIT = replace(SIZES["full"], batch=8, views=16)
-"""What a person with a GPU would ask for: 64 candidates in batches of eight, CLIP shown 16 views."""
+"""A typical edit on a GPU: 64 candidates in batches of eight, 16 views."""
 
 
 def measure_edit(context: DeviceContext, rounds: int, log: Log) -> dict[str, Any]:
-    """Whole edits of four steps: the time of the steps, and of cutting out, putting back and scoring, against a picture of 256 px."""
+    """Edits of four steps: the time of the steps and the time of crop, paste and score, relative to an image of 256 px."""
     setting = Setting.build(SIZES["small"], context)
     options = EditOptions(steps="4", strength=1.0, batch=1, candidates=1)
-    log(f"pictures of {', '.join(map(str, SIDES))} px, {rounds} rounds")
+    log(f"images of {', '.join(map(str, SIDES))} px, {rounds} rounds")
     seconds: dict[str, dict[str, list[float]]] = {part: {str(side): [] for side in SIDES} for part in ("steps", "around")}
 
     def edit(side: int) -> None:
@@ -41,7 +41,7 @@ def measure_edit(context: DeviceContext, rounds: int, log: Log) -> dict[str, Any
         seconds["around"][str(side)].append(taken["prepare"] + taken["paste and score"])
 
     time_interleaved({str(side): partial(edit, side) for side in SIDES}, rounds, context.device)
-    counted = {part: {n: values[1:] for n, values in of.items()} for part, of in seconds.items()}  # the first round warms up
+    counted = {part: {n: values[1:] for n, values in of.items()} for part, of in seconds.items()}  # the first round is a warm-up
     quarter = [t / 4 for t in counted["around"]["4096"]]
     return {
         "steps": {n: vars(ratio(values, counted["steps"]["256"])) for n, values in counted["steps"].items()},
@@ -52,9 +52,9 @@ def measure_edit(context: DeviceContext, rounds: int, log: Log) -> dict[str, Any
 
 
 def measure_candidates(context: DeviceContext, log: Log, size: Size = FULL_EDIT, candidates: int = 64, steps: int = 75) -> dict[str, Any]:
-    """A whole edit of many candidates with the full network, in seconds, and as a multiple of the floor of as many steps.
+    """An edit of many candidates with the full network, in seconds and relative to the floor of the same number of steps.
 
-    A floor is taken before and after each edit, so that a device that grows slower in between does not make one of them look better.
+    The floor is measured before and after each edit, to compensate for a device that slows down in between.
     """
     setting = Setting.build(size, context)
     side = size.unet.image_size

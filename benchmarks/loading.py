@@ -1,4 +1,4 @@
-"""Loading the full network from a file, and importing the pack; each in a process of its own."""
+"""Time and memory of loading the full network, and time of importing the library. Each measurement runs in its own process."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ begun = time.perf_counter()
 model = load_ddpm(context, sys.argv[1])
 print(time.perf_counter() - begun)
 """
-# In a run that is not timed: looking at the memory makes loading half as fast again.
+# Not timed: sampling the memory slows the loading down.
 WATCH = """
 import threading
 
-def own():  # without what is mapped from files, which the system can drop at any time
+def anonymous_memory():  # without file mappings, which the system can drop at any time
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
 
-before, peak, done = own(), 0, threading.Event()
+before, peak, done = anonymous_memory(), 0, threading.Event()
 
 def watch():
     global peak
     while not done.wait(0.01):
-        peak = max(peak, own())
+        peak = max(peak, anonymous_memory())
 
 watcher = threading.Thread(target=watch)
 watcher.start()
 model = load_ddpm(context, sys.argv[1])
 done.set()
 watcher.join()
-print(max(peak, own()) - before)
+print(max(peak, anonymous_memory()) - before)
 """
 VARIANTS = ("float32", "float32 channels_last", "bfloat16")
 IMPORT = """
@@ -73,7 +73,7 @@ print(time.perf_counter() - begun)
 
 
 def measure_load(rounds: int, log: Log) -> dict[str, Any]:
-    """Reading the file of the 552.8 M network, and loading it in some precisions and layouts, by turns."""
+    """Loads the network of 552.8 M parameters in several precisions and memory formats, relative to reading the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "full.safetensors"
         config = SIZES["full"].unet
@@ -102,10 +102,10 @@ def measure_load(rounds: int, log: Log) -> dict[str, Any]:
 
 
 def measure_import(rounds: int, log: Log) -> dict[str, Any]:
-    """Seconds that a process needs to import the library, beside what torch alone takes."""
+    """Seconds of importing torch, the library, and the library after torch, in new processes."""
     log(f"import, {rounds} rounds")
     seconds: dict[str, list[float]] = {"torch": [], "blended_core": [], "blended_core.edit": []}
-    for number in range(rounds + 1):  # the first reads the files into the system's cache
+    for number in range(rounds + 1):  # the first round fills the file cache of the system
         for name in list(seconds) if number % 2 else list(reversed(seconds)):
             before = "import torch\n" if name.startswith("blended_core.") else ""
             taken = float(run_python(before + IMPORT.format(module=name))[0])
@@ -115,7 +115,7 @@ def measure_import(rounds: int, log: Log) -> dict[str, Any]:
 
 
 def run_python(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:
-    """The lines that a fresh interpreter prints, in this process's environment or another."""
+    """Runs a program in a new interpreter, by default with the environment of this process, and returns the lines that it prints."""
     variables = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=variables, check=False)
     if done.returncode:

@@ -1,7 +1,7 @@
-"""Times as ratios, and peak memory.
+"""Ratios of times, and peak memory.
 
-A shared machine is slower at one minute than at the next. So the ways to do a thing take turns, round by round and in turned order,
-and each round gives a ratio of its own; what is reported is their median and quartiles.
+The speed of a shared machine varies over time. All variants are therefore measured once per round, in varying order, and every round
+gives one ratio. The median and the quartiles of these ratios are reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one way takes as another: median and quartiles of rounds."""
+    """Time of one variant relative to another: median and quartiles over the rounds."""
 
     median: float
     low: float
@@ -31,17 +31,17 @@ class Ratio:
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
-    """Of two lists of seconds that were taken round by round."""
-    each = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0], each[0], each[0])
-    return Ratio(median(each), low, high, len(each))
+    """The ratio of two lists of seconds with one entry per round."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0], ratios[0], ratios[0])
+    return Ratio(median(ratios), low, high, len(ratios))
 
 
 def time_interleaved(variants: Mapping[str, Work], rounds: int, device: torch.device, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of every way in every round; a first round is not counted, and left out where all are warm already.
+    """Seconds of every variant in every round. With ``warm``, an additional first round is a warm-up and is not counted.
 
-    The order is turned in every second round, and begins with another way every two rounds, so that none is always after the same one;
-    an even number of rounds is balanced.
+    Every second round has the reverse order, and every two rounds start with another variant, so that no variant always follows the same
+    one. An even number of rounds is balanced.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1) if warm else range(1, rounds + 1):
@@ -49,26 +49,26 @@ def time_interleaved(variants: Mapping[str, Work], rounds: int, device: torch.de
         names = [*list(variants)[first:], *list(variants)[:first]]
         names = names[::-1] if number % 2 else names
         for name in names:
-            wait(device)
+            synchronize(device)
             start = time.perf_counter()
             variants[name]()
-            wait(device)
+            synchronize(device)
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was asked for."""
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
-    """The largest sum of tensors alive at once that ``work`` allocated, in bytes; what was there before is not counted.
+    """Peak memory in bytes of the tensors that ``work`` allocates, without memory allocated before.
 
-    On CUDA as its allocator counts. On a CPU from the profiler's record of every allocation, which is exact and the same every
-    time; the memory that libraries take inside one operation is not in it.
+    On CUDA it is the statistics of the allocator. On a CPU it is computed from all allocations that the profiler records. That is exact and
+    reproducible, but excludes memory that libraries allocate inside an operation.
     """
     gc.collect()
     if device.type == "cuda":
@@ -92,15 +92,15 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 
 
 def time_by_operation(work: Work, device: torch.device, times: int = 2) -> dict[str, float]:
-    """Seconds of each of torch's operations, without those that it calls, in one run of warm ``work``; the mean of a few."""
+    """Seconds of each operation of torch without the operations that it calls, as a mean over runs of ``work``. Call ``work`` once before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(times):
             work()
-        wait(device)
+        synchronize(device)
     on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    # On CUDA the kernels are entries of their own beside the operations that they belong to.
+    # On CUDA, kernels have their own entries in addition to those of their operations.
     operations = [entry for entry in profile.key_averages() if str(entry.device_type).endswith("CPU")]
     return {entry.key: getattr(entry, on_device) / times / 1e6 for entry in operations}

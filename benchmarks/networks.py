@@ -1,4 +1,4 @@
-"""The networks that are measured: real architectures with random weights, for the time of a step does not depend on what was learned."""
+"""The measured networks: real architectures with random weights, because the time of a step does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TINY_CLIP: dict[str, Any] = {
 VIT_B_16: dict[str, Any] = {
     "embed_dim": 512,
     "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16},
-    # The text tower takes no part in a step and is left small.
+    # Small, because a step does not use the text encoder.
     "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1},
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """Networks and the batch that they are measured with."""
+    """Networks, batch size and number of views of a measurement."""
 
     name: str
     unet: UNetConfig
@@ -61,11 +61,11 @@ SIZES = {
         VIT_B_16, batch=1, views=8,
     ),
 }  # fmt: skip
-"""small: 64 px, 9.9 M parameters, CLIP of 32 px. medium: 128 px, ViT-B/16. full: the 256 px ADM, ViT-B/16."""
+"""small: 64 px, 9.9 M parameters, CLIP of 32 px. medium: 128 px, ViT-B/16. full: ADM of 256 px, ViT-B/16."""
 
 
 def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
-    """A UNet whose layers that begin at zero are small instead, so that every part takes part."""
+    """A UNet with random weights. Layers that are initialized with zeros get small values instead, so that no computation is trivial."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet(config)
@@ -76,14 +76,14 @@ def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
 
 
 def diffusion_model(size: Size, context: DeviceContext) -> DiffusionModel:
-    """The diffusion model of a size, placed."""
+    """The diffusion model of a size, on the device."""
     unet = random_unet(size.unet).set_compute_dtype(context.dtype)
     context.place(unet)
     return DiffusionModel.from_unet(unet, DiffusionConfig())
 
 
 def clip_model(size: Size, context: DeviceContext) -> ClipModel:
-    """The image tower of a size, placed; its texts mean nothing."""
+    """CLIP of a size with random weights, on the device."""
     import open_clip
 
     with torch.random.fork_rng(devices=[]):
@@ -94,6 +94,6 @@ def clip_model(size: Size, context: DeviceContext) -> ClipModel:
 
 
 def random_prompt(size: Size, context: DeviceContext) -> Prompt:
-    """A direction for CLIP to pull in."""
+    """A random text embedding."""
     embedding = torch.randn(1, int(size.clip["embed_dim"]), generator=torch.Generator().manual_seed(2))
     return Prompt(("something",), (1.0,), context.put(embedding))

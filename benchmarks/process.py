@@ -1,4 +1,4 @@
-"""What the terminal asks of its own process: that it keeps the memory that it frees, and that threads wait a little before they sleep."""
+"""Effect of the settings that the terminal makes for its process: it keeps freed memory, and waiting threads spin only briefly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .step import MIB, Log
 
 PROCESS_ROUNDS = {"small": 6, "medium": 2, "full": 2}
 STEPS = {"small": 12, "medium": 3, "full": 2}
-"""Steps of which each process gives the median, after one that warms up."""
+"""Steps per process, after one warm-up step. The process prints their median."""
 WORK = """
 import resource, statistics, sys, time
 name, steps, keep = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "keep"
@@ -33,7 +33,7 @@ print(statistics.median(seconds[1:]))
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 SETUPS: dict[str, tuple[dict[str, str], str]] = {
-    # name → (variables of the environment, whether memory is kept)
+    # name → (environment variables, "keep" if the process keeps freed memory)
     "as torch comes": ({}, ""),
     "threads that sleep": ({"OMP_WAIT_POLICY": "PASSIVE"}, ""),
     "threads that wait a little": (WAITING_THREADS, ""),
@@ -42,18 +42,18 @@ SETUPS: dict[str, tuple[dict[str, str], str]] = {
 
 
 def measure_process(name: str, rounds: int, log: Log) -> dict[str, Any]:
-    """Seconds of an x̂0 step, and the process's largest memory, in processes that are set up otherwise, by turns: float32, as many threads as
-    torch takes. On Linux with glibc alone."""
+    """Seconds of an x̂0 step in float32 and peak memory of the process, for several setups, with the default number of threads. Requires Linux
+    with glibc."""
     log(f"processes, {name}: {', '.join(SETUPS)}, {rounds} rounds")
     seconds: dict[str, list[float]] = {setup: [] for setup in SETUPS}
     memory: dict[str, list[float]] = {setup: [] for setup in SETUPS}
-    others = {key: value for key, value in os.environ.items() if key not in WAITING_THREADS}
+    environment = {key: value for key, value in os.environ.items() if key not in WAITING_THREADS}
     for number in range(rounds):
         for setup in list(SETUPS) if number % 2 else list(reversed(SETUPS)):
             variables, keep = SETUPS[setup]
-            taken, most = run_python(WORK, name, str(STEPS[name]), keep, environment={**others, **variables})
+            taken, peak = run_python(WORK, name, str(STEPS[name]), keep, environment={**environment, **variables})
             seconds[setup].append(float(taken))
-            memory[setup].append(float(most) / MIB)
+            memory[setup].append(float(peak) / MIB)
     return {
         "network": name,
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""What was measured, as a table and a plot."""
+"""The results as a table and a plot."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 from .measure import Ratio
 from .step import TARGETS
 
-# Of the plot: network and what was measured, a ratio or a number, what counts as 1, and what was to reach.
+# A bar of the plot: (network, figure), ratio or number, the value of the unit length, and the target.
 Row = tuple[tuple[str, str], Any, float, tuple[float, str] | None]
-INK, LIGHT, NEUTRAL, MET, MISSED = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
+TEXT, LIGHT, NEUTRAL, MET, MISSED = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """'1.67 (1.56–1.70)' of a ratio that went through JSON."""
+    """A ratio from JSON as text, such as '1.67 (1.56–1.70)'."""
     return str(Ratio(**values))
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: every figure with its bar, where it has one."""
+    """A Markdown table of all figures and their targets."""
     lines = ["| what | network | figure (quartiles) | to reach |", "|---|---|---|---|"]
     for name, value, target in figures(results):
         network, what = name
@@ -56,12 +56,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def sign(which: str) -> str:
-    """Of a bar."""
+    """The sign of a target: 'least' → ≥, 'most' → ≤."""
     return "≥" if which == "least" else "≤"
 
 
 def figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[float, str] | None]]:
-    """((network, what), ratio or number, bar) in the order of the table."""
+    """((network, figure), ratio or number, target) in the order of the table."""
     out: list[tuple[tuple[str, str], Any, tuple[float, str] | None]] = []
     for step in results.get("steps", []):
         for what, value in (step["ratios"] | step["memory_ratios"]).items():
@@ -96,23 +96,23 @@ def figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[f
 
 
 def meets_target(value: Any, target: tuple[float, str]) -> bool:
-    """Whether a figure, by its median, is what was asked for."""
+    """Whether a number, or the median of a ratio, meets its target."""
     number = value["median"] if isinstance(value, dict) else value
     return bool(number >= target[0] if target[1] == "least" else number <= target[0])
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """Two groups of bars: the times of a step, beside that of the floor; and every figure that has something to reach, as a share of that."""
+    """Plots the times of a step relative to the floor, and all figures with a target relative to the target."""
     rows = figures(results)
     times: list[Row] = [(name, value, 1.0, None) for name, value, _ in rows if isinstance(value, dict) and name[1].endswith("/ floor")]
-    aims: list[Row] = [(name, value, target[0], target) for name, value, target in rows if target is not None]
-    groups = {"time of a step, the floor is 1": times, "what was to reach, as a share of it": aims}
+    targets: list[Row] = [(name, value, target[0], target) for name, value, target in rows if target is not None]
+    groups = {"time of a step, relative to the floor": times, "figures with a target, relative to the target": targets}
     height, left, width = 30, 520, 1220
     image = Image.new("RGB", (width, 40 + sum(56 + height * len(group) for group in groups.values())), "white")
     draw = ImageDraw.Draw(image)
     font, top = ImageFont.load_default(14), 16
     for title, group in groups.items():
-        draw.text((16, top), title, INK, font=ImageFont.load_default(18))
+        draw.text((16, top), title, TEXT, font=ImageFont.load_default(18))
         top += 38
         largest = max([1.0, *((value["high"] if isinstance(value, dict) else value) / whole for _, value, whole, _ in group)])
         scale = (width - left - 210) / largest
@@ -120,13 +120,13 @@ def plot(path: Path, results: dict[str, Any]) -> None:
             ends = (value["low"], value["median"], value["high"]) if isinstance(value, dict) else (value, value, value)
             low, middle, high = (left + end / whole * scale for end in ends)
             color = NEUTRAL if target is None else MET if meets_target(value, target) else MISSED
-            draw.text((left - 12, top + 12), f"{network}: {what}", INK, font=font, anchor="rm")
+            draw.text((left - 12, top + 12), f"{network}: {what}", TEXT, font=font, anchor="rm")
             draw.rectangle((left, top + 3, middle, top + 21), color)
             if high > low:
-                draw.line((low, top + 12, high, top + 12), INK, 2)
-            draw.line((left + scale, top - 3, left + scale, top + 27), INK, 2)
+                draw.line((low, top + 12, high, top + 12), TEXT, 2)
+            draw.line((left + scale, top - 3, left + scale, top + 27), TEXT, 2)
             text = f"{ends[1]:.2f}" + (f"  (at {target[1]} {target[0]:g})" if target else "")
-            draw.text((width - 190, top + 12), text, INK, font=font, anchor="lm")
+            draw.text((width - 190, top + 12), text, TEXT, font=font, anchor="lm")
             top += height
         top += 18
     image.save(path)

@@ -1,4 +1,4 @@
-"""One guided step against the floor and against the reference's structure; how it grows with batch and views."""
+"""One guided step compared with the floor and with the structure of the reference code, and its growth with batch and views."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .structure import (
 Log = Callable[[str], None]
 MIB = 2**20
 TARGETS = {
-    # (network, figure): (the least or the most, which)
+    # (network, figure): (value, whether it is the "least" or the "most")
     ("small", "reference / exact"): (1.65, "least"),
     ("full", "reference / exact"): (2.2, "least"),
     ("small", "exact / floor"): (1.05, "most"),
@@ -43,19 +43,19 @@ TARGETS = {
 
 
 WARM_UP_CALLS = 3
-"""Calls before anything is measured on a GPU."""
+"""Calls before a measurement on a GPU."""
 INEXACT = ("reference", "floor", "forward", "x0", "fp32", "bf16", "fp16")
-"""Ways that are not compared with the plain one: they are it, give nothing, or give another picture. (Half precision is beside float32, or
-the other way round.)"""
+"""Variants whose results are not compared with those of the reference: the reference itself, variants without a result, and variants
+with another gradient or precision."""
 
 
 def store_result(results: dict[str, Any], name: str, work: Work) -> None:
-    """Does the work and puts its result there."""
+    """Stores the result of the work."""
     results[name] = work()
 
 
 def native_bf16() -> bool:
-    """Whether this processor computes in bfloat16 itself; elsewhere it is emulated, and slower than float32."""
+    """Whether the CPU has instructions for bfloat16. Otherwise bfloat16 is emulated and slower than float32."""
     try:
         flags = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -64,7 +64,7 @@ def native_bf16() -> bool:
 
 
 def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> dict[str, Any]:
-    """Times, ratios, memory and equality for the networks of a size."""
+    """Times, ratios, memory and differences between the results, for the networks of a size."""
     setting = Setting.build(SIZES[name], context)
     variants: dict[str, Work] = {
         "reference": lambda: reference_step(setting),
@@ -82,11 +82,11 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
     results: dict[str, Any] = {}
     with context.autograd():
         if context.device.type == "cuda":
-            # A compiled network with CUDA graphs is compiled by its first call and recorded by its second; libraries take their workspaces.
+            # The first call compiles a network, the second records its CUDA graph. Libraries allocate their workspaces.
             for work in variants.values():
                 for _ in range(WARM_UP_CALLS):
                     work()
-        # The round that warms up is the one whose memory is measured: rounds of the full network take minutes.
+        # The measurement of memory is also the warm-up round, because a round of the full network takes minutes.
         memory = {
             variant: peak_bytes(partial(store_result, results, variant, work), context.device) / MIB for variant, work in variants.items()
         }
@@ -94,7 +94,7 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
         seconds = time_interleaved(variants, rounds, context.device, warm=False)
         times = {variant: time_by_operation(variants[variant], context.device) for variant in ("exact", "floor")}
         split = library_step(setting, view_chunk=1)
-    plain = results["reference"]
+    expected = results["reference"]
     ratios = {f"{variant} / floor": ratio(seconds[variant], seconds["floor"]) for variant in variants if variant != "floor"}
     ratios |= {
         f"reference / {variant}": ratio(seconds["reference"], seconds[variant])
@@ -115,22 +115,22 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
         "above_the_floor": above_floor(times["exact"], times["floor"]),
         "attention": attention_kernels(times["exact"]),
         "difference": {
-            **{variant: differences(plain, results[variant]) for variant in variants if variant not in INEXACT},
-            "one view at a time": differences(plain, split),
+            **{variant: differences(expected, results[variant]) for variant in variants if variant not in INEXACT},
+            "one view at a time": differences(expected, split),
         },
     }
 
 
 def with_context(setting: Setting, **changes: Any) -> Setting:
-    """The same sizes in another context; CLIP is shared where that allows it."""
+    """The same setting in a changed context. CLIP is shared unless the memory format changes."""
     context = replace(setting.context, **changes)
     shared = setting.clip if context.channels_last == setting.context.channels_last else None
     return Setting.build(setting.size, context, shared)
 
 
 def gpu_variants(setting: Setting) -> dict[str, Work]:
-    """What a GPU can be asked for, each against our step in ``setting``: other precisions, the other layout, attention without a fused kernel,
-    the network compiled, and compiled with CUDA graphs."""
+    """Variants of the step on a GPU: other precisions, the other memory format, attention without a fused kernel, the network compiled, and
+    compiled with CUDA graphs."""
     layout = "contiguous" if setting.context.channels_last else "channels_last"
     others = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     variants: dict[str, Work] = {
@@ -144,38 +144,38 @@ def gpu_variants(setting: Setting) -> dict[str, Work]:
 
 
 def attention_kernels(times: dict[str, float]) -> list[str]:
-    """Which of torch's ways of attention ran: 'flash_attention_for_cpu', 'efficient_attention', 'attention_math' …"""
+    """The attention kernels in a profile, such as 'flash_attention_for_cpu', 'efficient_attention' or 'attention_math'."""
     mark = "aten::_scaled_dot_product_"
     return sorted({name.removeprefix(mark).removesuffix("_backward") for name in times if name.startswith(mark)})
 
 
-NAMED = 6
-"""Operations that a profile names."""
+REPORTED = 6
+"""Number of operations to report."""
 
 
 def largest_shares(times: dict[str, float]) -> dict[str, float]:
-    """The operations that take most of a step, as shares of it."""
-    whole = sum(times.values())
-    return {name: seconds / whole for name, seconds in sorted(times.items(), key=lambda item: -item[1])[:NAMED]}
+    """The operations that take most of the time of a step, as fractions of the step."""
+    total = sum(times.values())
+    return {name: seconds / total for name, seconds in sorted(times.items(), key=lambda item: -item[1])[:REPORTED]}
 
 
 def above_floor(exact: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
-    """The operations that take most beyond what they take in the floor, as shares of the floor."""
-    whole = sum(floor.values())
-    more = {name: (seconds - floor.get(name, 0.0)) / whole for name, seconds in exact.items()}
-    return dict(sorted(more.items(), key=lambda item: -item[1])[:NAMED])
+    """The operations that take most time in addition to their time in the floor, as fractions of the floor."""
+    total = sum(floor.values())
+    more = {name: (seconds - floor.get(name, 0.0)) / total for name, seconds in exact.items()}
+    return dict(sorted(more.items(), key=lambda item: -item[1])[:REPORTED])
 
 
-def differences(plain: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-    """The largest of x_{t−1}, and of the gradient relative to its largest value."""
+def differences(expected: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+    """The largest difference of x_{t−1}, and that of the gradient relative to its largest value."""
     return {
-        "x": float((plain[0] - found[0]).abs().max()),
-        "gradient": float((plain[1] - found[1]).abs().max() / plain[1].abs().max()),
+        "x": float((expected[0] - found[0]).abs().max()),
+        "gradient": float((expected[1] - found[1]).abs().max() / expected[1].abs().max()),
     }
 
 
 def measure_growth(context: DeviceContext, rounds: int, log: Log) -> dict[str, Any]:
-    """Time an image as the batch grows, and CLIP's memory as its views grow in chunks of four."""
+    """Time per image by batch size, and time and memory of CLIP by number of views, in chunks of four."""
     setting = Setting.build(SIZES["small"], context)
     batches = {count: setting.with_batch(count, setting.size.views) for count in (1, 2, 4, 8)}
     views = {count: setting.with_batch(setting.size.batch, count) for count in (1, 4, 16, 64)}
@@ -184,10 +184,10 @@ def measure_growth(context: DeviceContext, rounds: int, log: Log) -> dict[str, A
         by_batch = time_interleaved({str(n): partial(library_step, s) for n, s in batches.items()}, rounds, context.device)
         by_views = time_interleaved({str(n): partial(library_step, s, view_chunk=4) for n, s in views.items()}, rounds, context.device)
         chunked = {str(n): peak_bytes(partial(clip_gradient, s, 4), context.device) / MIB for n, s in views.items()}
-        whole = {str(n): peak_bytes(partial(clip_gradient, s, 0), context.device) / MIB for n, s in views.items()}
+        total = {str(n): peak_bytes(partial(clip_gradient, s, 0), context.device) / MIB for n, s in views.items()}
     per_image = {n: [t / int(n) for t in seconds] for n, seconds in by_batch.items()}
     return {
         "batch": {n: vars(ratio(seconds, per_image["1"])) for n, seconds in per_image.items()},
         "views": {n: vars(ratio(seconds, by_views["1"])) for n, seconds in by_views.items()},
-        "views_memory_mib": {"chunks of 4": chunked, "all at once": whole},
+        "views_memory_mib": {"chunks of 4": chunked, "all at once": total},
     }

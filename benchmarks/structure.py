@@ -1,4 +1,4 @@
-"""Ways to take one guided step: ours, the floor beneath it, and the structure of the reference code, on the same networks and draws."""
+"""Variants of one guided step with the same networks and random numbers: the library, the floor, and the structure of the reference code."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from blended_core.schedule import Schedule
 
 from .networks import Size, clip_model, diffusion_model, random_prompt
 
-INDEX = 50  # of 100: the middle
+INDEX = 50  # level of 100
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that a step is given."""
+    """Networks and inputs of a step."""
 
     size: Size
     context: DeviceContext
@@ -45,7 +45,7 @@ class Setting:
 
     @classmethod
     def build(cls, size: Size, context: DeviceContext, clip: ClipModel | None = None) -> Setting:
-        """Networks of a size with a batch of noise; a CLIP may be shared with another setting."""
+        """Networks of a size with a batch of noise. ``clip`` can be that of another setting."""
         model = diffusion_model(size, context)
         side = size.unet.image_size
         mask = torch.zeros(1, 1, side, side)
@@ -59,23 +59,23 @@ class Setting:
 
     @property
     def models(self) -> Models:
-        """For the engine."""
+        """The networks as the library takes them."""
         return Models(self.model, self.clip, None, self.context)
 
     @property
     def images(self) -> range:
-        """The candidates that the batch stands for."""
+        """The image indices of the batch."""
         return range(self.size.batch)
 
     @property
     def views(self) -> ViewParameters | None:
-        """How CLIP's views are warped."""
+        """The warps of the views."""
         if self.size.views == 1:
             return None
         return self.random.views(INDEX, self.images, self.size.views - 1, self.clip.image_size, True)
 
     def with_batch(self, batch: int, views: int) -> Setting:
-        """The same networks with another batch and number of views."""
+        """The same networks with another batch size and number of views."""
         x = torch.randn(batch, 3, *self.x.shape[-2:], generator=torch.Generator().manual_seed(3))
         return replace(self, size=replace(self.size, batch=batch, views=views), x=self.context.put(x))
 
@@ -85,22 +85,22 @@ Result = tuple[Tensor, Tensor]
 
 
 def library_step(setting: Setting, gradient: str = "unet", view_chunk: int = 0) -> Result:
-    """The engine's own step."""
+    """The step of the library."""
     options = EditOptions(guidance=GuidanceOptions(gradient=gradient, views=setting.size.views, view_chunk=view_chunk))
     step = guided_step(
         setting.models, setting.x, INDEX, setting.schedule, options, setting.prompt, setting.mask, setting.random, setting.images
     )
     if step.gradient is None:
-        raise RuntimeError("the step was not guided.")
+        raise RuntimeError("the step has no gradient.")
     return step.x, step.gradient
 
 
 def reference_step(setting: Setting) -> Result:
-    """What the reference code does for the same numbers, written anew.
+    """A reimplementation of the step of the reference code, with the same result as the step of the library.
 
-    A forward for the prediction; a second one, recorded, for the gradient; attention by explicit matrices, which are forgotten and
-    made again on the way back, as are the gradients of its norm, qkv and projection weights, which nothing uses; every view through CLIP
-    at once (docs/method.md, row 13).
+    It has one forward pass for the prediction and one for the gradient (docs/method.md, row 9). It recomputes attention with explicit
+    matrices in the backward pass and computes unused gradients of the norm, qkv and projection weights (docs/method.md, row 13). It
+    passes all views through CLIP at once.
     """
     options, clip, batch = GuidanceOptions(), setting.clip, setting.size.batch
     with _plain_autograd(setting.model.network), _reference_attention(setting.model.network) as unused:
@@ -123,9 +123,9 @@ def reference_step(setting: Setting) -> Result:
 
 @contextlib.contextmanager
 def _plain_autograd(network: nn.Module) -> Iterator[None]:
-    """The network as plain autograd runs it, which keeps the input of every operation."""
+    """Disables recomputation, so that autograd saves the input of every operation."""
     if not isinstance(network, UNet):
-        raise TypeError("only an ADM network is measured.")
+        raise TypeError("only an ADM network can be measured.")
     network.set_recompute(False)
     try:
         yield
@@ -135,7 +135,7 @@ def _plain_autograd(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reference_attention(network: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The attention blocks as the reference computes them, and their weights, which ask for gradients meanwhile."""
+    """Replaces attention by that of the reference code, and yields its weights, which require gradients meanwhile."""
     blocks = [m for m in network.modules() if isinstance(m, AttentionBlock)]
     weights = [p for block in blocks for part in (block.qkv, block.norm, block.proj_out) for p in part.parameters()]
     for weight in weights:
@@ -152,7 +152,7 @@ def _reference_attention(network: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def explicit_attention(block: AttentionBlock, x: Tensor) -> Tensor:
-    """Attention by the matrix of all weights; the same numbers as the block's own."""
+    """Attention with an explicit weight matrix; the same result as that of the block."""
     b, c, height, width = x.shape
     qkv = block.qkv(block.norm(x).flatten(2))
     depth = c // block.heads
@@ -168,9 +168,9 @@ def explicit_attention(block: AttentionBlock, x: Tensor) -> Tensor:
 
 
 def floor(setting: Setting) -> None:
-    """The least that an exact step has to do: the network forward, CLIP forward and back, and the network back to its input; by plain autograd.
+    """The minimum of an exact step: forward and backward passes of the UNet and of CLIP, with plain autograd.
 
-    In this order, for what the network keeps for its way back has to wait while CLIP is asked.
+    The passes of CLIP run between those of the UNet, so that the saved activations of the UNet count in the peak memory.
     """
     with _plain_autograd(setting.model.network), torch.enable_grad():
         x = setting.x.detach().requires_grad_()
@@ -180,25 +180,25 @@ def floor(setting: Setting) -> None:
 
 
 def forward(setting: Setting) -> None:
-    """A bare forward of the diffusion network."""
+    """A forward pass of the UNet without gradients."""
     with _plain_autograd(setting.model.network), torch.no_grad():
         setting.model.network(setting.x, timesteps(setting))
 
 
 def timesteps(setting: Setting) -> Tensor:
-    """One for each image, from the middle."""
+    """The same middle timestep for every image."""
     return torch.full((setting.size.batch,), 500.0, device=setting.x.device)
 
 
 def clip_gradient(setting: Setting, view_chunk: int) -> None:
-    """The gradient of our guidance at CLIP's input, by so many views at once."""
+    """The gradient of the CLIP loss with respect to the pooled image, ``view_chunk`` views at once."""
     side = setting.clip.image_size
     pooled = torch.zeros(setting.size.batch, 3, side, side, device=setting.x.device)
     ClipLoss(setting.clip, setting.prompt, views=setting.size.views, chunk=view_chunk).pooled_gradient(pooled, setting.views)
 
 
 def clip_pass(setting: Setting) -> None:
-    """CLIP forward and back on all views at once."""
+    """Forward and backward pass of CLIP on all views at once."""
     side, rows = setting.clip.image_size, setting.size.batch * setting.size.views
     with torch.enable_grad():
         pictures = torch.zeros(rows, 3, side, side, device=setting.x.device).requires_grad_()
@@ -206,12 +206,12 @@ def clip_pass(setting: Setting) -> None:
 
 
 def checkpointed(setting: Setting) -> Callable[[], Result]:
-    """Our step with gradient checkpointing in the UNet."""
+    """The step of the library with gradient checkpointing in the UNet."""
     network = setting.model.network
 
     def work() -> Result:
         if not isinstance(network, UNet):
-            raise TypeError("only an ADM network checkpoints.")
+            raise TypeError("only an ADM network supports gradient checkpointing.")
         network.gradient_checkpointing = True
         try:
             return library_step(setting)
@@ -222,7 +222,7 @@ def checkpointed(setting: Setting) -> Callable[[], Result]:
 
 
 def plain_attention(setting: Setting) -> Callable[[], Result]:
-    """Our step with attention by explicit matrices, as torch's own fallback has it."""
+    """The step of the library with the fallback implementation of attention in torch."""
 
     def work() -> Result:
         with sdpa_kernel(SDPBackend.MATH):
@@ -232,7 +232,7 @@ def plain_attention(setting: Setting) -> Callable[[], Result]:
 
 
 def compiled(setting: Setting, graphs: bool) -> Callable[[], Result]:
-    """Our step with the UNet compiled; ``graphs``: replayed as CUDA graphs too. The setting's network stays compiled."""
+    """The step of the library with the UNet compiled, and with ``graphs`` also CUDA graphs. The network of the setting stays compiled."""
     setting.model.network.compile(mode="reduce-overhead" if graphs else "default")
 
     def work() -> Result:

@@ -30,6 +30,7 @@ class Option:
         node_input: name of the input of the nodes, where it is not the name of the option.
         group: heading under which --help and docs/options.md list the option, where it is not that of its class.
         unit: what a number counts.
+        limited_weight: the weight of a loss that acts only from the start to the end of guidance.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Option:
     node_input: str | None = None
     group: str | None = None
     unit: str = ""
+    limited_weight: bool = False
 
     def requirement(self, whole: bool = False) -> str:
         """What a value must be: 'one of ddpm, ddim', 'a number above 0 and at most 1'; ``whole``: of a whole number."""
@@ -104,11 +106,11 @@ class GuidanceOptions:
     scale: float = option(
         1000.0,
         "Weight of the CLIP loss. Too low: the edit ignores the prompt. Too high: glaring colors and patterns that only CLIP recognizes.",
-        low=0.0, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
+        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
     )  # fmt: skip
     range_scale: float = option(
         50.0, "Weight of the range loss, which pulls values back into the valid range of an image.",
-        low=0.0, node_high=100000.0, step=10.0, metavar="λ",
+        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, metavar="λ",
     )  # fmt: skip
     background_scale: float = option(
         0.0,
@@ -195,8 +197,14 @@ class GuidanceOptions:
         """
         share = (levels - 1 - index) / levels
         if share < self.start or (share >= self.end and self.end < 1):
-            return replace(self, scale=0.0, range_scale=0.0) if self.needs_perceptual else None
+            limited: dict[str, Any] = {name: 0.0 for name, (declaration, _) in declared(self).items() if declaration.limited_weight}
+            return replace(self, **limited) if self.needs_perceptual else None
         return replace(self, views=self.early_views) if self.early_views and share < 0.5 else self
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether the weight of any loss is above 0."""
+        return self.needs_perceptual or any(getattr(self, name) > 0 for name, (found, _) in declared(self).items() if found.limited_weight)
 
     @property
     def needs_perceptual(self) -> bool:

@@ -79,7 +79,7 @@ def guided_in(memory: Any, runtime: Any, ddpm: Any, clip: Any, state: Any) -> di
 
     The modes have no effect on a CPU, so while networks are loaded the manager is told that the device is a GPU.
     """
-    edit = importlib.import_module(f"{NAME}.blended_core.edit")
+    sample = importlib.import_module(f"{NAME}.blended_core.sample")
     draws = importlib.import_module(f"{NAME}.blended_core.random")
     mm, allowed = memory.mm, []
     load = memory.ModelPatcher.partially_load
@@ -101,7 +101,7 @@ def guided_in(memory: Any, runtime: Any, ddpm: Any, clip: Any, state: Any) -> di
         memory.ModelPatcher.partially_load = load
     with runtime.library_scope("Load DDPM"):
         x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        step = edit.guided_step(
+        step = sample.guided_step(
             memory.edit_models(ddpm, clip, None, context), x, 5, ddpm.model.config.respaced("10"), options, clip.model.prompt("an apple"),
             torch.ones(1, 1, 64, 64), draws.SeededRandom(0), range(1),
         )  # fmt: skip
