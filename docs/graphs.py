@@ -1,4 +1,4 @@
-"""The templates and blueprints of the pack, as data: nodes in titled columns, wired by name. docs/make_workflows.py builds them."""
+"""The templates and blueprints of the pack as data: nodes in columns, linked by name. docs/make_workflows.py builds them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Node:
-    """A node: its type, widget values, and what is wired into which input ('other.output')."""
+    """A node: its type, its widget values, and the links of its inputs (input → 'node.output')."""
 
     type: str
-    wires: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
     width: int = WIDTH
@@ -33,7 +33,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Column:
-    """Nodes one below the other in a group with a title; no title, no group."""
+    """Nodes below each other, in a group if there is a title."""
 
     title: str
     nodes: dict[str, Node]
@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Graph:
-    """A workflow. ``before`` and ``after`` name the nodes whose pictures make the thumbnail, ``each`` how many of every one."""
+    """A workflow. The thumbnail shows ``images_per_node`` images of each node in ``after``, and the image of the node ``before``."""
 
     name: str
     columns: tuple[Column, ...]
@@ -54,16 +54,16 @@ class Graph:
     def links(self) -> list[tuple[str, str, str, str]]:
         """(from, output, to, input)."""
         return [
-            (*wire.split(".", 1), name, socket)  # type: ignore[misc]
+            (*source.split(".", 1), name, socket)  # type: ignore[misc]
             for column in self.columns
             for name, node in column.nodes.items()
-            for socket, wire in node.wires.items()
+            for socket, source in node.inputs.items()
         ]
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A graph of which a part becomes one node. Slots: (inner node, its slot, the name that the person sees)."""
+    """A graph and the part of it that becomes a subgraph. Inputs and outputs: (inner node, its slot, name on the subgraph)."""
 
     graph: Graph
     inside: tuple[str, ...]
@@ -73,18 +73,18 @@ class Blueprint:
 
 
 def read_me(text: str, width: int = 380, height: int = 320) -> Node:
-    """A note for who opens the template."""
+    """A note that explains the template."""
     return Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, color=NOTE)
 
 
 def note_column(text: str, width: int = 380, height: int = 320) -> Column:
-    """A column with nothing but words."""
+    """A column with only a note."""
     return Column("", {"note": read_me(text, width, height)})
 
 
 def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
-    """The embedded networks and a prompt."""
-    nodes = {"ddpm": Node("BlendedLoadDDPM", height=236)}  # room for what it shows after a run
+    """Nodes for the embedded networks, a prompt and the guidance options; without ``text`` only the diffusion model."""
+    nodes = {"ddpm": Node("BlendedLoadDDPM", height=236)}  # space for the text that it shows after a run
     if text is not None:
         nodes["clip"] = Node("BlendedLoadCLIP", height=120)
         nodes["prompt"] = prompt(text)
@@ -93,12 +93,12 @@ def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> C
 
 
 def prompt(text: str) -> Node:
-    """What CLIP should see."""
+    """A node for the prompt."""
     return Node("BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": text}, height=140)
 
 
 def scene(background: str, seed: int = 0, object_name: str = "none", width: int = 256, height: int = 256) -> Node:
-    """A picture of the embedded world."""
+    """A node for a scene of the embedded world."""
     values = {
         "background": background,
         "object": object_name,
@@ -111,27 +111,27 @@ def scene(background: str, seed: int = 0, object_name: str = "none", width: int 
 
 
 def preview(picture: str, title: str, height: int = 320) -> Node:
-    """A picture to look at."""
+    """A node that shows an image."""
     return Node("PreviewImage", {"images": picture}, title=title, height=height)
 
 
 def save(picture: str, prefix: str, height: int = 340) -> Node:
-    """A picture to keep."""
+    """A node that saves an image."""
     return Node("SaveImage", {"images": picture}, {"filename_prefix": f"blended/{prefix}"}, height=height)
 
 
 def sampler(
     image: str = "scene.image", mask: str = "scene.mask", *, prompt: str | None = "prompt", options: str = "options", **values: Any
 ) -> Node:
-    """The whole edit in one node."""
-    wires = {"ddpm": "ddpm.ddpm", "image": image, "mask": mask}
+    """The sampler node."""
+    inputs = {"ddpm": "ddpm.ddpm", "image": image, "mask": mask}
     if prompt is not None:
-        wires |= {"prompt": f"{prompt}.prompt", "options": f"{options}.options"}
-    return Node("BlendedSampler", wires, {"steps": STEPS, "seed": 0, "control_after_generate": "fixed", **values}, height=690)
+        inputs |= {"prompt": f"{prompt}.prompt", "options": f"{options}.options"}
+    return Node("BlendedSampler", inputs, {"steps": STEPS, "seed": 0, "control_after_generate": "fixed", **values}, height=690)
 
 
 def scores(of: str = "sampler.scores") -> Node:
-    """The table of scores as text."""
+    """A node that shows the table of scores."""
     return Node("PreviewAny", {"source": of}, title="Scores", height=180)
 
 
@@ -139,12 +139,12 @@ QUICK = Graph(
     "Quick edit",
     (
         note_column(
-            "# Quick edit\n\nPress **Run**. A mushroom is painted into the white part of the mask; every other pixel stays as it was.\n\n"
+            "# Quick edit\n\nPress **Run**. The edit paints a mushroom into the white part of the mask. All other pixels stay unchanged.\n\n"
             "- The result shows four candidates, **best first**.\n"
-            "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 things and 6 backgrounds.\n"
-            "- Set *control after generate* of the sampler to `randomize` for new candidates at every run.\n"
-            "- *strength* 1 forgets what lies under the mask, lower keeps more of it.\n\n"
-            "Nothing is downloaded: the models are in the pack.",
+            "- Change the text in *Encode Prompt*: `a rose`, `a tree`, `a pumpkin`… The embedded models know 16 objects and 6 backgrounds.\n"
+            "- Set *control after generate* of the sampler to `randomize` for new candidates in every run.\n"
+            "- *strength* 1 ignores the image under the mask. Lower values preserve more of it.\n\n"
+            "The models are part of the pack. Nothing is downloaded.",
             height=360,
         ),
         models("a mushroom"),
@@ -160,13 +160,13 @@ STEP_BY_STEP = Graph(
     "Six nodes step by step",
     (
         note_column(
-            "# The method, one node at a time\n\nOne round of the loop is one noise level:\n\n"
-            "1. **CLIP Guidance Step** takes one denoising step towards the prompt.\n"
-            "2. **Noise Background** (*match*) brings the real picture to the level that was just reached.\n"
-            "3. **Blend Latents** keeps the step inside the mask and the real picture outside.\n\n"
-            "The loop ends when no noise is left. **Final Paste** puts the edit on the original, so that nothing outside the mask "
-            "has changed by a single bit.\n\nSteps, strength, seed and mask are given once, in *Noise Background* (*start*): the LATENT carries "
-            "them. The same seed gives the same picture in *Blended Diffusion Sampler*.",
+            "# The method, one node at a time\n\nEach iteration of the loop is one noise level:\n\n"
+            "1. **CLIP Guidance Step** takes one denoising step toward the prompt.\n"
+            "2. **Noise Background** (*match*) adds noise of the same level to the source image.\n"
+            "3. **Blend Latents** combines the step inside the mask with the source image outside.\n\n"
+            "The loop ends at the level without noise. **Final Paste** pastes the edit into the source image. Every pixel outside the "
+            "mask stays bit-identical.\n\n*Noise Background* (*start*) sets steps, strength, seed and mask, and the LATENT carries them. "
+            "*Blended Diffusion Sampler* gives the same result for the same seed.",
             height=440,
         ),
         models("an apple"),
@@ -183,7 +183,7 @@ STEP_BY_STEP = Graph(
             },
         ),
         Column(
-            "Loop: one round a noise level",
+            "Loop: one iteration per noise level",
             {
                 "begin": Node("BlendedDenoiseLoopStart", {"latent": "start.latent"}),
                 "step": Node(
@@ -208,17 +208,17 @@ STEP_BY_STEP = Graph(
     ),
     before="before",
     after=("after",),
-    colors={**GROUPS, "Loop: one round a noise level": GROUPS["Edit"]},
+    colors={**GROUPS, "Loop: one iteration per noise level": GROUPS["Edit"]},
 )
 
 RANKED = Graph(
     "Many results ranked",
     (
         note_column(
-            "# Many results, ranked\n\nOne try in a few is good, so the paper makes many and keeps the best. Here twelve candidates are "
-            "painted, four at once, and come out **sorted by CLIP**: the first four are kept, the last four shown beside them.\n\n"
-            "*Rank by CLIP* sorts pictures of **any** node. Here it looks at the same candidates with another prompt and without a mask: "
-            "which of them fits the whole scene?\n\nCLIP has its own taste. Look at them yourself.",
+            "# Many results, ranked\n\nNot every candidate is good, so the paper makes many and keeps the best. This template makes twelve candidates in "
+            "batches of four and **ranks them by CLIP**. It saves the first four and shows the last four.\n\n"
+            "*Rank by CLIP* ranks images of **any** node. Here it ranks the same candidates by another prompt and without a mask, "
+            "that is, by the whole scene.\n\nThe ranking of CLIP is coarse. Compare the images yourself.",
             height=340,
         ),
         models("a cat"),
@@ -234,7 +234,7 @@ RANKED = Graph(
             },
         ),
         Column(
-            "Another opinion",
+            "Second prompt",
             {
                 "other": Node(
                     "BlendedEncodePrompt", {"clip": "clip.clip"}, {"text": "a cat on a meadow"}, title="Encode Prompt (scene)", height=140
@@ -247,17 +247,17 @@ RANKED = Graph(
     ),
     after=("after",),
     images_per_node=4,
-    colors={**GROUPS, "Another opinion": GROUPS["Models"]},
+    colors={**GROUPS, "Second prompt": GROUPS["Models"]},
 )
 
 BACKGROUND = Graph(
     "Replace the background",
     (
         note_column(
-            "# Replace the background\n\nThe mask covers the object, and core's *Invert Mask* turns it round: now everything **but** the "
-            "object is painted anew, and the object stays to the bit.\n\n"
-            "- *strength* 1 forgets the old background. About 0.7 keeps its layout.\n"
-            "- Other backgrounds the embedded models know: `a meadow`, `a desert`, `night`, `snow`, `a sunset`.\n- *scale* is lower than for objects: CLIP has seen few pictures with a hole in the middle, and is easily content with wrong colors.",
+            "# Replace the background\n\nThe mask covers the object, and *Invert Mask* inverts it. The edit repaints everything **except** "
+            "the object. The object stays bit-identical.\n\n"
+            "- *strength* 1 ignores the old background. About 0.7 preserves its layout.\n"
+            "- Other backgrounds of the embedded models: `a meadow`, `a desert`, `night`, `snow`, `a sunset`.\n- *scale* is lower than for objects. CLIP was trained on few images without a middle, and a high scale gives wrong colors.",
             height=300,
         ),
         models("a lake", scale=1500.0),
@@ -267,7 +267,7 @@ BACKGROUND = Graph(
                 "scene": scene("desert", object_name="cactus", seed=2),
                 "before": preview("scene.image", "Before", 260),
                 "invert": Node("InvertMask", {"mask": "scene.mask"}),
-                "mask": Node("MaskPreview", {"mask": "invert.MASK"}, title="White: painted anew", height=240),
+                "mask": Node("MaskPreview", {"mask": "invert.MASK"}, title="White: repainted", height=240),
             },
         ),
         Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0, candidates=4)}),
@@ -281,12 +281,12 @@ REMOVAL = Graph(
     "Remove an object",
     (
         note_column(
-            "# Remove an object\n\n**Without a prompt** there is no guidance: the diffusion model fills the mask from its surroundings and from "
-            "what it has learned. The embedded model has hardly seen a scene without a thing in its middle, so it puts another one there; a "
-            "checkpoint trained on places does better.\n\n**Naming the ground** helps any model: here `an empty meadow`.\n\n"
-            "- Let the mask cover the whole object and a little more (*Grow Mask*).\n"
-            "- *strength* 1 forgets the object entirely.\n"
-            "- Make several candidates. Without a prompt nothing ranks them, so they come in the order of their draws.",
+            "# Remove an object\n\n**Without a prompt** there is no guidance. The diffusion model fills the mask according to its surroundings "
+            "and its training data. Most scenes in the training data of the embedded model have an object in the middle, so it paints another "
+            "object. A checkpoint trained on places does better.\n\n**A prompt for the background** helps with any model: here `an empty meadow`.\n\n"
+            "- The mask must cover the whole object and a small margin (*Grow Mask*).\n"
+            "- *strength* 1 ignores the object completely.\n"
+            "- Make several candidates. Without a prompt there is no ranking.",
             height=360,
         ),
         models("an empty meadow"),
@@ -298,7 +298,7 @@ REMOVAL = Graph(
             },
         ),
         Column(
-            "Naming the ground",
+            "With a prompt",
             {"sampler": sampler(strength=1.0, context=1.8, candidates=4), "after": save("sampler.images", "removal", 360)},
         ),
         Column(
@@ -311,17 +311,17 @@ REMOVAL = Graph(
     ),
     before="before",
     after=("after",),
-    colors={**GROUPS, "Naming the ground": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
+    colors={**GROUPS, "With a prompt": GROUPS["Edit"], "Without a prompt": GROUPS["Result"]},
 )
 
 SCRIBBLE = Graph(
     "Scribble to object",
     (
         note_column(
-            "# Scribble to object\n\nPaint roughly what you want, mask it, and begin in the middle of the process: *strength* 0.6 keeps the "
-            "colors and the place of the scribble and lets the prompt make a thing of it.\n\n"
-            "Here core nodes do the scribbling: a red patch and a brown one. In your own picture use any paint program, or the mask editor's "
-            "colors.\n\nLower *strength* stays closer to the scribble.",
+            "# Scribble to object\n\nPaint a rough shape, mask it, and start at a medium noise level. *strength* 0.6 preserves the "
+            "colors and the position of the scribble, and the prompt determines the object.\n\n"
+            "Here core nodes paint the scribble, a red and a brown rectangle. For your own image use any paint program, or the colors of the "
+            "mask editor.\n\nA lower *strength* stays closer to the scribble.",
             height=300,
         ),
         models("a mushroom"),
@@ -361,10 +361,10 @@ ALGORITHMS = Graph(
     "Algorithm 1 beside Algorithm 2",
     (
         note_column(
-            "# Two algorithms of one paper\n\n**Algorithm 1** (*local*) asks for the background by a loss, weighted by λ (*background_scale*). "
-            "The model paints the whole square, and the background drifts.\n\n**Algorithm 2** (*blended*) puts the real background back at every "
-            "noise level. Nothing drifts, and the edit grows into it.\n\nBelow: the square as the model painted it (x̂0), before it "
-            "is pasted. Look outside the mask. λ 100 drifts more, λ 10000 edits less.",
+            "# The two algorithms of the paper\n\n**Algorithm 1** (*local*) preserves the background by a loss with the weight λ (*background_scale*). "
+            "The model repaints the whole region, and the background changes.\n\n**Algorithm 2** (*blended*) blends in the source image at every "
+            "noise level. The background does not change, and the edit fits into it.\n\nThe previews show x̂0 of the region before the final "
+            "paste. Compare the area outside the mask. λ 100 changes more, λ 10000 edits less.",
             height=340,
         ),
         models("an apple"),
@@ -418,10 +418,10 @@ CORE = Graph(
                 ),
                 "before": preview("scale.IMAGE", "Before", 260),
                 "note": read_me(
-                    "# Among ComfyUI's own nodes\n\nA wide picture, scaled up by core; a mask made, feathered, placed and grown by core.\n\n"
-                    "The sampler reads its grays because *mask_edges* is `soft`: dark gray may change late, light gray early. It edits a square "
-                    "around the mask at the model's size and pastes it back into the wide picture.\n\nAt the end core's *Image Composite Masked* puts "
-                    "the edit on yet another picture: a soft edge on a new ground. *Final Paste* would keep that picture outside the mask to the bit.",
+                    "# Together with core nodes\n\nCore nodes scale a wide image and create, feather, place and grow a mask.\n\n"
+                    "With *mask_edges* `soft`, gray values of the mask count: light gray changes from early steps on, dark gray only in late ones. "
+                    "The sampler edits a square region around the mask at the size of the model and pastes it into the wide image.\n\nAt the end, the core node "
+                    "*Image Composite Masked* pastes the edit into another image with a soft edge.",
                     width=WIDTH,
                     height=310,
                 ),
@@ -474,16 +474,16 @@ OWN = Graph(
     "Your checkpoint and photo",
     (
         note_column(
-            "# Your own checkpoint and photo\n\nThis runs as it is, on the embedded models. Then make it yours:\n\n"
+            "# Your own checkpoint and photo\n\nThe template runs with the embedded models. Replace them step by step:\n\n"
             "1. **Checkpoint**: put an ADM file (`256x256_diffusion_uncond.pt`, a fine-tune, LSUN…) into `models/ddpm`, press **R**, and choose it "
-            "in *Load DDPM*. Its settings are read from the file; *overrides* corrects them.\n"
-            "2. **CLIP**: choose `ViT-B-16:openai` in *Load CLIP*. open_clip fetches it once. Files of yours go into `models/open_clip`.\n"
-            "3. **Photo**: drop or paste it on the empty canvas: a *Load Image* appears. Wire its IMAGE and MASK instead of *Demo Scene*'s, "
-            "into the sampler and *Before*.\n"
-            "4. **Mask**: right-click *Load Image*, *Open in MaskEditor*, paint what may change.\n"
+            "in *Load DDPM*. Its settings are read from the file; *overrides* changes them.\n"
+            "2. **CLIP**: choose `ViT-B-16:openai` in *Load CLIP*. open_clip downloads it once. Put your own files into `models/open_clip`.\n"
+            "3. **Photo**: drop or paste it onto the empty canvas to get a *Load Image* node. Connect its IMAGE and MASK instead of those of "
+            "*Demo Scene*.\n"
+            "4. **Mask**: right-click *Load Image*, *Open in MaskEditor*, paint the area that may change.\n"
             f"5. **Guidance**: *scale* 1000 suits photos ({GUIDANCE_SCALE:.0f} is for the embedded models). *steps* 100.\n\n"
-            "| it should | turn |\n|---|---|\n| change more | strength up |\n| obey the text | scale, views up; more candidates |\n"
-            "| use less memory | batch 1, view_chunk 2 |\n| be quicker | preset fast, steps 0, options not wired |",
+            "| goal | setting |\n|---|---|\n| more change | higher strength |\n| closer to the prompt | higher scale, more views or candidates |\n"
+            "| less memory | batch 1, view_chunk 2 |\n| faster | preset fast, steps 0, options not connected |",
             width=460,
             height=620,
         ),
@@ -499,7 +499,7 @@ OWN = Graph(
 TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN)
 
 
-# Where the picture of each node's help page is taken: the template and the node's name in it.
+# Node type → (template, name of the node) for the screenshots of the help pages.
 NODE_SCREENSHOTS = {
     "BlendedLoadDDPM": (QUICK, "ddpm"),
     "BlendedLoadCLIP": (QUICK, "clip"),
@@ -518,7 +518,7 @@ NODE_SCREENSHOTS = {
 
 
 def source_graph(*columns: Column, name: str) -> Graph:
-    """The graph that a blueprint is cut out of."""
+    """The graph of a blueprint."""
     return Graph(name, columns)
 
 
@@ -548,7 +548,7 @@ BLUEPRINTS = (
             *SETTINGS,
         ),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
-        description="Paints what the prompt says into the white part of the mask; every other pixel stays. Candidates come best first.",
+        description="Paints the prompt into the white part of the mask. All other pixels stay unchanged. Candidates are sorted, best first.",
     ),
     Blueprint(
         source_graph(
@@ -565,7 +565,7 @@ BLUEPRINTS = (
             *SETTINGS,
         ),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
-        description="Keeps what the mask covers to the bit and paints everything around it from the prompt.",
+        description="Repaints everything outside the object mask according to the prompt. The object stays bit-identical.",
     ),
     Blueprint(
         source_graph(
@@ -590,6 +590,6 @@ BLUEPRINTS = (
             ("sampler", "candidates", "candidates"),
         ),
         outputs=(("sampler", "images", "images"),),
-        description="Fills the masked part from its surroundings; naming what is behind it helps, and may be left empty. Every other pixel stays.",
+        description="Fills the masked part according to its surroundings. An optional prompt describes the background. All other pixels stay unchanged.",
     ),
 )
