@@ -10,12 +10,7 @@ from blended_core.toy.world import GUIDANCE_SCALE
 WIDTH = 300
 NOTE = ("#432", "#653")
 STEPS = 40
-GROUPS = {
-    "Models": "#3b4a5c",
-    "Picture": "#3d5446",
-    "Edit": "#5b4634",
-    "Result": "#4f3d57",
-}
+GROUPS = {"Models": "#3b4a5c", "Picture": "#3d5446", "Edit": "#5b4634", "Result": "#4f3d57"}
 
 
 @dataclass(frozen=True)
@@ -290,16 +285,9 @@ REMOVAL = Graph(
             height=360,
         ),
         models("an empty meadow"),
+        Column("Picture", {"scene": scene("meadow", object_name="mushroom", seed=4), "before": preview("scene.image", "Before", 280)}),
         Column(
-            "Picture",
-            {
-                "scene": scene("meadow", object_name="mushroom", seed=4),
-                "before": preview("scene.image", "Before", 280),
-            },
-        ),
-        Column(
-            "With a prompt",
-            {"sampler": sampler(strength=1.0, context=1.8, candidates=4), "after": save("sampler.images", "removal", 360)},
+            "With a prompt", {"sampler": sampler(strength=1.0, context=1.8, candidates=4), "after": save("sampler.images", "removal", 360)}
         ),
         Column(
             "Without a prompt",
@@ -396,11 +384,7 @@ ALGORITHMS = Graph(
     ),
     after=("one", "two"),
     images_per_node=2,
-    colors={
-        **GROUPS,
-        "Algorithm 1: local": GROUPS["Result"],
-        "Algorithm 2: blended": GROUPS["Edit"],
-    },
+    colors={**GROUPS, "Algorithm 1: local": GROUPS["Result"], "Algorithm 2: blended": GROUPS["Edit"]},
 )
 
 CORE = Graph(
@@ -412,9 +396,7 @@ CORE = Graph(
             {
                 "scene": scene("meadow", seed=8, width=192, height=128),
                 "scale": Node(
-                    "ImageScale",
-                    {"image": "scene.image"},
-                    {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"},
+                    "ImageScale", {"image": "scene.image"}, {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"}
                 ),
                 "before": preview("scale.IMAGE", "Before", 260),
                 "note": read_me(
@@ -440,12 +422,7 @@ CORE = Graph(
                 "mask": Node("MaskPreview", {"mask": "grow.MASK"}, title="Mask", height=250),
             },
         ),
-        Column(
-            "Edit",
-            {
-                "sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85),
-            },
-        ),
+        Column("Edit", {"sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85)}),
         Column(
             "Result",
             {
@@ -457,10 +434,7 @@ CORE = Graph(
             "On another picture",
             {
                 "night": scene("night", seed=2, width=384, height=256),
-                "composite": Node(
-                    "ImageCompositeMasked",
-                    {"destination": "night.image", "source": "best.IMAGE", "mask": "grow.MASK"},
-                ),
+                "composite": Node("ImageCompositeMasked", {"destination": "night.image", "source": "best.IMAGE", "mask": "grow.MASK"}),
                 "on_night": preview("composite.IMAGE", "On another picture", 260),
             },
         ),
@@ -541,12 +515,7 @@ BLUEPRINTS = (
             name="Edit by Prompt (Blended Diffusion)",
         ),
         inside=("ddpm", "clip", "prompt", "options", "sampler"),
-        inputs=(
-            ("sampler", "image", "image"),
-            ("sampler", "mask", "mask"),
-            ("prompt", "text", "prompt"),
-            *SETTINGS,
-        ),
+        inputs=(("sampler", "image", "image"), ("sampler", "mask", "mask"), ("prompt", "text", "prompt"), *SETTINGS),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
         description="Paints the prompt into the white part of the mask. All other pixels stay unchanged. Candidates are sorted, best first.",
     ),
@@ -558,12 +527,7 @@ BLUEPRINTS = (
             name="Replace Background (Blended Diffusion)",
         ),
         inside=("ddpm", "clip", "prompt", "options", "invert", "sampler"),
-        inputs=(
-            ("sampler", "image", "image"),
-            ("invert", "mask", "object_mask"),
-            ("prompt", "text", "prompt"),
-            *SETTINGS,
-        ),
+        inputs=(("sampler", "image", "image"), ("invert", "mask", "object_mask"), ("prompt", "text", "prompt"), *SETTINGS),
         outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
         description="Repaints everything outside the object mask according to the prompt. The object stays bit-identical.",
     ),
