@@ -25,9 +25,9 @@ ROOT = Path(__file__).parent.parent
 
 READ = """
 import sys, time
-begun = time.perf_counter()
+start = time.perf_counter()
 data = open(sys.argv[1], "rb").read()
-print(time.perf_counter() - begun)
+print(time.perf_counter() - start)
 """
 SETUP = """
 import sys, time
@@ -38,9 +38,9 @@ precision, _, layout = sys.argv[2].partition(" ")
 context = DeviceContext(dtype=getattr(torch, precision), channels_last=layout == "channels_last")
 """
 LOAD = """
-begun = time.perf_counter()
+start = time.perf_counter()
 model = load_ddpm(context, sys.argv[1])
-print(time.perf_counter() - begun)
+print(time.perf_counter() - start)
 """
 # Not timed: sampling the memory slows the loading down.
 WATCH = """
@@ -66,9 +66,9 @@ print(max(peak, anonymous_memory()) - before)
 VARIANTS = ("float32", "float32 channels_last", "bfloat16")
 IMPORT = """
 import time
-begun = time.perf_counter()
+start = time.perf_counter()
 import {module}
-print(time.perf_counter() - begun)
+print(time.perf_counter() - start)
 """
 
 

@@ -22,13 +22,13 @@ if keep:
     from blended_core.cli.process import keep_freed_memory
     assert keep_freed_memory()
 from benchmarks.networks import SIZES
-from benchmarks.structure import DeviceContext, Setting, ours
+from benchmarks.structure import DeviceContext, Setting, library_step
 setting, seconds = Setting.build(SIZES[name], DeviceContext()), []
 with setting.context.autograd():
     for _ in range(steps + 1):
-        begun = time.perf_counter()
-        ours(setting, "x0")
-        seconds.append(time.perf_counter() - begun)
+        start = time.perf_counter()
+        library_step(setting, "x0")
+        seconds.append(time.perf_counter() - start)
 print(statistics.median(seconds[1:]))
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

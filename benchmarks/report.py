@@ -84,11 +84,7 @@ def figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[f
     load = results.get("load", {})
     for name, value in load.get("ratios", {}).items():
         out.append(
-            (
-                ("full", f"loading as {name} / reading the file from the system's cache"),
-                value,
-                (1.2, "most") if name == "float32" else None,
-            )
+            (("full", f"loading as {name} / reading the file from the system's cache"), value, (1.2, "most") if name == "float32" else None)
         )
     for name, value in load.get("memory_over_float32_weights", {}).items():
         out.append((("full", f"largest memory while loading as {name} / weights in float32"), value, (1.1, "most")))

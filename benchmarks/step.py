@@ -14,18 +14,7 @@ from blended_core.device import DeviceContext
 
 from .measure import Work, peak_bytes, ratio, time_by_operation, time_interleaved
 from .networks import SIZES
-from .structure import (
-    Setting,
-    checkpointed,
-    clip_gradient,
-    clip_pass,
-    compiled,
-    floor,
-    forward,
-    library_step,
-    plain_attention,
-    reference_step,
-)
+from .structure import Setting, checkpointed, clip_pass, clip_views, compiled, floor, forward, library_step, plain_attention, reference_step
 
 Log = Callable[[str], None]
 MIB = 2**20
@@ -183,8 +172,8 @@ def measure_growth(context: DeviceContext, rounds: int, log: Log) -> dict[str, A
     with context.autograd():
         by_batch = time_interleaved({str(n): partial(library_step, s) for n, s in batches.items()}, rounds, context.device)
         by_views = time_interleaved({str(n): partial(library_step, s, view_chunk=4) for n, s in views.items()}, rounds, context.device)
-        chunked = {str(n): peak_bytes(partial(clip_gradient, s, 4), context.device) / MIB for n, s in views.items()}
-        total = {str(n): peak_bytes(partial(clip_gradient, s, 0), context.device) / MIB for n, s in views.items()}
+        chunked = {str(n): peak_bytes(partial(clip_views, s, 4), context.device) / MIB for n, s in views.items()}
+        total = {str(n): peak_bytes(partial(clip_views, s, 0), context.device) / MIB for n, s in views.items()}
     per_image = {n: [t / int(n) for t in seconds] for n, seconds in by_batch.items()}
     return {
         "batch": {n: vars(ratio(seconds, per_image["1"])) for n, seconds in per_image.items()},

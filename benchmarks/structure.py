@@ -190,7 +190,7 @@ def timesteps(setting: Setting) -> Tensor:
     return torch.full((setting.size.batch,), 500.0, device=setting.x.device)
 
 
-def clip_gradient(setting: Setting, view_chunk: int) -> None:
+def clip_views(setting: Setting, view_chunk: int) -> None:
     """The gradient of the CLIP loss with respect to the pooled image, ``view_chunk`` views at once."""
     side = setting.clip.image_size
     pooled = torch.zeros(setting.size.batch, 3, side, side, device=setting.x.device)

@@ -1,6 +1,6 @@
-"""Writes into pyproject.toml what only the published repository knows: ``python docs/addresses.py OWNER/NAME COMMIT``.
+"""Adds the addresses of the published repository to pyproject.toml: ``python docs/addresses.py OWNER/NAME COMMIT``.
 
-The registry wants addresses of the repository, the icon and the banner. A fork that publishes gets its own.
+The registry requires the addresses of the repository, the icon and the banner. They depend on the fork that publishes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ USAGE = "python docs/addresses.py OWNER/NAME COMMIT"
 
 
 def with_addresses(text: str, repository: str, commit: str) -> str:
-    """The project file with the addresses added to their tables."""
+    """The text of pyproject.toml with the addresses added to their tables."""
     raw = f"https://raw.githubusercontent.com/{repository}/{commit}/docs/images"
     added = {
         "[project.urls]\n": f'Repository = "https://github.com/{repository}"\n',

@@ -1,4 +1,4 @@
-"""Draws the pack's icon and banner: ``uv run python docs/make_brand.py``. A scene of the embedded world, and an object coming out of noise."""
+"""Draws the icon and the banner of the pack: ``uv run python docs/make_brand.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blended_core.toy.world import Scene, draw_background, sprite
 
 HERE = Path(__file__).parent / "images"
 INK = (250, 249, 246)
-SUPERSAMPLING = 3  # drawn so much larger, then reduced: smooth edges
+SUPERSAMPLING = 3  # factor, for antialiasing
 
 Floats = NDArray[np.float32]
 
@@ -24,11 +24,11 @@ def disc(side: int) -> Floats:
 
 
 def noisy_object(ground: Floats, name: str, level: Floats, rng: np.random.Generator, grain: int) -> Floats:
-    """The object on its ground [S, S, 3], under noise of a level (0 none … 1 nothing else) with grains of some pixels."""
+    """The object on its background [S, S, 3], mixed with noise. ``level`` is the fraction of noise, ``grain`` its cell size in pixels."""
     side = ground.shape[0]
     inner = round(side * 0.74)
     at = (side - inner) // 2
-    # A sheet of small sprites, enlarged: smooth colors suit it.
+    # Bicubic, because the small sprite is enlarged.
     small = sprite(name, 96)
     large = np.stack([np.asarray(Image.fromarray(small[..., c]).resize((inner, inner), Image.Resampling.BICUBIC)) for c in range(4)], -1)
     picture = ground.copy()
@@ -42,7 +42,7 @@ def noisy_object(ground: Floats, name: str, level: Floats, rng: np.random.Genera
 def draw_object_in_disc(
     canvas: Floats, name: str, center: tuple[int, int], side: int, level: Floats, seed: int, grain: int, rim: int
 ) -> None:
-    """An object coming out of noise inside a ring."""
+    """Draws a noisy object into a disc with a ring around it."""
     top, left = center[1] - side // 2, center[0] - side // 2
     ring = side + 2 * rim
     view = canvas[top - rim : top - rim + ring, left - rim : left - rim + ring]
@@ -54,12 +54,12 @@ def draw_object_in_disc(
 
 
 def downsampled(canvas: Floats, size: tuple[int, int]) -> Image.Image:
-    """8 bit, reduced."""
+    """The canvas as an 8-bit image of the final size."""
     return Image.fromarray((canvas * 255 + 0.5).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
 
 
 def icon(path: Path, size: int = 400) -> None:
-    """A round edit in a landscape: noise on its left, an apple on its right."""
+    """Writes the icon: a disc in a landscape, with noise on the left and an apple on the right."""
     side = size * SUPERSAMPLING
     canvas = draw_background(Scene("lake", seed=5, horizon=0.52), side, side)
     inner = round(side * 0.74)
@@ -73,7 +73,7 @@ def icon(path: Path, size: int = 400) -> None:
 
 
 def banner(path: Path, width: int = 1680) -> None:
-    """21:9: one edit at five noise levels, and the name."""
+    """Writes the banner (21:9): an edit at five noise levels, and the name."""
     height = width * 9 // 21
     canvas = draw_background(Scene("sunset", seed=3, horizon=0.72), width * SUPERSAMPLING, height * SUPERSAMPLING)
     side, count = round(height * 0.36) * SUPERSAMPLING, 5

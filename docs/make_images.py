@@ -1,4 +1,4 @@
-"""Makes the README's pictures with the embedded models: ``uv run python docs/make_images.py``. Takes some minutes on a CPU."""
+"""Makes the images of the README with the embedded models: ``uv run python docs/make_images.py``. Takes some minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKGROUND, SEED, CANDIDATES = "meadow", 0, 4
 
 
 def hero(models: Models) -> None:
-    """One scene, one mask, six prompts; the best-ranked of a few candidates each, not picked by hand."""
+    """Writes a contact sheet of six edits of one scene with one mask: the best-ranked candidate for each prompt."""
     source, mask_pixels = demo_scene(BACKGROUND, SEED)
     picture = torch.from_numpy(source).permute(2, 0, 1)[None].float() / 255
     mask = torch.from_numpy(mask_pixels[..., 0].copy())[None, None].float() / 255
@@ -47,7 +47,7 @@ def hero(models: Models) -> None:
 
 
 def main() -> None:
-    """Writes all pictures."""
+    """Writes all images."""
     context = DeviceContext.choose()
     hero(Models(load_ddpm(context), load_clip(context), context=context))
 

@@ -36,7 +36,7 @@ def node_inputs() -> set[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as code; numbers without a needless fraction."""
+    """A value as code, whole numbers without a fraction."""
     return "–" if value is None else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

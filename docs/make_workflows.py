@@ -1,7 +1,7 @@
-"""Makes ``workflows/`` and ``subgraphs/``: ``uv run python -m docs.make_workflows [NAME…]`` with a ComfyUI and a Chromium at hand.
+"""Makes ``workflows/`` and ``subgraphs/``: ``uv run python -m docs.make_workflows [NAME…]`` . Requires ComfyUI and Chromium.
 
-Each graph is said here, built and saved by ComfyUI's own page, opened again and run; its thumbnail is made of what came out.
-``--shots DIR`` also keeps a screenshot of each after its run; ``--url`` takes a server that runs already.
+The graphs are defined in docs/graphs.py. The page of ComfyUI builds, saves, reloads and runs each of them; the thumbnail shows the results.
+``--shots DIR`` saves a screenshot after each run. ``--url`` uses a running server.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ CONVERT_TO_SUBGRAPH = """async ({inside, inputs, outputs, title, description}) =
   const {subgraph, node} = app.graph.convertToSubgraph(new Set(inside.map(id => app.graph.getNodeById(id))));
   await rest();
   const socket = (id, name) => { const inner = subgraph.getNodeById(id); return [inner, inner.inputs.find(i => i.name === name)]; };
-  // The page shows some widgets by itself, in its own order.
+  // The page exposes some widgets automatically, in its own order.
   for (const outer of [...subgraph.inputs]) if (!inputs.some(([id, name]) => outer.linkIds.includes(socket(id, name)[1].link) && !socket(id, name)[1].widget))
     subgraph.removeInput(outer);
   for (const [id, name, label] of inputs) {
@@ -107,7 +107,7 @@ CONVERT_TO_SUBGRAPH = """async ({inside, inputs, outputs, title, description}) =
 
 
 def without_machine_data(workflow: dict[str, Any]) -> dict[str, Any]:
-    """Without what belongs to the machine that saved it."""
+    """Removes the data of the machine that saved the workflow."""
     workflow.pop("id", None)
     extra = workflow.get("extra", {})
     workflow["extra"] = {"ds": extra["ds"]} if "ds" in extra else {}
@@ -115,7 +115,7 @@ def without_machine_data(workflow: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(page: Page, graph: Graph) -> dict[str, int]:
-    """Lays the graph out in the page; ids by name."""
+    """Builds the graph in the page. Returns name → node id."""
     spec = {
         "columns": [[column.title, list(column.nodes)] for column in graph.columns],
         "nodes": {
@@ -134,21 +134,21 @@ def build(page: Page, graph: Graph) -> dict[str, int]:
 
 
 def download(url: str, file: dict[str, str]) -> Image.Image:
-    """A picture that a node shows."""
+    """Downloads an image that a node shows."""
     query = urllib.parse.urlencode({k: file[k] for k in ("filename", "subfolder", "type")})
     with urllib.request.urlopen(f"{url}/view?{query}", timeout=60) as answer:
         return Image.open(io.BytesIO(answer.read())).convert("RGB")
 
 
 def center_crop(picture: Image.Image, side: int) -> Image.Image:
-    """Its middle square at a size."""
+    """The center square of an image, resized."""
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return picture.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def thumbnail(after: list[Image.Image], before: Image.Image | None, path: Path) -> None:
-    """The result (or several, in a grid), with the picture as it was in a corner."""
+    """Writes the thumbnail: one result or a grid of results, and the source image in a corner."""
     card = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (24, 24, 27))
     across = 1 if len(after) == 1 else 2
     gap = 0 if across == 1 else 6
@@ -166,7 +166,7 @@ def thumbnail(after: list[Image.Image], before: Image.Image | None, path: Path) 
 
 
 def output_images(page: Page, ids: dict[str, int], name: str) -> list[Image.Image]:
-    """What a node shows after the run."""
+    """The images that a node shows after a run."""
     return [download(page.url, f) for f in page.outputs()[str(ids[name])]["images"]]
 
 
@@ -182,7 +182,7 @@ CENTER_NODE = """async ([id, left, top]) => {
 
 
 def node_screenshot(page: Page, number: int, path: Path) -> None:
-    """A node with the ends of its wires, as its help page shows it."""
+    """Writes a screenshot of a node and the ends of its links, for its help page."""
     left, top, beside, above = 420, 180, 64, 76
     width, height = page.page.evaluate(CENTER_NODE, [number, left, top])
     box = page.page.locator("canvas#graph-canvas").bounding_box()
@@ -193,14 +193,14 @@ def node_screenshot(page: Page, number: int, path: Path) -> None:
 
 
 def clear_cache(url: str) -> None:
-    """Empties the server's cache, so that a run is a run."""
+    """Clears the cache of the server, so that the next run executes all nodes."""
     body = json.dumps({"unload_models": True, "free_memory": True}).encode()
     urllib.request.urlopen(urllib.request.Request(f"{url}/free", body, {"Content-Type": "application/json"}), timeout=60).close()
     time.sleep(2)
 
 
 def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
-    """Builds, saves, opens again, runs, and draws the thumbnail."""
+    """Builds, saves, reloads and runs a template, and writes its thumbnail."""
     ids = build(page, graph)
     page.fit()
     workflow = without_machine_data(page.workflow())
@@ -230,7 +230,7 @@ def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
 
 
 def make_blueprint(page: Page, blueprint: Blueprint, shots: Path | None) -> None:
-    """Builds the graph, makes one node of its inner part and saves that."""
+    """Builds the graph, converts its inner part to a subgraph and saves it."""
     graph = blueprint.graph
     ids = build(page, graph)
     sides = {"inputs": blueprint.inputs, "outputs": blueprint.outputs}
@@ -252,13 +252,13 @@ def make_blueprint(page: Page, blueprint: Blueprint, shots: Path | None) -> None
 
 
 def open_page(url: str) -> contextlib.AbstractContextManager[Page]:
-    """A page of its own for each graph, so that no tabs of the others are in its picture; nor the small map over its corner."""
+    """Opens a new page, so that screenshots show no tabs of other graphs, without the minimap."""
     return opened(url, size=(1800, 1000), **{"Comfy.Minimap.Visible": False})
 
 
 @contextlib.contextmanager
 def server(url: str | None) -> Iterator[str]:
-    """A server's address: the one given, or one started for this."""
+    """The given address of a server, or that of a new server."""
     if url is not None:
         yield url
         return
@@ -270,7 +270,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="templates and blueprints to make (default: all)")
-    parser.add_argument("--url", help="of a running ComfyUI with the pack")
+    parser.add_argument("--url", help="address of a running ComfyUI with the pack")
     parser.add_argument("--shots", type=Path, help="folder for screenshots")
     args = parser.parse_args()
     with server(args.url) as url:

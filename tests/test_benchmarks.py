@@ -1,4 +1,4 @@
-"""What the benchmarks measure is what they say."""
+"""The benchmarks measure what they report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
 from benchmarks.report import as_text, figures, meets_target, plot, table
 from benchmarks.step import above_floor, attention_kernels, differences, largest_shares, store_result, with_context
 from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, library_step, plain_attention, reference_step
-from blended_core.adm.unet import AttentionBlock
+from blended_core.adm.unet import AttentionBlock, UNet
 from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
 
@@ -35,33 +35,33 @@ def setting() -> Setting:
     return Setting.build(Size("tiny", CONFIG, TINY_CLIP, batch=2, views=3), CPU)
 
 
-def test_every_way_takes_turns_in_turned_order() -> None:
+def test_variants_are_measured_in_varying_order() -> None:
     order: list[str] = []
     seconds = time_interleaved({name: partial(order.append, name) for name in "abc"}, 5, CPU.device)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
-    assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]  # the first is not counted
+    assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]  # the first round is a warm-up
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 5)
 
 
-def test_a_ratio_is_of_rounds_and_not_of_means() -> None:
-    found = ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0])
-    assert found == Ratio(2.0, 1.5, 2.5, 3) and str(found) == "2.00 (1.50–2.50)"
+def test_a_ratio_is_the_median_over_rounds() -> None:
+    result = ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0])
+    assert result == Ratio(2.0, 1.5, 2.5, 3) and str(result) == "2.00 (1.50–2.50)"
     assert ratio([3.0], [2.0]) == Ratio(1.5, 1.5, 1.5, 1)
 
 
-def test_peak_memory_is_the_largest_sum_alive() -> None:
+def test_peak_memory_is_the_largest_sum_of_live_tensors() -> None:
     def work() -> None:
         a = torch.zeros(1 << 18)  # 1 MiB
         b = a + 1
         del a
         c = b * 2
-        c.exp()  # b, c and this: three at once
+        c.exp()  # b, c and the result are alive
 
     assert peak_bytes(work, CPU.device) == 3 << 20
     assert peak_bytes(lambda: None, CPU.device) == 0
 
 
-def test_a_profile_names_what_takes_the_time() -> None:
+def test_a_profile_reports_the_time_per_operation() -> None:
     a, b = torch.randn(300, 300), torch.randn(300)
     times = time_by_operation(lambda: (a @ a, b + b), CPU.device)
     assert times["aten::mm"] > times["aten::add"] > 0
@@ -70,7 +70,7 @@ def test_a_profile_names_what_takes_the_time() -> None:
 
 
 @pytest.mark.parametrize("new_order", [False, True])
-def test_attention_of_the_reference_gives_the_same_numbers(new_order: bool) -> None:
+def test_explicit_attention_equals_that_of_the_block(new_order: bool) -> None:
     block = AttentionBlock(64, 2, new_order).eval()
     torch.nn.init.normal_(block.proj_out.weight, std=0.1)
     x = torch.randn(2, 64, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -78,18 +78,18 @@ def test_attention_of_the_reference_gives_the_same_numbers(new_order: bool) -> N
         assert torch.allclose(explicit_attention(block, x), block(x), atol=1e-5)
 
 
-def test_all_structures_take_the_same_step(setting: Setting) -> None:
+def test_all_variants_compute_the_same_step(setting: Setting) -> None:
     with CPU.autograd():
         plain = reference_step(setting)
-        assert not any(p.requires_grad for p in setting.model.network.parameters()), "the reference's gradients are switched off again"
-        for found in (library_step(setting), library_step(setting, view_chunk=1), checkpointed(setting)()):
-            gap = differences(plain, found)
-            assert gap["x"] < 1e-4 and gap["gradient"] < 1e-3
+        assert not any(p.requires_grad for p in setting.model.network.parameters()), "gradients of the weights are disabled again"
+        for result in (library_step(setting), library_step(setting, view_chunk=1), checkpointed(setting)()):
+            difference = differences(plain, result)
+            assert difference["x"] < 1e-4 and difference["gradient"] < 1e-3
         other = differences(plain, library_step(setting, "x0"))
-        assert other["gradient"] > 1e-3  # the comparison can fail
+        assert other["gradient"] > 1e-3  # the comparison detects another gradient
 
 
-def test_the_reference_does_what_is_said_of_it(setting: Setting) -> None:
+def test_forward_passes_of_each_variant(setting: Setting) -> None:
     calls: list[bool] = []
     hook = setting.model.network.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     with CPU.autograd():
@@ -102,52 +102,52 @@ def test_the_reference_does_what_is_said_of_it(setting: Setting) -> None:
     hook.remove()
 
 
-def test_less_is_kept_without_the_way_back(setting: Setting) -> None:
+def test_x0_gradient_and_checkpointing_need_less_memory(setting: Setting) -> None:
     with CPU.autograd():
         memory = {g: peak_bytes(lambda g=g: library_step(setting, g), CPU.device) for g in ("x0", "unet")}  # type: ignore[misc]
         assert memory["x0"] < 0.6 * memory["unet"]
         assert peak_bytes(checkpointed(setting), CPU.device) < memory["unet"]
 
 
-def test_the_floor_and_the_reference_keep_what_plain_autograd_keeps(setting: Setting) -> None:
+def test_the_floor_and_the_reference_disable_recomputation(setting: Setting) -> None:
     with CPU.autograd():
         assert peak_bytes(lambda: library_step(setting), CPU.device) < 0.7 * peak_bytes(partial(floor, setting), CPU.device)
         before = peak_bytes(lambda: library_step(setting), CPU.device)
         reference_step(setting)
-        assert peak_bytes(lambda: library_step(setting), CPU.device) == before, "the network is as it was afterwards"
+        assert peak_bytes(lambda: library_step(setting), CPU.device) == before, "recomputation is enabled again"
 
 
-def test_the_attention_kernel_is_named(setting: Setting) -> None:
+def test_the_attention_kernel_is_reported(setting: Setting) -> None:
     with CPU.autograd():
         fused, plain = (time_by_operation(work, CPU.device, 1) for work in (lambda: library_step(setting), plain_attention(setting)))
     assert attention_kernels(fused) == ["flash_attention_for_cpu"] and attention_kernels(plain) == ["attention_math"]
 
 
-def test_another_precision_or_layout_stands_beside(setting: Setting) -> None:
-    half, turned = with_context(setting, dtype=torch.bfloat16), with_context(setting, channels_last=True)
-    assert half.clip_pass is setting.clip_pass and half.context.dtype == torch.bfloat16 and turned.clip_pass is not setting.clip_pass
+def test_settings_in_another_precision_or_memory_format(setting: Setting) -> None:
+    half, channels_last_setting = with_context(setting, dtype=torch.bfloat16), with_context(setting, channels_last=True)
+    assert half.clip is setting.clip and half.context.dtype == torch.bfloat16 and channels_last_setting.clip is not setting.clip
     with CPU.autograd():
         results: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, other in (("own", setting), ("turned", turned)):
+        for name, other in (("own", setting), ("turned", channels_last_setting)):
             store_result(results, name, partial(library_step, other))
-        gap = differences(results["own"], results["turned"])
-        assert gap["x"] < 1e-4 and gap["gradient"] < 1e-3
+        difference = differences(results["own"], results["turned"])
+        assert difference["x"] < 1e-4 and difference["gradient"] < 1e-3
 
 
-def test_a_whole_edit_is_a_multiple_of_its_floor(setting: Setting) -> None:
-    said: list[str] = []
-    found = measure_candidates(CPU, said.append, setting.size, candidates=6, steps=2)
-    assert (FULL_EDIT.batch, FULL_EDIT.views, FULL_EDIT.unet.image_size) == (8, 16, 256) and len(said) == 2
-    for variant in (found["unet"], found["x0"]):
-        # Six candidates in batches of two are three batches of two steps each.
+def test_an_edit_is_compared_with_its_floor(setting: Setting) -> None:
+    messages: list[str] = []
+    result = measure_candidates(CPU, messages.append, setting.size, candidates=6, steps=2)
+    assert (FULL_EDIT.batch, FULL_EDIT.views, FULL_EDIT.unet.image_size) == (8, 16, 256) and len(messages) == 2
+    for variant in (result["unet"], result["x0"]):
+        # Six candidates in batches of two: three batches with two steps each.
         assert len(variant["floors"]) == 4 and variant["over the floor"] == pytest.approx(
             variant["seconds"] / (6 * median(variant["floors"]))
         )
         assert variant["seconds"] == pytest.approx(sum(variant["parts"].values())) and variant["parts"]["diffusion"] > 0
-    assert f"6 candidates, 2 steps, 3 views, gradient x0 | full | {found['x0']['seconds']:.0f} s" in table({"candidates": found})
+    assert f"6 candidates, 2 steps, 3 views, gradient x0 | full | {result['x0']['seconds']:.0f} s" in table({"candidates": result})
 
 
-def test_processes_take_turns_and_differ_in_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_alternate_and_differ_in_their_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str | None, str | None]] = []
 
     def run_python(_program: str, name: str, _steps: str, keep: str, environment: dict[str, str]) -> list[str]:
@@ -155,46 +155,44 @@ def test_processes_take_turns_and_differ_in_what_they_are_told(monkeypatch: pyte
         assert name == "small" and environment["PATH"] == os.environ["PATH"]
         return [str({"keep": 1.0}.get(keep, 2.0 if environment.get("GOMP_SPINCOUNT") else 4.0)), str(300 * 2**20)]
 
-    monkeypatch.setattr(process, "python", run_python)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # what this process is told does not count
-    found = process.measure_process("small", 2, lambda _line: None)
+    monkeypatch.setattr(process, "run_python", run_python)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # must not reach the measured processes
+    result = process.measure_process("small", 2, lambda _line: None)
     variants = [("", None, None), ("", "PASSIVE", None), ("", "PASSIVE", "1000"), ("keep", "PASSIVE", "1000")]
     assert calls == [*reversed(variants), *variants]
-    assert found["kept"]["median"] == 0.5 and found["ratios"]["the terminal / as torch comes"]["median"] == 0.25
-    text = table({"process": [found]})
+    assert result["kept"]["median"] == 0.5 and result["ratios"]["the terminal / as torch comes"]["median"] == 0.25
+    text = table({"process": [result]})
     assert "| x̂0 step, the terminal / as torch comes | small | 0.25 (0.25–0.25) |" in text
     assert "the terminal 300 | |" in text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is kept under Linux alone")
-def test_a_process_gives_seconds_and_bytes() -> None:
-    seconds, most = process.run_python(process.WORK, "small", "1", "keep")
-    assert 0 < float(seconds) < 600 and float(most) > 100 * 2**20
+@pytest.mark.skipif(sys.platform != "linux", reason="keeps freed memory only on Linux")
+def test_a_process_prints_seconds_and_bytes() -> None:
+    seconds, peak_memory = process.run_python(process.WORK, "small", "1", "keep")
+    assert 0 < float(seconds) < 600 and float(peak_memory) > 100 * 2**20
 
 
-def test_sizes_are_those_of_the_table() -> None:
+def test_sizes_of_the_networks() -> None:
     assert list(SIZES) == ["small", "medium", "full"]
     small, full = SIZES["small"], SIZES["full"]
     assert (small.batch, small.views, small.unet.image_size) == (4, 8, 64) and full.unet.image_size == 256
     model = diffusion_model(replace(small, unet=replace(small.unet, model_channels=32)), CPU)
     assert isinstance(model, DiffusionModel)
     with torch.device("meta"):
-        from blended_core.adm.unet import UNet
-
         assert round(sum(p.numel() for p in UNet(full.unet).parameters()) / 1e6, 1) == 552.8
 
 
-def test_the_report_marks_what_is_reached(tmp_path: Path) -> None:
+def test_the_report_marks_figures_that_meet_their_target(tmp_path: Path) -> None:
     values = vars(Ratio(1.7, 1.6, 1.8, 5))
     step = {
         "network": "small", "ratios": {"reference / exact": values, "exact / floor": vars(Ratio(1.2, 1.1, 1.3, 5))},
         "memory_ratios": {"x0 memory / forward": 1.0}, "memory_mib": {"exact": 320.0}, "difference": {"exact": {"x": 1e-7, "gradient": 2e-6}},
     }  # fmt: skip
-    found = json.loads(json.dumps({"steps": [step]}))
-    text = table(found)
+    result = json.loads(json.dumps({"steps": [step]}))
+    text = table(result)
     assert "1.70 (1.60–1.80) | ≥ 1.65" in text and "| exact 320 |" in text and as_text(values) in text
-    marks = {what: meets_target(value, target) for (_, what), value, target in figures(found) if target}
+    marks = {what: meets_target(value, target) for (_, what), value, target in figures(result) if target}
     assert marks == {"reference / exact": True, "exact / floor": False, "x0 memory / forward": True}
-    plot(tmp_path / "plot.png", found)
+    plot(tmp_path / "plot.png", result)
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 600

@@ -1,4 +1,4 @@
-"""The judge, and what an evaluation makes of its word."""
+"""The judge, the evaluation and the training examples."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from blended_core.cli import main
 from blended_core.cli.edit import options_of_arguments
 from blended_core.cli.parser import build_parser
 from blended_core.errors import BlendedError
-from blended_core.evaluation import metrics as evaluation
-from blended_core.evaluation import plots as evaluation_pictures
+from blended_core.evaluation import metrics, plots
 from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
 from blended_core.evaluation.metrics import ROWS, STEPS, as_table, pairs, rank_auc, summary
 from blended_core.io.atomic import sha256
@@ -30,7 +29,7 @@ from blended_core.toy import corrupt
 from blended_core.toy.captions import describe
 from blended_core.toy.models import CLIP, DDPM, JUDGE
 from blended_core.toy.world import BACKGROUNDS, OBJECTS, Placed, Scene, draw_background, random_scene, render
-from blended_core.training import judge as train_judge
+from blended_core.training import judge as judge_training
 from blended_core.training.clip import CORRUPTED, Examples, estimator, match_matrix, matching_loss, shape_mask
 
 from .tiny import tiny_models
@@ -45,21 +44,21 @@ def judge() -> Judge:
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "empty"])
-def test_the_judge_knows_fresh_scenes(judge: Judge, kind: str) -> None:
-    assert train_judge.accuracy(judge, kind, 300) >= 0.99
+def test_the_judge_classifies_validation_scenes(judge: Judge, kind: str) -> None:
+    assert judge_training.accuracy(judge, kind, 300) >= 0.99
 
 
 @pytest.mark.parametrize("kind", ["scrambled", "fragment", "mixture", "blob"])
-def test_the_judge_rejects_what_only_resembles(judge: Judge, kind: str) -> None:
+def test_the_judge_rejects_corrupted_objects(judge: Judge, kind: str) -> None:
     rng = np.random.default_rng(99)
     rows, masks = [], []
     for _ in range(100):
         scene = random_scene(rng, objects=1, size=(34 / 64, 46 / 64), centered=1.0)
-        placed, whole, empty = scene.objects[0], corrupt.render_float(scene), draw_background(scene)
+        placed, intact_scenes, empty = scene.objects[0], corrupt.render_float(scene), draw_background(scene)
         picture = {
-            "scrambled": lambda w=whole, p=placed: corrupt.scrambled(rng, w, p),
-            "fragment": lambda w=whole, e=empty, p=placed: corrupt.fragment(rng, w, e, p),
-            "mixture": lambda w=whole, s=scene, p=placed: corrupt.mixture(rng, w, s, p),
+            "scrambled": lambda w=intact_scenes, p=placed: corrupt.scrambled(rng, w, p),
+            "fragment": lambda w=intact_scenes, e=empty, p=placed: corrupt.fragment(rng, w, e, p),
+            "mixture": lambda w=intact_scenes, s=scene, p=placed: corrupt.mixture(rng, w, s, p),
             "blob": lambda e=empty, p=placed: corrupt.blob(rng, e, p),
         }[kind]()
         half = placed.size * 0.6
@@ -70,7 +69,7 @@ def test_the_judge_rejects_what_only_resembles(judge: Judge, kind: str) -> None:
     assert sum(v.answer == NONE for v in answers) >= 90, Counter(v.answer for v in answers)
 
 
-def test_the_mask_says_which_object_is_meant(judge: Judge) -> None:
+def test_the_mask_selects_the_object(judge: Judge) -> None:
     left, right = Placed("rocket", 0.25, 0.5, 0.42), Placed("tree", 0.75, 0.5, 0.42)
     picture = torch.from_numpy(corrupt.render_float(Scene("meadow", (left, right)))).permute(2, 0, 1)[None] * 2 - 1
     masks = torch.zeros(2, 1, 64, 64)
@@ -82,12 +81,12 @@ def test_the_mask_says_which_object_is_meant(judge: Judge) -> None:
     assert judge(large, torch.nn.functional.interpolate(masks[:1], scale_factor=2))[0].accepts("rocket")
 
 
-def test_a_verdict_below_one_half_is_none_of_a_yes() -> None:
+def test_a_verdict_below_one_half_is_not_accepted() -> None:
     assert not Verdict("cat", {"cat": 0.49, NONE: 0.4}).accepts("cat")
     assert Verdict("cat", {"cat": 0.51, NONE: 0.4}).accepts("cat")
 
 
-def test_the_judge_wants_pictures_and_masks(judge: Judge) -> None:
+def test_the_judge_checks_shapes(judge: Judge) -> None:
     with pytest.raises(BlendedError, match=r"not \(1, 4, 64, 64\) and \(1, 1, 64, 64\)"):
         judge(torch.zeros(1, 4, 64, 64), torch.zeros(1, 1, 64, 64))
     for masks in (torch.zeros(2, 1, 64, 64), torch.zeros(1, 1, 32, 64)):
@@ -96,7 +95,7 @@ def test_the_judge_wants_pictures_and_masks(judge: Judge) -> None:
     assert (*OBJECTS, NONE) == ANSWERS and JUDGE.stat().st_size < 2_000_000
 
 
-def test_the_judge_guides_nothing() -> None:
+def test_guidance_does_not_import_the_judge() -> None:
     users = {
         p.relative_to(ROOT).as_posix()
         for folder in ("blended_core", "nodes")
@@ -106,14 +105,14 @@ def test_the_judge_guides_nothing() -> None:
     assert users == {"blended_core/training/judge.py", "blended_core/evaluation/metrics.py", "blended_core/cli/evaluate.py"}
 
 
-def test_pairs_are_fixed_and_the_lists_share_nothing() -> None:
+def test_pairs_are_fixed_and_the_lists_are_disjoint() -> None:
     chosen, held_back = pairs(50), pairs(50, held_back=True)
     assert chosen == pairs(50) and chosen[:7] == pairs(7)
     assert not {(p.background, p.seed) for p in chosen} & {(p.background, p.seed) for p in held_back}
-    for some in (chosen, held_back):
-        counts = Counter(p.name for p in some)
+    for list_of_pairs in (chosen, held_back):
+        counts = Counter(p.name for p in list_of_pairs)
         assert set(counts) == set(OBJECTS) and max(counts.values()) - min(counts.values()) <= 1
-        assert {p.background for p in some} == set(BACKGROUNDS)
+        assert {p.background for p in list_of_pairs} == set(BACKGROUNDS)
     assert {p.prompt for p in chosen if p.name in ("apple", "cat")} == {"an apple", "a cat"}
 
 
@@ -126,7 +125,7 @@ def record(*candidates: tuple[float | None, bool], **more: Any) -> dict[str, Any
     return {"candidates": rows, "diversity": 0.5, "seconds": 2.0, **more}
 
 
-def test_what_a_row_comes_to() -> None:
+def test_summary_of_a_row() -> None:
     records = [
         record((0.1, True), (0.2, True), (0.3, False), (0.4, False)),
         record((0.1, False), (0.2, True), (0.3, False), (0.4, False), diversity=0.3, seconds=4.0),
@@ -134,8 +133,8 @@ def test_what_a_row_comes_to() -> None:
     row = summary("x", records)
     assert row["batch_precision"] == 3 / 8 and row["best_precision"] == 1 / 2 and row["nothing"] == 5 / 8
     assert row["top_fifth"] == 1 / 2 and row["bottom_fifth"] == 0
-    assert row["rank_auc"] == pytest.approx((4 + 2) / 7)  # of 4 couples in the first pair all, of 3 in the second two
-    assert row["one_view_auc"] == pytest.approx(1 / 7), "the same couples in the other order"
+    assert row["rank_auc"] == pytest.approx((4 + 2) / 7)  # correct: all 4 comparisons of the first pair, 2 of 3 of the second
+    assert row["one_view_auc"] == pytest.approx(1 / 7), "the same comparisons with reversed order"
     assert row["diversity"] == pytest.approx(0.4) and row["seconds"] == 3 and row["clip_gain"] == pytest.approx(0.75)
     assert row["pairs"] == 2 and row["candidates"] == 8 and row["background_error_max"] == 0
     assert row["by_rank"] == [0.5, 1, 0, 0]
@@ -147,7 +146,7 @@ def test_what_a_row_comes_to() -> None:
     assert len({len(line) for line in table.splitlines()}) == 1
 
 
-def test_rows_are_what_their_names_say() -> None:
+def test_rows_match_their_names() -> None:
     assert (
         ROWS["naive-paste"].algorithm == "local"
         and ROWS["naive-paste"].keeps_background
@@ -164,19 +163,19 @@ def test_rows_are_what_their_names_say() -> None:
     assert ROWS["paper"].preset == "paper" and ROWS["official"].preset == "official"
 
 
-class Said(Verdict):
-    """A verdict that accepts whatever was asked for, or nothing."""
+class FixedVerdict(Verdict):
+    """A verdict that accepts every object, unless its answer is NONE."""
 
     def accepts(self, name: str) -> bool:
         return self.answer != NONE
 
 
 class EverySecond:
-    """A judge that accepts every second candidate, from the first."""
+    """A judge that accepts every second candidate, starting with the first."""
 
     def __call__(self, pictures: Any, masks: Any) -> list[Verdict]:
         assert pictures.shape[1:] == (3, 64, 64) and masks.shape == (1, 1, 64, 64)
-        return [Said(NONE if i % 2 else "cat", dict.fromkeys(OBJECTS, 0.5)) for i in range(len(pictures))]
+        return [FixedVerdict(NONE if i % 2 else "cat", dict.fromkeys(OBJECTS, 0.5)) for i in range(len(pictures))]
 
 
 def distance(a: Any, b: Any) -> Any:
@@ -189,7 +188,7 @@ def models() -> Models:
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path, models: Models) -> None:
+def test_a_stopped_run_resumes(tmp_path: Path, models: Models) -> None:
     rows = {"best": replace(ROWS["best"], steps="4"), "ddim": replace(ROWS["ddim-10"], steps="ddim4")}
     cases = pairs(3)
     seen: list[tuple[str, int, bool]] = []
@@ -197,19 +196,19 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, models: Models) -> None:
     def run(stop_at: int | None = None, networks: dict[str, str] | None = None) -> list[dict[str, Any]]:
         seen.clear()
 
-        def on_pair(name: str, pair: Any, taken_over: bool) -> None:
-            seen.append((name, pair.number, taken_over))
+        def on_pair(name: str, pair: Any, reused: bool) -> None:
+            seen.append((name, pair.number, reused))
             if len(seen) == stop_at:
                 raise KeyboardInterrupt
 
         judge: Any = EverySecond()
-        return evaluation.evaluate(tmp_path, models, distance, judge, rows, cases, 3, networks, on_pair=on_pair)
+        return metrics.evaluate(tmp_path, models, distance, judge, rows, cases, 3, networks, on_pair=on_pair)
 
     with pytest.raises(KeyboardInterrupt):
         run(stop_at=3)
     first = run()
     assert seen == [("best", 0, True), ("ddim", 0, True), ("best", 1, True), ("ddim", 1, False), ("best", 2, False), ("ddim", 2, False)]
-    assert run() == first and all(taken for _, _, taken in seen)
+    assert run() == first and all(reused for _, _, reused in seen)
     (tmp_path / "pairs" / "best" / "001.json").write_text("[]")
     (tmp_path / "pairs" / "ddim" / "002.png").unlink()
     again = run()
@@ -217,91 +216,91 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, models: Models) -> None:
     for a, b in zip(first, again, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
     run(networks={"ddpm": "another"})
-    assert not any(taken for _, _, taken in seen)
+    assert not any(reused for _, _, reused in seen)
     assert first[0]["candidates"] == 9 and first[0]["background_error"] == 0.0 and first[0]["diversity"] > 0
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
-def test_two_names_for_the_same_options_are_measured_once(tmp_path: Path, models: Models) -> None:
+def test_rows_with_equal_options_are_measured_once(tmp_path: Path, models: Models) -> None:
     options = replace(ROWS["best"], steps="4")
     rows = {"best": options, "other": replace(options, seed=options.seed + 1), "again": options}
-    taken: dict[str, bool] = {}
+    reused: dict[str, bool] = {}
 
     def run() -> list[dict[str, Any]]:
         judge: Any = EverySecond()
-        return evaluation.evaluate(
-            tmp_path, models, distance, judge, rows, pairs(1), 2, on_pair=lambda name, _pair, over: taken.update({name: over})
+        return metrics.evaluate(
+            tmp_path, models, distance, judge, rows, pairs(1), 2, on_pair=lambda name, _pair, flag: reused.update({name: flag})
         )
 
     best, other, again = run()
-    assert taken == {"best": False, "other": False, "again": True}
+    assert reused == {"best": False, "other": False, "again": True}
     assert {**again, "name": "best"} == best and other["clip_gain"] != best["clip_gain"]
-    files = [evaluation.record_path(tmp_path, name, pairs(1)[0]).with_suffix(".png").read_bytes() for name in rows]
+    files = [metrics.record_path(tmp_path, name, pairs(1)[0]).with_suffix(".png").read_bytes() for name in rows]
     assert files[2] == files[0] != files[1]
 
 
-def test_the_command_writes_table_plot_and_sheets(
+def test_the_command_writes_table_plot_and_contact_sheets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(ROWS, "best", replace(ROWS["best"], steps="3"))
     out = tmp_path / "out"
     arguments = ["evaluate", "--only", "best", "--pairs", "2", "--candidates", "2", "--out", str(out), "--device", "cpu"]
     assert main(arguments) == 0
-    said = capsys.readouterr().out
-    told = json.loads((out / "evaluation.json").read_text("utf-8"))
-    assert [row["name"] for row in told["rows"]] == ["best"] and told["rows"][0]["background_error"] == 0
+    output = capsys.readouterr().out
+    report = json.loads((out / "evaluation.json").read_text("utf-8"))
+    assert [row["name"] for row in report["rows"]] == ["best"] and report["rows"][0]["background_error"] == 0
     assert {"batch_precision", "best_precision", "background_error", "diversity", "seam_energy", "clip_gain", "seconds"} <= set(
-        told["rows"][0]
+        report["rows"][0]
     )
-    assert told["pairs"] == 2 and len(told["networks"]["ddpm"]) == 64
-    assert as_table(told["rows"]) in said and (out / "evaluation.md").read_text("utf-8").strip() in said
+    assert report["pairs"] == 2 and len(report["networks"]["ddpm"]) == 64
+    assert as_table(report["rows"]) in output and (out / "evaluation.md").read_text("utf-8").strip() in output
     for name in ("evaluation.png", "best.png", "comparison.png"):
         with Image.open(out / name) as image:
             assert min(image.size) > 200
     monkeypatch.setitem(ROWS, "paper", replace(ROWS["paper"], steps="2"))
-    assert main([*arguments[:2], "paper", *arguments[3:]]) == 0, "a second call in the same folder"
+    assert main([*arguments[:2], "paper", *arguments[3:]]) == 0, "a second run in the same folder"
     both = json.loads((out / "evaluation.json").read_text("utf-8"))["rows"]
-    assert [row["name"] for row in both] == ["best", "paper"] and both[0] == told["rows"][0]
+    assert [row["name"] for row in both] == ["best", "paper"] and both[0] == report["rows"][0]
     stamp = (out / "pairs" / "best" / "000.json").stat().st_mtime_ns
     assert main(arguments) == 0
     assert (out / "pairs" / "best" / "000.json").stat().st_mtime_ns == stamp
     capsys.readouterr()
     assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == ["000.json", "000.png", "001.json", "001.png"]
-    for wrong, says in (
+    for arguments_of_error, message in (
         (["--only", "better"], "unknown row better; known are best, paper"),
         (["--pairs", "0"], "--pairs is 0"),
         (["--threads", "-1"], "--threads is -1"),
         (["--out", str(out / "evaluation.json")], "is a file; name a folder"),
     ):
-        assert main(["evaluate", "--device", "cpu", *wrong]) == 2
-        assert says in capsys.readouterr().err
+        assert main(["evaluate", "--device", "cpu", *arguments_of_error]) == 2
+        assert message in capsys.readouterr().err
 
 
-def test_a_stopped_run_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "evaluate", stopped)
+    monkeypatch.setattr(metrics, "evaluate", stopped)
     assert main(["evaluate", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
     assert f"kept in {tmp_path / 'out'}, and the same command continues" in capsys.readouterr().err
 
 
-def test_sheets_frame_what_was_accepted(tmp_path: Path, models: Models) -> None:
+def test_contact_sheets_frame_accepted_candidates(tmp_path: Path, models: Models) -> None:
     judge: Any = EverySecond()
     cases = pairs(1)
-    evaluation.evaluate(tmp_path, models, distance, judge, {"r": replace(ROWS["best"], steps="2")}, cases, 2)
-    evaluation_pictures.row_sheet(tmp_path / "r.png", tmp_path, "r", cases)
+    metrics.evaluate(tmp_path, models, distance, judge, {"r": replace(ROWS["best"], steps="2")}, cases, 2)
+    plots.row_sheet(tmp_path / "r.png", tmp_path, "r", cases)
     with Image.open(tmp_path / "r.png") as image:
         pixels = np.asarray(image.convert("RGB"))
-    y = 74 + evaluation_pictures.TILE // 2
-    frames = [tuple(pixels[y, evaluation_pictures.LABEL + i * (evaluation_pictures.TILE + evaluation_pictures.GAP) - 2]) for i in range(3)]
-    assert frames == [evaluation_pictures.PAGE, evaluation_pictures.ACCEPTED, evaluation_pictures.REJECTED]
+    y = 74 + plots.TILE // 2
+    frames = [tuple(pixels[y, plots.LABEL + i * (plots.TILE + plots.GAP) - 2]) for i in range(3)]
+    assert frames == [plots.PAGE, plots.ACCEPTED, plots.REJECTED]
 
 
-def test_the_published_table_bears_out_what_is_said_of_it() -> None:
+def test_the_published_table_supports_its_text() -> None:
     text = (ROOT / "docs" / "quality.md").read_text("utf-8")
-    told = json.loads((ROOT / "docs" / "quality.json").read_text("utf-8"))
-    rows = {row["name"]: row for row in told["rows"]}
+    report = json.loads((ROOT / "docs" / "quality.json").read_text("utf-8"))
+    rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == list(ROWS)
     local = ["local-100", "local-1000", "local-10000"]
     errors = [rows[name]["background_error"] for name in local]
@@ -312,29 +311,29 @@ def test_the_published_table_bears_out_what_is_said_of_it() -> None:
         if ROWS[name].ranking != "reference":
             assert row["top_fifth"] > row["bottom_fifth"] and row["rank_auc"] > 0.5
     spread = [rows[name]["diversity"] for name in local]
-    assert spread == sorted(spread, reverse=True), "λ 10000 lets candidates differ least"
+    assert spread == sorted(spread, reverse=True), "candidates are most similar with λ 10000"
     assert rows["best"]["batch_precision"] > rows["no-augmentation"]["batch_precision"] + 0.1
     assert rows["best"]["rank_auc"] >= rows["best"]["one_view_auc"]
     assert (
         rows["fast"]["best_precision"] >= 0.95 * rows["best"]["best_precision"] and rows["fast"]["seconds"] < 0.4 * rows["best"]["seconds"]
     )
-    assert as_table(told["rows"]) in text and "@@" not in text
-    # The figures are of the weights that are shipped.
-    assert {name: sha256(file) for name, file in EMBEDDED.items()} == {name: told["networks"][name] for name in EMBEDDED}
+    assert as_table(report["rows"]) in text and "@@" not in text
+    # The results belong to the shipped weights.
+    assert {name: sha256(file) for name, file in EMBEDDED.items()} == {name: report["networks"][name] for name in EMBEDDED}
 
 
-def test_the_held_back_figures_are_of_what_is_shipped_and_reach_the_aim() -> None:
+def test_the_held_back_results_belong_to_the_shipped_weights_and_meet_the_target() -> None:
     text = (ROOT / "docs" / "quality.md").read_text("utf-8")
-    told = json.loads((ROOT / "docs" / "quality_held_back.json").read_text("utf-8"))
-    (row,) = told["rows"]
-    assert row["name"] == "best" and told["held_back"] is True and (told["pairs"], told["candidates"]) == (50, 8)
+    report = json.loads((ROOT / "docs" / "quality_held_back.json").read_text("utf-8"))
+    (row,) = report["rows"]
+    assert row["name"] == "best" and report["held_back"] is True and (report["pairs"], report["candidates"]) == (50, 8)
     assert row["background_error_max"] == 0 and row["batch_precision"] >= 0.6 and row["best_precision"] >= 0.9
     assert f"{row['batch_precision']:.1%}" in text and f"{row['best_precision']:.1%}" in text and f"{row['rank_auc']:.2f}" in text
-    assert {name: sha256(file) for name, file in EMBEDDED.items()} == {name: told["networks"][name] for name in EMBEDDED}
+    assert {name: sha256(file) for name, file in EMBEDDED.items()} == {name: report["networks"][name] for name in EMBEDDED}
 
 
-def test_the_commands_for_a_real_checkpoint_are_the_rows() -> None:
-    """What docs/quality.md tells people to type for their own checkpoint is every row, at the weights and steps of photographs."""
+def test_the_documented_commands_match_the_rows() -> None:
+    """The commands in docs/quality.md cover all rows, with the guidance scale and the steps for photographs."""
     text = (ROOT / "docs" / "quality.md").read_text("utf-8")
     (block,) = (b for b in re.findall(r"```bash\n(.*?)```", text, flags=re.S) if "edit()" in b)
     lines = [shlex.split(line) for line in block.splitlines() if line.startswith("edit ")]
@@ -347,20 +346,20 @@ def test_the_commands_for_a_real_checkpoint_are_the_rows() -> None:
         assert options_of_arguments(args) == replace(plain, steps=steps), name
 
 
-def test_examples_show_what_the_diffusion_model_makes_of_scenes() -> None:
-    asked: list[int] = []
+def test_examples_contain_estimates_of_the_diffusion_model() -> None:
+    levels_seen: list[int] = []
 
     def estimate(pictures: Any, levels: Any) -> Any:
-        asked.extend(levels)
+        levels_seen.extend(levels)
         return pictures // 2
 
     examples = Examples(np.random.default_rng(0), 200, corrupt=0.5, estimates=0.5, estimate=estimate)
-    whole = [(scene, picture) for scene, picture, kept in examples.pool if kept]
-    dimmed = [not (picture == render(scene)).all() for scene, picture in whole]
-    assert 0.35 < sum(dimmed) / len(dimmed) < 0.65 and len(whole) < 200
-    assert 0.35 < len(asked) / 200 < 0.65 and max(asked) > 700
-    corrupted = [level for level in asked if level < 100]
-    assert corrupted  # those are noised less
+    intact_scenes = [(scene, picture) for scene, picture, intact in examples.pool if intact]
+    estimated = [not (picture == render(scene)).all() for scene, picture in intact_scenes]
+    assert 0.35 < sum(estimated) / len(estimated) < 0.65 and len(intact_scenes) < 200
+    assert 0.35 < len(levels_seen) / 200 < 0.65 and max(levels_seen) > 700
+    corrupted = [level for level in levels_seen if level < 100]
+    assert corrupted  # corrupted objects get less noise
     pictures, masks, truths = examples.draw(8, renew=4)
     assert pictures.shape == (8, 3, 64, 64) and masks.shape == (8, 1, 64, 64) and len(truths) == 8
     truths = examples.draw(200, renew=0)[2]
@@ -368,16 +367,16 @@ def test_examples_show_what_the_diffusion_model_makes_of_scenes() -> None:
     assert 20 < len(spoiled_ones) < 120
     captions = [describe(examples.rng, *t) for t in truths if CORRUPTED not in t[0]]
     truth = match_matrix(captions, truths)
-    assert truth.sum(1).min() >= 1  # each caption is true of its own picture
-    hidden = [i for i, t in enumerate(truths) if CORRUPTED in t[0]]
-    assert truth[:, hidden].sum() == 0  # not even of emptiness
+    assert truth.sum(1).min() >= 1  # each caption matches its own image
+    corrupted_columns = [i for i, t in enumerate(truths) if CORRUPTED in t[0]]
+    assert truth[:, corrupted_columns].sum() == 0  # captions of empty scenes do not match either
     logits = torch.randn(truth.shape, requires_grad=True)
     loss = matching_loss(logits, truth)
     loss.backward()
-    assert loss.isfinite() and logits.grad is not None and logits.grad[:, hidden].abs().sum() > 0
+    assert loss.isfinite() and logits.grad is not None and logits.grad[:, corrupted_columns].abs().sum() > 0
 
 
-def test_an_estimate_is_nearer_to_its_scene_the_less_noise_there_was() -> None:
+def test_the_error_of_an_estimate_grows_with_the_noise() -> None:
     rng = np.random.default_rng(0)
     scenes = np.stack([render(random_scene(rng, objects=1)) for _ in range(4)])
 

@@ -120,15 +120,10 @@ def evaluate(
 
     Args:
         out: folder of the run. Saved results with the same pair, options and networks are reused, also those of another row.
-        models: networks of the edit.
-        perceptual: distance for the diversity.
-        judge: decides whether a candidate shows the object.
-        rows: name → options.
-        cases: the pairs.
-        candidates: number of candidates, instead of that in the options.
+        models, perceptual, judge: the networks of the edit, of the diversity and of the verdicts.
+        rows, cases: name → options; the pairs. ``candidates`` replaces the number in the options.
         networks: identifies the networks, for example by the hashes of their files. Results of other networks are not reused.
-        on_step: called after every step.
-        on_pair: called after every pair with (row, pair, whether the saved result was reused).
+        on_step, on_pair: called after every step, and after every pair with (row, pair, whether the saved result was reused).
 
     Returns:
         The rows of ``evaluation.json``; see :func:`summary`.

@@ -59,8 +59,7 @@ def scrambled(rng: np.random.Generator, picture: FloatImage, placed: Placed) -> 
         order = rng.permutation(grid * grid)
 
     def cell(index: int) -> tuple[slice, slice]:
-        i, j = divmod(index, grid)
-        top, left = rows.start + i * height, columns.start + j * width
+        top, left = rows.start + index // grid * height, columns.start + index % grid * width
         return slice(top, top + height), slice(left, left + width)
 
     for target, origin in enumerate(order):

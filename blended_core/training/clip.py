@@ -116,12 +116,7 @@ class Examples:
     """
 
     def __init__(
-        self,
-        rng: np.random.Generator,
-        size: int,
-        corrupt: float = 0.0,
-        estimates: float = 0.0,
-        estimate: Estimate | None = None,
+        self, rng: np.random.Generator, size: int, corrupt: float = 0.0, estimates: float = 0.0, estimate: Estimate | None = None
     ) -> None:
         self.rng, self.corrupt = rng, corrupt
         self.estimates, self.estimate = estimates if estimate else 0.0, estimate
