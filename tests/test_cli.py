@@ -570,7 +570,7 @@ def test_a_missing_network_is_an_error(tmp_path: Path, inputs: list[str], capsys
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--candidates", "0"], "candidates is 0"), (["--seed", "-1"], "seed is -1"), (["--background", "moon"], "no background 'moon'")],
+    [(["--candidates", "0"], "candidates is 0"), (["--seed", "-1"], "seed is -1"), (["--background", "moon"], "unknown background 'moon'")],
 )
 def test_a_demo_with_wrong_arguments_writes_nothing(tmp_path: Path, capsys: Any, arguments: list[str], words: str) -> None:
     assert words in failed(capsys, "demo", "--out", tmp_path / "out", *arguments)

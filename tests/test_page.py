@@ -151,7 +151,7 @@ def test_the_help_page_is_ours_and_has_its_picture(page: Page) -> None:
     page.page.locator("[data-testid=info-button], button:has(.lucide--info)").first.click()
     page.wait(2)
     text = page.page.locator("[data-testid=properties-panel]").inner_text()
-    assert "Edits the white part of a mask from a text" in text and "mask_edges" in text
+    assert "Edits the masked part of an image" in text and "mask_edges" in text
     pictures = page.page.evaluate(
         "() => [...document.querySelectorAll('[data-testid=properties-panel] img')].map(i => [i.getAttribute('src'), i.naturalWidth])"
     )
