@@ -1,4 +1,4 @@
-"""Makes ``workflows/`` and ``subgraphs/``: ``uv run python -m docs.make_workflows [NAME…]`` . Requires ComfyUI and Chromium.
+"""Makes ``workflows/`` and ``subgraphs/``: ``uv run python -m docs.make_workflows [NAME…]``. Requires ComfyUI and Chromium.
 
 The graphs are defined in docs/graphs.py. The page of ComfyUI builds, saves, reloads and runs each of them; the thumbnail shows the results.
 ``--shots DIR`` saves a screenshot after each run. ``--url`` uses a running server.
@@ -206,7 +206,7 @@ def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
     workflow = without_machine_data(page.workflow())
     page.load(workflow, graph.name)
     page.fit()
-    if wrong := page.wrong() + page.output_images():
+    if wrong := page.wrong() + page.shown():
         raise SystemExit(f"{graph.name}: {wrong}")
     clear_cache(page.url)
     end = page.run(timeout=900)
