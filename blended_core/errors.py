@@ -25,10 +25,6 @@ class BlendedError(ValueError):
         super().__init__(text)
         self.options = _names(option)
 
-    def prefixed(self, prefix: str) -> BlendedError:
-        """The same error with ``prefix`` before its text."""
-        return BlendedError(f"{prefix}{self}", self.options)
-
 
 class OutOfMemoryError(BlendedError):
     """Not even the smallest unit of work fits into memory."""
