@@ -1,7 +1,7 @@
 """The diffusion process as pure functions, with the names of the papers.
 
 Images are [B, C, H, W] in −1..1. ``index`` is a level of a :class:`~blended_core.schedule.Schedule`: an int for the whole batch, or an int64 tensor [B].
-Sources: Ho et al. (2020) for DDPM, Song et al. (2021) for DDIM, Nichol & Dhariwal (2021) for the learned variance, Salimans & Ho (2022) for v,
+Sources: Ho et al. (2020) for DDPM, Song et al. (2021) for DDIM, Lu et al. (2022) for DPM-Solver++, Nichol & Dhariwal (2021) for the learned variance, Salimans & Ho (2022) for v,
 Dhariwal & Nichol (2021), algorithms 1 and 2, for guidance.
 """
 
@@ -172,3 +172,33 @@ def ddim_step(x_t: Tensor, x0: Tensor, index: int | Tensor, noise: Tensor | None
         raise BlendedError(f"DDIM with eta {eta} needs noise.")
     # σ is 0 at index 0, where ᾱ_prev is 1, so no mask is needed.
     return mean + coefficient(sigmas, index, x_t) * noise
+
+
+def dpmpp_2m_step(
+    x_t: Tensor, x0: Tensor, previous: Tensor | None, index: int, noise: Tensor | None, schedule: Schedule, eta: float = 0.0
+) -> Tensor:
+    """x_{t−1} of DPM-Solver++(2M) from x̂0, guided or not.
+
+    With λ = ½·log(ᾱ/(1−ᾱ)), h its step to the next level, and D = x̂0 + (x̂0 − x̂0 of the level before)·h/(2·h of the level before)::
+
+        x_{t−1} = σ_{t−1}/σ_t · exp(−η·h)·x_t + √ᾱ_{t−1}·(1 − exp(−(1+η)·h))·D + σ_{t−1}·√(1 − exp(−2·η·h))·noise
+
+    Args:
+        x_t, x0: [B, C, H, W]. previous: x̂0 of the next noisier level, or None at the first step, which is then of first order, a step of DDIM.
+        index: the level. noise: standard normal [B, C, H, W], used where eta is above 0.
+        eta: 0 is the probability flow, 1 the random process (SDE-DPM-Solver++).
+    """
+    if index == 0:
+        return x0
+    lambdas, deviations = schedule.half_log_snr, schedule.sqrt_one_minus_alphas_cumprod
+    step = float(lambdas[index - 1] - lambdas[index])
+    target = x0
+    if previous is not None:
+        target = x0 + (x0 - previous) * (0.5 * step / float(lambdas[index] - lambdas[index + 1]))
+    x = x_t * float(deviations[index - 1] / deviations[index] * np.exp(-eta * step))
+    x = x + target * float(schedule.sqrt_alphas_cumprod[index - 1] * -np.expm1(-(1 + eta) * step))
+    if eta == 0:
+        return x
+    if noise is None:
+        raise BlendedError(f"DPM-Solver++ with eta {eta} needs noise.")
+    return x + noise * float(deviations[index - 1] * np.sqrt(-np.expm1(-2 * eta * step)))

@@ -15,6 +15,8 @@ from .schedule import check_respacing
 
 MAX_SEED = 2**64 - 1
 REGION = "mask and region"
+MULTISTEP = "dpmpp-2m"
+"""The sampler that needs x̂0 of the step before."""
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,8 @@ class EditOptions:
     )  # fmt: skip
     steps: str = option(
         "100",
-        "Length of the whole diffusion process: a number, ddim25 (a whole stride), or 50,25,10 (sections, the least noisy first). More steps "
-        "are slower and finer.",
+        "Length of the whole diffusion process: a number, ddim25 (a whole stride), 50,25,10 (sections, the least noisy first), or logsnr20 (uniform "
+        "in the logarithm of the signal-to-noise ratio, for dpmpp-2m). More steps are slower and finer.",
         metavar="N",
     )  # fmt: skip
     strength: float = option(
@@ -238,12 +240,15 @@ class EditOptions:
         low=0.0, high=1.0, above=True, node_low=0.01, step=0.01, metavar="S",
     )  # fmt: skip
     sampler: str = option(
-        "ddpm", "ddpm adds noise at every step, as in the paper. ddim is deterministic and needs fewer steps.", choices=("ddpm", "ddim")
-    )
-    eta: float = option(0.0, "Noise of the ddim sampler. 0: none. 1: as much as ddpm.", low=0.0, high=1.0, step=0.05, metavar="F")
+        "ddpm",
+        "ddpm adds noise at every step, as in the paper. ddim is deterministic and needs fewer steps. dpmpp-2m (DPM-Solver++) extrapolates from two "
+        "steps and needs the fewest, best with steps such as logsnr20.",
+        choices=("ddpm", "ddim", MULTISTEP),
+    )  # fmt: skip
+    eta: float = option(0.0, "Noise of the samplers ddim and dpmpp-2m. 0: none. 1: as much as ddpm.", low=0.0, high=1.0, step=0.05, metavar="F")
     ddim_guidance: str = option(
         "matched",
-        "How far guidance moves a ddim step. matched: as far as a ddpm step. score: half as far, by the formula of the score, as in the presets "
+        "How far guidance moves a step of ddim or dpmpp-2m. matched: as far as a ddpm step. score: half as far, by the formula of the score, as in the presets "
         "paper and official.",
         choices=("matched", "score"),
     )  # fmt: skip

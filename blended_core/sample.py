@@ -15,7 +15,7 @@ from torch import Tensor
 from .clip.model import ClipModel, Prompt
 from .denoiser import DiffusionModel
 from .device import DeviceContext
-from .diffusion import ddim_step, ddpm_step, guided_x0, q_sample
+from .diffusion import ddim_step, ddpm_step, dpmpp_2m_step, guided_x0, q_sample
 from .errors import BlendedError
 from .guidance import Guidance, GuidedPrediction
 from .losses import BackgroundLoss, ClipLoss, Distance, Loss, PerceptualDistance, RangeLoss, StepInput, cosine_distance, spherical_distance
@@ -124,7 +124,7 @@ def class_labels(model: DiffusionModel, choice: str | int, step: StepInput) -> T
 class DDPM:
     """A step of the random process (Ho et al. 2020), its mean moved by Σ·g (Dhariwal & Nichol 2021, Algorithm 1)."""
 
-    def step(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """(x_{t−1}, x̂0, how far guidance moved it)."""
         prediction, gradient = guided.prediction, guided.gradient
         noise = step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])).to(step.x) if step.index > 0 else step.x
@@ -144,16 +144,42 @@ class DDIM:
     eta: float = 0.0
     matched: bool = True
 
-    def step(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """(x_{t−1}, guided x̂0, how far guidance moved it)."""
-        x, index, schedule = step.x, step.index, step.schedule
-        x0, shift = guided.prediction.x0, 0.0
-        if guided.gradient is not None:
-            gradient = guided.gradient * (2 / (1 + self.eta**2)) if self.matched else guided.gradient
-            shift = float(schedule.sqrt_one_minus_alphas_cumprod[index] * gradient.square().mean().sqrt())
-            x0 = guided_x0(x, x0, index, schedule, gradient)
-        noise = step.random.noise("step", index, step.images, tuple(x.shape[1:])).to(x) if self.eta > 0 and index > 0 else None
-        return ddim_step(x, x0, index, noise, schedule, self.eta), x0, shift
+        x0, shift = self.target(guided, step)
+        return ddim_step(step.x, x0, step.index, self.noise(step), step.schedule, self.eta), x0, shift
+
+    def target(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, float]:
+        """(guided x̂0, how far guidance moved ε)."""
+        if guided.gradient is None:
+            return guided.prediction.x0, 0.0
+        gradient = guided.gradient * (2 / (1 + self.eta**2)) if self.matched else guided.gradient
+        shift = float(step.schedule.sqrt_one_minus_alphas_cumprod[step.index] * gradient.square().mean().sqrt())
+        return guided_x0(step.x, guided.prediction.x0, step.index, step.schedule, gradient), shift
+
+    def noise(self, step: StepInput) -> Tensor | None:
+        """The noise of a step, or None where it has none."""
+        if self.eta == 0 or step.index == 0:
+            return None
+        return step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])).to(step.x)
+
+
+@dataclass(frozen=True)
+class DPMSolver(DDIM):
+    """A step of DPM-Solver++(2M) (Lu et al. 2022), its x̂0 moved as that of DDIM. It extrapolates x̂0 from two levels."""
+
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+        """(x_{t−1}, guided x̂0, how far guidance moved it); ``previous``: guided x̂0 of the next noisier level."""
+        x0, shift = self.target(guided, step)
+        return dpmpp_2m_step(step.x, x0, previous, step.index, self.noise(step), step.schedule, self.eta), x0, shift
+
+
+def sampler_of(options: EditOptions) -> DDPM | DDIM:
+    """The sampler that options name."""
+    if options.sampler == "ddpm":
+        return DDPM()
+    kind = DDIM if options.sampler == "ddim" else DPMSolver
+    return kind(options.eta, options.ddim_guidance == "matched")
 
 
 def guidance_from(options: GuidanceOptions, models: Models, prompt: Prompt | None, losses: Sequence[Loss] = ()) -> Guidance:
@@ -210,8 +236,9 @@ def guided_step(
     images: Sequence[int],
     source: Tensor | None = None,
     losses: Sequence[Loss] = (),
+    previous: Tensor | None = None,
 ) -> Step:
-    """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a DDPM or DDIM step. Nothing is blended.
+    """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a step of the sampler. Nothing is blended.
 
     When memory runs out, the same is computed in smaller parts (:mod:`~blended_core.memory`).
 
@@ -222,6 +249,7 @@ def guided_step(
         mask: [B or 1, 1, H, W], 1 = the part that CLIP sees.
         source: [B or 1, C, H, W] in −1..1, needed where the background loss is on.
         losses: further losses of guidance.
+        previous: x̂0 of the step before [B, C, H, W], which a multistep sampler extrapolates from; None at the first step.
 
     Returns:
         The step, its ``done`` and ``total`` left at 0.
@@ -243,7 +271,8 @@ def guided_step(
             inputs = StepInput(
                 x[part], index, schedule, images[part], random, mask if len(mask) == 1 else mask[part], own_source
             )  # fmt: skip
-            steps.append(_step(models, inputs, options, guidance_from(guidance, models, prompt, losses)))
+            own_previous = None if previous is None else previous[part]
+            steps.append(_step(models, inputs, options, guidance_from(guidance, models, prompt, losses), own_previous))
         return steps
 
     description = GuidedWork(
@@ -255,11 +284,10 @@ def guided_step(
     return concat_steps(run_within_memory(work, description, models.limits, models.context))
 
 
-def _step(models: Models, inputs: StepInput, options: EditOptions, guidance: Guidance) -> Step:
+def _step(models: Models, inputs: StepInput, options: EditOptions, guidance: Guidance, previous: Tensor | None) -> Step:
     labels = class_labels(models.ddpm, options.class_choice, inputs)
     guided = deviations_of(options).predict(guidance, models.ddpm, inputs, labels)
-    sampler = DDPM() if options.sampler == "ddpm" else DDIM(options.eta, options.ddim_guidance == "matched")
-    x, x0, shift = sampler.step(guided, inputs)
+    x, x0, shift = sampler_of(options).step(guided, inputs, previous)
     return Step(tuple(inputs.images), inputs.index - 1, 0, 0, x, x0, guided.values.get("clip"), shift, guided.broken, guided.gradient)
 
 
@@ -312,8 +340,10 @@ def blended_diffusion(
     deviations, seen = deviations_of(options), mask.for_clip()
     start = schedule.start_index(options.strength)
     x = noise_background(source, start, schedule, random, images, "start")
+    previous = None
     for index in range(start, -1, -1):
-        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses)
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous)
+        previous = step.x0
         background = noise_background(source, deviations.background_index(index), schedule, random, deviations.background_images(images))
         x = blend(step.x, background, mask.at_level(index, start))
         yield replace(step, x=x, done=start - index + 1, total=start + 1)
@@ -333,8 +363,10 @@ def local_clip_guided_diffusion(
     schedule, seen = models.ddpm.config.respaced(options.steps), mask.for_clip()
     start = schedule.start_index(options.strength)
     x = noise_background(source, start, schedule, random, images, "start")
+    previous = None
     for index in range(start, -1, -1):
-        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses)
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous)
+        previous = step.x0
         x = step.x
         yield replace(step, done=start - index + 1, total=start + 1)
 

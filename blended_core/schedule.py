@@ -17,6 +17,12 @@ from .errors import BlendedError
 
 Float64 = NDArray[np.float64]
 
+LOG_SNR = "logsnr"
+"""Prefix of a respacing that is uniform in the logarithm of the signal-to-noise ratio."""
+
+LOWEST_LOG_SNR = -10.2
+"""About where the linear schedule ends."""
+
 CLEAN = -1
 """The level below index 0: no noise."""
 
@@ -57,7 +63,8 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
     Args:
         steps: length of the process that the network was trained on.
         respacing: a number (that many, evenly); ``'ddimN'`` (a whole stride that gives exactly N); or counts separated
-            by commas, one for each equal section of the process, the least noisy section first.
+            by commas, one for each equal section of the process, the least noisy section first. ``'logsnrN'`` needs the noise schedule too
+            (:func:`log_snr_timesteps`).
 
     Raises:
         BlendedError: if the process cannot be divided in this way.
@@ -86,10 +93,34 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
     return sorted(set(kept_steps))
 
 
+def log_snr_timesteps(alphas_cumprod: Float64, count: int) -> list[int]:
+    """``count`` steps of a process, ascending, from the first to the last, whose logarithms of the signal-to-noise ratio are as evenly spaced as
+    whole steps allow.
+
+    Solvers of high order have their smallest error with such steps (Lu et al. 2022, "DPM-Solver++"). Beyond :data:`LOWEST_LOG_SNR` only the last step
+    is kept: the cosine schedule has hundreds of steps there, all of nothing but noise.
+
+    Raises:
+        BlendedError: if the process has fewer steps.
+    """
+    steps = len(alphas_cumprod)
+    if count > steps:
+        raise BlendedError(f"respacing 'logsnr{count}' keeps {count} of {steps} steps; keep at most {steps}.", option="steps")
+    log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
+    targets = np.linspace(log_snr[0], max(log_snr[-1], LOWEST_LOG_SNR), count)
+    nearest = np.rint(np.interp(-targets, -log_snr, np.arange(steps))).astype(np.int64)
+    # Where even spacing would need less than one step, at the clean end, every step is kept.
+    spread = np.maximum.accumulate(nearest - np.arange(count)) + np.arange(count)
+    kept = np.minimum(spread, np.arange(steps - count, steps))
+    kept[-1] = steps - 1 if count > 1 else kept[-1]
+    return [int(step) for step in kept]
+
+
 def check_respacing(respacing: str | int) -> None:
     """Raises BlendedError if a respacing has the wrong form; whether it fits a process is checked with the process."""
     text = str(respacing).strip()
-    for part in [text[4:]] if text.startswith("ddim") else text.split(","):
+    prefix = next((p for p in ("ddim", LOG_SNR) if text.startswith(p)), "")
+    for part in [text[len(prefix) :]] if prefix else text.split(","):
         _count(part, text)
 
 
@@ -98,7 +129,8 @@ def _count(text: str, whole: str) -> int:
         count = int(text)
     except ValueError:
         raise BlendedError(
-            f"respacing {whole!r} has the wrong form; give a number (100), 'ddim25', or counts of sections ('50,25,10').", option="steps"
+            f"respacing {whole!r} has the wrong form; give a number (100), 'ddim25', 'logsnr20', or counts of sections ('50,25,10').",
+            option="steps",
         ) from None
     if count < 1:
         raise BlendedError(f"respacing {whole!r} keeps {count} steps; keep at least 1.", option="steps")
@@ -124,7 +156,11 @@ class Schedule:
     @cached_property
     def timestep_map(self) -> NDArray[np.int64]:
         """Original step of each index, ascending."""
-        return np.array(space_timesteps(self.steps, self.respacing or str(self.steps)), np.int64)
+        text = self.respacing.strip() or str(self.steps)
+        if text.startswith(LOG_SNR):
+            whole = np.cumprod(1 - named_betas(self.name, self.steps))
+            return np.array(log_snr_timesteps(whole, _count(text[len(LOG_SNR) :], text)), np.int64)
+        return np.array(space_timesteps(self.steps, text), np.int64)
 
     @cached_property
     def betas(self) -> Float64:
@@ -162,6 +198,11 @@ class Schedule:
     def log_one_minus_alphas_cumprod(self) -> Float64:
         """log(1−ᾱ)."""
         return np.log(1 - self.alphas_cumprod)
+
+    @cached_property
+    def half_log_snr(self) -> Float64:
+        """λ = ½·log(ᾱ / (1−ᾱ))."""
+        return 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
 
     @cached_property
     def sqrt_recip_alphas_cumprod(self) -> Float64:
@@ -207,10 +248,15 @@ class Schedule:
     def start_index(self, strength: float) -> int:
         """The first index of an edit of that strength: the ⌊strength·T + ½⌋ least noisy of T levels are denoised.
 
-        A strength of 0.75 on 100 steps gives 74, as ``skip_timesteps=25`` of the reference does.
+        A strength of 0.75 on 100 steps gives 74, as ``skip_timesteps=25`` of the reference does. With 'logsnrN' a strength means the same noise as
+        in the whole process: the level that is nearest to it.
         """
         if not 0 < strength <= 1:
             raise BlendedError(f"strength is {strength}; give a number above 0 and at most 1.", option="strength")
+        if self.respacing.strip().startswith(LOG_SNR):
+            first = max(1, math.floor(strength * self.steps + 0.5)) - 1
+            whole = cached_schedule(self.name, self.steps, "", self.rescale_timesteps)
+            return int(np.abs(self.half_log_snr - whole.half_log_snr[first]).argmin())
         return max(1, math.floor(strength * len(self) + 0.5)) - 1
 
 

@@ -28,12 +28,13 @@ KEY = "blended_diffusion"
 Latent = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """The source image of a row, by index, and the row's candidate number."""
+    """The source image of a row, by index, the row's candidate number, and x̂0 of the step before [3, S, S], if a multistep sampler needs it."""
 
     image: int
     candidate: int
+    previous: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,7 @@ class NoisyImages:
         samples: [B, 3, S, S] float32.
         state: the state of all rows.
         images, candidates: index of the source image, and candidate number, of each row.
+        previous: x̂0 of the step before [B, 3, S, S], which a multistep sampler continues from; None if a row has none.
     """
 
     latent: Latent
@@ -108,6 +110,7 @@ class NoisyImages:
     state: EditState
     images: tuple[int, ...]
     candidates: tuple[int, ...]
+    previous: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -155,17 +158,22 @@ class NoisyImages:
             return self.mask_rows(region.cut_mask(used, size), "noise masks")
         return self.mask_rows(fit_mask(used.values, (size, size), soft), "noise masks")
 
-    def at(self, level: int, samples: Tensor) -> Latent:
-        """The LATENT with other samples, at another level."""
-        return pack(samples, replace(self.state, level=level), self.images, self.candidates, self.latent)
+    def at(self, level: int, samples: Tensor, previous: Tensor | None = None) -> Latent:
+        """The LATENT with other samples, at another level; ``previous``: as the attribute."""
+        return pack(samples, replace(self.state, level=level), self.images, self.candidates, self.latent, previous)
 
 
 def pack(
-    samples: Tensor, state: EditState, images: tuple[int, ...], candidates: tuple[int, ...], base: Mapping[str, Any] | None = None
+    samples: Tensor,
+    state: EditState,
+    images: tuple[int, ...],
+    candidates: tuple[int, ...],
+    base: Mapping[str, Any] | None = None,
+    previous: Tensor | None = None,
 ) -> Latent:
-    """A LATENT of the pack; ``base`` holds other keys that travel with it."""
-    rows = zip(samples, images, candidates, strict=True)
-    known = {fingerprint(row): Row(image, candidate) for row, image, candidate in rows}
+    """A LATENT of the pack; ``base`` holds other keys that travel with it, ``previous`` x̂0 of the step before."""
+    before: Sequence[Tensor | None] = [None] * len(samples) if previous is None else list(previous)
+    known = {fingerprint(row): Row(*rest) for row, *rest in zip(samples, images, candidates, before, strict=True)}
     return {**(base or {}), "samples": samples, "batch_index": list(candidates), KEY: replace(state, rows=known)}
 
 
@@ -202,8 +210,10 @@ def unpack(latent: Latent, node: str) -> NoisyImages:
     known = [row for row in rows if row is not None]
     index = latent.get("batch_index")
     numbers = tuple(int(i) for i in index) if isinstance(index, (list, tuple)) and len(index) == len(known) else None
+    before = [row.previous for row in known if row.previous is not None]
     return NoisyImages(
-        latent, samples, state, tuple(row.image for row in known), numbers or tuple(row.candidate for row in known)
+        latent, samples, state, tuple(row.image for row in known), numbers or tuple(row.candidate for row in known),
+        torch.stack(before) if known and len(before) == len(known) else None,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from ..blended_core.diffusion import DiffusionConfig
 from ..blended_core.edit import prepare
 from ..blended_core.errors import BlendedError
 from ..blended_core.mask import EditMask, blend
-from ..blended_core.options import EditOptions, GuidanceOptions
+from ..blended_core.options import MULTISTEP, EditOptions, GuidanceOptions
 from ..blended_core.random import SeededRandom
 from ..blended_core.sample import guided_step, noise_background
 from . import inputs
@@ -218,11 +218,12 @@ class CLIPGuidanceStep(io.ComfyNode):
             step = guided_step(
                 edit_models(ddpm, clip, perceptual, context), context.put(noisy.samples.clone()), state.level, state.schedule, edit,
                 None if prompt is None else prompt.prompt, context.put(area), SeededRandom(state.seed), noisy.candidates,
-                context.put(sources.clone()),
+                context.put(sources.clone()), previous=None if noisy.previous is None else context.put(noisy.previous.clone()),
             )  # fmt: skip
             x0 = to_intermediate(step.x0)
             progress.update(done + 1, blend(x0, sources.to(x0), area.to(x0)))
-            return io.NodeOutput(noisy.at(state.level - 1, to_intermediate(step.x)), sample_to_image(x0))
+            carried = x0 if sampler == MULTISTEP else None
+            return io.NodeOutput(noisy.at(state.level - 1, to_intermediate(step.x), carried), sample_to_image(x0))
 
 
 def check_process(state: EditState, ddpm: LoadedDDPM) -> None:
@@ -288,7 +289,8 @@ class BlendLatents(io.ComfyNode):
                 raise BlendedError(f"{BLEND} has no mask; connect a MASK to Noise Background (start) or to this node.")
             row_indices(len(back), len(front), "background rows")
             weights = area.at_level(state.level + 1, state.start).to(front.samples)
-            return io.NodeOutput(front.at(state.level, to_intermediate(blend(front.samples, back.samples, weights))))
+            blended = to_intermediate(blend(front.samples, back.samples, weights))
+            return io.NodeOutput(front.at(state.level, blended, front.previous))
 
 
 def plain_blend(foreground: Latent, background: Latent, mask: Tensor | None) -> Latent:

@@ -283,6 +283,16 @@ def test_loop_sampler_and_terminal_give_one_picture(comfyui: Server, preset: str
     assert (terminal[0] != picture).any()
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_multistep_sampler_remembers_its_step_in_the_latent(comfyui: Server, eta: float) -> None:
+    options = {"sampler": "dpmpp-2m", "eta": eta}
+    begin = start(steps=100, **{"respacing": "logsnr8"})
+    stepped = comfyui.pictures(comfyui.run(loop({**scene(), "start": begin}, **options)), "save")
+    at_once = comfyui.pictures(comfyui.run(sampler(scene(), respacing="logsnr8", **options)), "save")
+    assert {picture.tobytes() for picture in stepped} == {picture.tobytes() for picture in at_once}
+    assert len(stepped) == 2
+
+
 def test_no_number_of_steps_is_the_presets(comfyui: Server) -> None:
     def made(**inputs: Any) -> Any:
         (picture,) = comfyui.pictures(comfyui.run(sampler(scene(), candidates=1, strength=0.5, **inputs)), "save")

@@ -119,12 +119,12 @@ def options_of_arguments(args: argparse.Namespace) -> EditOptions:
         steps = changes.get("steps", PRESETS[name].steps)
         check_respacing(steps)
         # The numbers in the text. Whether the process of the model is long enough is checked when the model is loaded.
-        total = sum(int(count) for count in steps.strip().removeprefix("ddim").split(","))
+        total = sum(int(count) for count in steps.strip().removeprefix("ddim").removeprefix("logsnr").split(","))
         if not 0 <= args.skip < total:
             raise BlendedError(f"--skip is {args.skip} of {total} steps; give 0 to {total - 1}.")
         changes["strength"] = (total - args.skip) / total
     options = preset(name, **changes)
-    if args.eta is not None and options.sampler != "ddim":
+    if args.eta is not None and options.sampler == "ddpm":
         _warn(f"--eta {args.eta:g} has no effect on the sampler {options.sampler}; add --sampler ddim.")
     return options
 
