@@ -245,7 +245,9 @@ class EditOptions:
         "steps and needs the fewest, best with steps such as logsnr20.",
         choices=("ddpm", "ddim", MULTISTEP),
     )  # fmt: skip
-    eta: float = option(0.0, "Noise of the samplers ddim and dpmpp-2m. 0: none. 1: as much as ddpm.", low=0.0, high=1.0, step=0.05, metavar="F")
+    eta: float = option(
+        0.0, "Noise of the samplers ddim and dpmpp-2m. 0: none. 1: as much as ddpm.", low=0.0, high=1.0, step=0.05, metavar="F"
+    )
     ddim_guidance: str = option(
         "matched",
         "How far guidance moves a step of ddim or dpmpp-2m. matched: as far as a ddpm step. score: half as far, by the formula of the score, as in the presets "

@@ -158,7 +158,7 @@ class Schedule:
         """Original step of each index, ascending."""
         text = self.respacing.strip() or str(self.steps)
         if text.startswith(LOG_SNR):
-            whole = np.cumprod(1 - named_betas(self.name, self.steps))
+            whole = np.cumprod(1 - named_betas(self.name, self.steps), dtype=np.float64)
             return np.array(log_snr_timesteps(whole, _count(text[len(LOG_SNR) :], text)), np.int64)
         return np.array(space_timesteps(self.steps, text), np.int64)
 

@@ -173,7 +173,8 @@ def pack(
 ) -> Latent:
     """A LATENT of the pack; ``base`` holds other keys that travel with it, ``previous`` x̂0 of the step before."""
     before: Sequence[Tensor | None] = [None] * len(samples) if previous is None else list(previous)
-    known = {fingerprint(row): Row(*rest) for row, *rest in zip(samples, images, candidates, before, strict=True)}
+    rows = zip(samples, images, candidates, before, strict=True)
+    known = {fingerprint(sample): Row(image, candidate, x0) for sample, image, candidate, x0 in rows}
     return {**(base or {}), "samples": samples, "batch_index": list(candidates), KEY: replace(state, rows=known)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def exact(spread: float = 0.5) -> float:
 
 def test_two_steps_give_an_order_more_than_one() -> None:
     errors = {many: [abs(solved(f"logsnr{n}", many) / exact() - 1) for n in (20, 40, 80)] for many in (False, True)}
-    orders = {many: [math.log2(a / b) for a, b in zip(found, found[1:], strict=False)] for many, found in errors.items()}
+    orders = {many: [math.log2(a / b) for a, b in pairwise(found)] for many, found in errors.items()}
     assert all(0.8 < order < 1.3 for order in orders[False])
     assert all(order > 1.9 for order in orders[True])
     assert errors[True][1] < errors[False][1] / 5

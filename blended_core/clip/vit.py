@@ -170,7 +170,8 @@ class VisionTransformer(nn.Module):
         pooled = x[:, 0] if by_class else x[:, 1:].mean(1)
         if self.config.norm_last:
             pooled = self.ln_post(pooled)
-        return pooled @ self.proj
+        out: Tensor = pooled @ self.proj
+        return out
 
     def _patches(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] → the pixels of every patch [B, N, 3·P·P]; a whole patch at most, as a convolution with stride P reads them."""
