@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..device import DeviceContext
 from ..errors import BlendedError, BlendedWarning
-from ..toy.models import CLIP
 from ..toy.world import BACKGROUNDS, OBJECTS
 from ..weights.open import first_line
 from ..weights.torchscript import is_torchscript
+from .embedded import load_embedded
 from .files import QUICKGELU, architecture_of, check_available, torchscript_weights
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -214,23 +212,8 @@ def _open_clip(context: DeviceContext, spec: str, folder: Path | None) -> ClipMo
 
 
 def _embedded(context: DeviceContext) -> ClipModel:
-    import open_clip
-
-    with safe_open(str(CLIP), "pt") as file:
-        meta = file.metadata()
-        weights = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118 (not a mapping)
-    config, ids = json.loads(meta["config"]), json.loads(meta["vocabulary"])
-    # The file has one row for each token of the toy world, one for all other tokens, and those of start and end.
-    rows = weights["token_embedding.weight"]
-    table = rows[len(ids) - 2].repeat(config["text_cfg"]["vocab_size"], 1)
-    table[torch.tensor(ids[:-2])] = rows[: len(ids) - 2]
-    table[torch.tensor(ids[-2:])] = rows[-2:]
-    weights["token_embedding.weight"] = table
-    model = open_clip.CLIP(**config)
-    model.load_state_dict(weights)
-    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+    model, tokenizer, meta = load_embedded()
     return ClipModel(
-        context.place(model), tokenizer, "embedded", json.loads(meta["mean"]), json.loads(meta["std"]),
-        config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"], frozenset(ids),
-        f"{', '.join(OBJECTS)} and {', '.join(BACKGROUNDS)}",
+        context.place(model), tokenizer, "embedded", meta["mean"], meta["std"], meta["config"]["vision_cfg"]["image_size"],
+        tokenizer.context_length, frozenset(range(tokenizer.unknown)), f"{', '.join(OBJECTS)} and {', '.join(BACKGROUNDS)}",
     )  # fmt: skip

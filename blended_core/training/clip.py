@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adm.load import load_ddpm
+from ..clip.words import WORDS, WordTokenizer
 from ..device import DeviceContext
 from ..diffusion import q_sample
 from ..io.atomic import replacing
@@ -36,10 +37,9 @@ from ..toy.world import BACKGROUNDS, OBJECTS, SIDE, Placed, Scene, random_scene,
 CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIDE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
+    "text_cfg": {"context_length": 24, "width": 128, "heads": 4, "layers": 2},
 }
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-START, END = 49406, 49407
 CORRUPTED = "corrupted"
 """Label of a corrupted object. It matches no object, and no empty scene either: otherwise blobs would satisfy prompts for an empty scene."""
 ESTIMATE_LEVELS = {True: (100, 760), False: (50, 600)}
@@ -47,24 +47,15 @@ ESTIMATE_LEVELS = {True: (100, 760), False: (50, 600)}
 Corrupted objects get less noise, because the diffusion model restores objects at high noise levels."""
 
 
-def vocabulary() -> list[int]:
-    """Token ids of all captions in ascending order, with padding, start and end."""
-    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+def vocabulary() -> dict[str, list[int]]:
+    """Word of a caption → its token; token 0 fills up short texts."""
     rng = np.random.default_rng(0)
-    used = {0, START, END}
+    used: set[str] = set()
     for _ in range(3000):
         for background in BACKGROUNDS:
             for things in (frozenset(), frozenset({list(OBJECTS)[int(rng.integers(len(OBJECTS)))]})):
-                used.update(tokenizer.encode(describe(rng, things, background).text))
-    return sorted(used)
-
-
-def compact_ids(tokens: Tensor, ids: list[int]) -> Tensor:
-    """Token ids → rows of the reduced embedding: one row per known token, and one row for all unknown tokens before those of start and end."""
-    table = torch.full((CONFIG["text_cfg"]["vocab_size"],), len(ids) - 2)
-    table[torch.tensor(ids[:-2])] = torch.arange(len(ids) - 2)
-    table[START], table[END] = len(ids) - 1, len(ids)
-    return table[tokens]
+                used.update(WORDS.findall(describe(rng, things, background).text.lower()))
+    return {word: [token] for token, word in enumerate(sorted(used), 1)}
 
 
 def shape_mask(rng: np.random.Generator, box: tuple[float, float, float, float]) -> np.ndarray:
@@ -239,15 +230,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    ids = vocabulary()
+    words = vocabulary()
     if args.init:
         with safe_open(str(args.init), "pt") as f:
-            ids = json.loads(f.metadata()["vocabulary"])
-    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "vocab_size": len(ids) + 1}}
+            words = json.loads(f.metadata()["words"])
+    # After the tokens of the words come those of other words, of the start and of the end.
+    unknown = 1 + max(token for tokens in words.values() for token in tokens)
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "vocab_size": unknown + 3}}
     model = open_clip.CLIP(**config).to(device)
     if args.init:
         model.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
-    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+    tokenizer = WordTokenizer(words, unknown, CONFIG["text_cfg"]["context_length"])
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     step, elapsed = 0, 0.0
@@ -259,7 +252,7 @@ def main() -> None:
         ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
 
     def tokens(texts: list[str]) -> Tensor:
-        return compact_ids(tokenizer(texts), ids).to(device)
+        return tokenizer(texts).to(device)
 
     def save() -> None:
         state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
@@ -270,7 +263,7 @@ def main() -> None:
             "config": json.dumps(CONFIG),
             "mean": json.dumps(MEAN),
             "std": json.dumps(STD),
-            "vocabulary": json.dumps(ids),
+            "words": json.dumps(words),
             "trained_steps": str(step),
         }
         save_file({k: v.half().contiguous() for k, v in ema.items()}, str(args.out / "clip.safetensors"), metadata=meta)

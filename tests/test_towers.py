@@ -6,13 +6,18 @@ import json
 from functools import cache
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from torch import Tensor, nn
 
-from blended_core.clip.vit import vision_transformer
+from blended_core.clip.embedded import load_embedded
+from blended_core.clip.towers import vision_transformer
+from blended_core.clip.words import WordTokenizer
+from blended_core.toy.captions import describe
+from blended_core.toy.world import OBJECTS
 
 
 @cache
@@ -103,3 +108,33 @@ def test_bfloat16_is_near(name: str = "ViT-B-16") -> None:
     near, gradient = embedded(own.to(torch.bfloat16), images.to(torch.bfloat16), direction.to(torch.bfloat16))
     assert difference(near.float(), exact) < 0.03
     assert difference(gradient.float(), exact_gradient) < 0.05
+
+
+def test_both_towers_are_those_of_open_clip() -> None:
+    model, tokenizer, meta = load_embedded()
+    config = meta["config"]
+    config["text_cfg"]["vocab_size"] = len(model.state_dict()["token_embedding.weight"])
+    theirs = open_clip.CLIP(**config).eval()
+    theirs.load_state_dict(model.state_dict())
+    texts = tokenizer(["an apple", "a toadstool in front of the sunset!", "", "a zebra " * 40])
+    with torch.no_grad():
+        assert difference(model.encode_text(texts), theirs.encode_text(texts)) < 1e-6
+        pictures = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        assert difference(model.encode_image(pictures), theirs.encode_image(pictures)) < 2e-6
+
+
+def test_words_become_tokens() -> None:
+    tokenizer = WordTokenizer({"an": [1], "apple": [2], "toad": [3, 4], "toads": [3, 4, 5]}, 6, 7)
+    assert tokenizer.encode("An APPLE, é zebra") == [1, 2, 6, 6, 6]
+    assert tokenizer(["an apple", "toads toads toads", ""]).tolist() == [
+        [7, 1, 2, 8, 0, 0, 0], [7, 3, 4, 5, 3, 4, 8], [7, 8, 0, 0, 0, 0, 0],
+    ]  # fmt: skip
+    assert tokenizer.decode([3, 4, 5, 2, 6, 3, 4]) == "toads apple ? toad"
+
+
+def test_every_word_of_a_caption_is_known() -> None:
+    _, tokenizer, _ = load_embedded()
+    rng = np.random.default_rng(5)
+    for name in OBJECTS:
+        for _ in range(20):
+            assert tokenizer.unknown not in tokenizer.encode(describe(rng, frozenset({name}), "snow").text)

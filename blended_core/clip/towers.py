@@ -1,7 +1,7 @@
-"""The image encoder of CLIP models that are vision transformers (Dosovitskiy et al. 2021; Radford et al. 2021).
+"""The encoders of CLIP: a vision transformer for images and a causal transformer for texts (Radford et al. 2021).
 
-It has the names of open_clip's ``VisionTransformer`` and gives the same embeddings in less time, because guidance needs only the embedding: the last
-block computes nothing but the class token, and queries, keys and values reach attention as contiguous tensors.
+Their tensors have the names of open_clip's. The image encoder gives the same embeddings as open_clip's in less time, because guidance needs only the
+embedding: the last block computes nothing but the class token, and queries, keys and values reach attention as contiguous tensors.
 """
 
 from __future__ import annotations
@@ -29,32 +29,52 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """The shape of an image encoder.
+class BlockConfig:
+    """The shape of a transformer's blocks.
 
     Attributes:
-        image_size, patch_size: in pixels. width: of a token. layers: number of blocks. heads: of attention. mlp_width: of the hidden layer.
-        output_dim: of the embedding.
+        layers: their number. width: of a token. heads: of attention. mlp_width: of the hidden layer.
         activation: a key of :data:`ACTIVATIONS`.
-        pool: 'tok', the class token, or 'avg', the mean of the others.
-        norm_first: a layer norm precedes the first block. norm_last: the last layer norm follows pooling.
         layer_scale: each branch of a block has learned factors.
         eps: of the layer norms.
     """
 
-    image_size: int
-    patch_size: int
-    width: int
     layers: int
+    width: int
     heads: int
     mlp_width: int
-    output_dim: int
     activation: str = "gelu"
+    layer_scale: bool = False
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The shape of an image encoder.
+
+    Attributes:
+        image_size, patch_size: in pixels. blocks: the transformer. output_dim: of the embedding.
+        pool: 'tok', the class token, or 'avg', the mean of the others.
+        norm_first: a layer norm precedes the first block. norm_last: the last layer norm follows pooling.
+    """
+
+    image_size: int
+    patch_size: int
+    blocks: BlockConfig
+    output_dim: int
     pool: str = "tok"
     norm_first: bool = True
     norm_last: bool = False
-    layer_scale: bool = False
-    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The shape of a text encoder: number of tokens of a text and of the vocabulary, the transformer, and the size of the embedding."""
+
+    context_length: int
+    vocabulary: int
+    blocks: BlockConfig
+    output_dim: int
 
 
 class Attention(nn.Module):
@@ -67,15 +87,15 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, queries: int) -> Tensor:
-        """Tokens [B, N, W] → the first ``queries`` of them after attention to all [B, queries, W]."""
+    def forward(self, x: Tensor, queries: int, causal: bool = False) -> Tensor:
+        """Tokens [B, N, W] → the first ``queries`` of them after attention to all, or with ``causal`` to those up to themselves; [B, queries, W]."""
         batch, count, width = x.shape
         if queries == count:
             q, k, v = self._heads(x, self.in_proj_weight, self.in_proj_bias, 3)
         else:
             (q,) = self._heads(x[:, :queries], self.in_proj_weight[:width], self.in_proj_bias[:width], 1)
             k, v = self._heads(x, self.in_proj_weight[width:], self.in_proj_bias[width:], 2)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, queries, width)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, queries, width)
         out: Tensor = self.out_proj(attended)
         return out
 
@@ -116,7 +136,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on normalized tokens and added to its input."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         width = config.width
         self.ln_1, self.ln_2 = nn.LayerNorm(width, config.eps), nn.LayerNorm(width, config.eps)
@@ -125,9 +145,9 @@ class Block(nn.Module):
         self.ls_1: nn.Module = Scale(width) if config.layer_scale else nn.Identity()
         self.ls_2: nn.Module = Scale(width) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, queries: int) -> Tensor:
+    def forward(self, x: Tensor, queries: int, causal: bool = False) -> Tensor:
         """Tokens [B, N, W] → the first ``queries`` of them [B, queries, W]."""
-        x = x[:, :queries] + self.ls_1(self.attn(self.ln_1(x), queries))
+        x = x[:, :queries] + self.ls_1(self.attn(self.ln_1(x), queries, causal))
         out: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
         return out
 
@@ -135,7 +155,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The blocks, under the name that open_clip gives them."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
@@ -146,13 +166,13 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        width, patch = config.width, config.patch_size
+        width, patch, eps = config.blocks.width, config.patch_size, config.blocks.eps
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty((config.image_size // patch) ** 2 + 1, width))
-        self.ln_pre: nn.Module = nn.LayerNorm(width, config.eps) if config.norm_first else nn.Identity()
-        self.transformer = Transformer(config)
-        self.ln_post = nn.LayerNorm(width, config.eps)
+        self.ln_pre: nn.Module = nn.LayerNorm(width, eps) if config.norm_first else nn.Identity()
+        self.transformer = Transformer(config.blocks)
+        self.ln_post = nn.LayerNorm(width, eps)
         self.proj = nn.Parameter(torch.empty(width, config.output_dim))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -179,6 +199,47 @@ class VisionTransformer(nn.Module):
         side = images.shape[-1] // size
         cut = images[..., : side * size, : side * size].reshape(len(images), 3, side, size, side, size)
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(len(images), side * side, 3 * size * size)
+
+
+class Clip(nn.Module):
+    """Both encoders, with the names of open_clip's ``CLIP``. The token of the end of a text has the highest id."""
+
+    def __init__(self, vision: VisionConfig, text: TextConfig) -> None:
+        super().__init__()
+        width = text.blocks.width
+        self.visual = VisionTransformer(vision)
+        self.token_embedding = nn.Embedding(text.vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, width))
+        self.transformer = Transformer(text.blocks)
+        self.ln_final = nn.LayerNorm(width, text.blocks.eps)
+        self.text_projection = nn.Parameter(torch.empty(width, text.output_dim))
+        self.logit_scale = nn.Parameter(torch.empty([]))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] → embeddings [B, D], not normalized."""
+        out: Tensor = self.visual(images)
+        return out
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Token ids [P, context_length] → embeddings [P, D], not normalized: the projection of the token of the end."""
+        x = self.token_embedding(tokens) + self.positional_embedding
+        for block in self.transformer.resblocks:
+            x = block(x, x.shape[1], causal=True)
+        ends = self.ln_final(x[torch.arange(len(x), device=x.device), tokens.argmax(-1)])
+        out: Tensor = ends @ self.text_projection
+        return out
+
+
+def clip_of(config: dict[str, Any]) -> Clip:
+    """The encoders that a configuration in open_clip's form describes, on the meta device: ``embed_dim``, ``vision_cfg`` and ``text_cfg``."""
+    vision, text, dim = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
+    images = BlockConfig(vision["layers"], vision["width"], vision["width"] // vision["head_width"], 4 * vision["width"])
+    texts = BlockConfig(text["layers"], text["width"], text["heads"], 4 * text["width"])
+    with torch.device("meta"):
+        return Clip(
+            VisionConfig(vision["image_size"], vision["patch_size"], images, dim),
+            TextConfig(text["context_length"], text["vocab_size"], texts, dim),
+        )
 
 
 def vision_transformer(visual: Any) -> VisionTransformer | None:
@@ -210,10 +271,13 @@ def config_of(visual: Any) -> VisionConfig | None:
     square = len(set(visual.image_size)) == 1 and len(set(visual.patch_size)) == 1
     if activation is None or not square or type(first.attn) is not nn.MultiheadAttention or visual.pool_type not in ("tok", "avg"):
         return None
-    return VisionConfig(
-        visual.image_size[0], visual.patch_size[0], visual.conv1.out_channels, len(blocks), first.attn.num_heads, first.mlp.c_fc.out_features,
-        visual.output_dim, activation, visual.pool_type, isinstance(visual.ln_pre, nn.LayerNorm), visual.final_ln_after_pool,
+    shape = BlockConfig(
+        len(blocks), visual.conv1.out_channels, first.attn.num_heads, first.mlp.c_fc.out_features, activation,
         not isinstance(first.ls_1, nn.Identity), first.ln_1.eps,
+    )  # fmt: skip
+    return VisionConfig(
+        visual.image_size[0], visual.patch_size[0], shape, visual.output_dim, visual.pool_type, isinstance(visual.ln_pre, nn.LayerNorm),
+        visual.final_ln_after_pool,
     )  # fmt: skip
 
 
