@@ -49,7 +49,11 @@ def test_every_import_follows_the_layers(project: Path) -> None:
         ("blended_core/device.py", "import comfy.model_management", "The library knows nothing of ComfyUI"),
         ("nodes/load.py", "from ..blended_core.cli.app import main", "Nodes work without the terminal, training and evaluation"),
         ("nodes/rank.py", "from ..blended_core.evaluation.judge import Judge", "Nodes work without the terminal, training and evaluation"),
-        ("blended_core/sample.py", "from .toy.world import OBJECTS", "Only loaders, the terminal, evaluation and training know the toy world"),
+        (
+            "blended_core/sample.py",
+            "from .toy.world import OBJECTS",
+            "Only loaders, the terminal, evaluation and training know the toy world",
+        ),
     ],
 )
 def test_a_forbidden_import_breaks_its_contract(project: Path, module: str, line: str, contract: str) -> None:
