@@ -58,7 +58,7 @@ class DeviceContext:
 
     def place(self, network: nn.Module) -> nn.Module:
         """Moves a network to the device, in this layout; frozen, in evaluation mode."""
-        network = network.to(self.device).eval().requires_grad_(False)
+        network = network.to(self.device).train(False).requires_grad_(False)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
     def put(self, tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -39,8 +38,7 @@ class Perceptual:
 
 def hub_folder() -> Path:
     """The folder of weights that torch.hub has downloaded."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub" / "checkpoints"
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def load_perceptual(context: DeviceContext, net: str = "auto", backbone: Path | None = None) -> Perceptual:
