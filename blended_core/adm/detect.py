@@ -121,7 +121,7 @@ def detect(
     sets = network_sets(shapes)
     if not sets:
         raise BlendedError(foreign(shapes))
-    chosen = choose_set(sets, weights) if weights.strip() else sets[0]
+    chosen = choose_set(sets, str(weights)) if weights else sets[0]
     table = table_of(shapes, chosen)
     if reason := why_not(shapes, table):
         raise BlendedError(reason)
