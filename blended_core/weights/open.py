@@ -32,7 +32,9 @@ ZIP = b"PK\x03\x04"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """First two pickles of the older format."""
 NAMES_BYTES = 1 << 23
-"""Bytes at the beginning of a file that are searched for the names of its tensors; no header of a safetensors file may be longer."""
+"""Bytes at the beginning of a file that are searched for the names of its tensors."""
+MAX_HEADER_BYTES = 6_000_000
+"""Of the header of a safetensors file: more than 40,000 tensors. Parsed, it takes up to 25 times its size."""
 MAX_PICKLE_BYTES = 1 << 25
 """Of the description in a file of torch.save."""
 MAX_SIDECAR_BYTES = 1 << 20
@@ -72,6 +74,11 @@ class FileTensor:
         """Size in bytes when it is read."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def check(self, name: str) -> None:
+        """BlendedError, with this name, if the tensor cannot be read."""
+        if self.problem:
+            raise BlendedError(f"{name[:MAX_NAME]} is not a dense floating-point tensor: {self.problem}. Use the original file.")
+
 
 @dataclass(frozen=True, eq=False)
 class WeightsFile:
@@ -96,9 +103,11 @@ class WeightsFile:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def check_size(self, names: Iterable[str]) -> None:
-        """BlendedError if these tensors together are larger than the file, because they share their values. Called before a network is built."""
-        tensors = [self.tensors[name] for name in names]
-        claimed = sum(tensor.nbytes for tensor in tensors if not tensor.problem)
+        """BlendedError if one of these tensors cannot be read, or if together they are larger than the file. Call it before a network gets memory."""
+        tensors = {name: self.tensors[name] for name in names}
+        for name, tensor in tensors.items():
+            tensor.check(name)
+        claimed = sum(tensor.nbytes for tensor in tensors.values())
         if claimed > self.size:
             raise BlendedError(
                 f"its tensors claim {claimed} bytes, but the file has {self.size}: they share their values, which no network does. It is damaged, "
@@ -112,8 +121,7 @@ class WeightsFile:
             BlendedError: if it is sparse, quantized or without values, or if the file has changed since it was opened.
         """
         tensor = self.tensors[name]
-        if tensor.problem:
-            raise BlendedError(f"{name} is not a dense floating-point tensor: {tensor.problem}. Use the original file.")
+        tensor.check(name)
         values = torch.empty(tensor.extent * tensor.dtype.itemsize, dtype=torch.uint8)
         try:
             with self.path.open("rb", buffering=0) as stream:
@@ -246,7 +254,7 @@ def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
         length = int.from_bytes(stream.read(8), "little")
         if length > size - 8:
             raise ValueError(f"its header has {length} bytes, but the file {size}")
-        if length > NAMES_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise ValueError(f"its header has {length} bytes, more than any checkpoint")
         header = json.loads(stream.read(length).decode())
         metadata = header.pop("__metadata__", {})
@@ -344,7 +352,7 @@ def _placed(tensor: StoredTensor, positions: Mapping[str, tuple[int, int]]) -> F
     """The place of a tensor in the file."""
     if tensor.storage is None:
         return FileTensor(tensor.dtype, tensor.shape, tensor.stride, 0, 0, tensor.problem)
-    begin, nbytes = positions[tensor.storage.key]
+    begin, nbytes = positions.get(tensor.storage.key, (0, -1))
     if nbytes != tensor.storage.nbytes:
         raise ValueError(f"storage {tensor.storage.key} does not have the declared size")
     at = begin + tensor.offset * tensor.dtype.itemsize
