@@ -362,6 +362,25 @@ def test_no_file_runs_anything(protocol: int, tmp_path: Path, monkeypatch: pytes
     assert not target.exists()
 
 
+def test_no_text_of_a_file_reaches_the_terminal_as_a_control_sequence(tmp_path: Path) -> None:
+    path, escape = tmp_path / "x.pt", "\x1b[2J"
+    contents: list[Any] = [
+        {escape: torch.zeros(1), "a": torch.zeros(1)},
+        {"a": {escape * 3: {"b": torch.zeros(1)}}},
+        {"a" * 600: torch.zeros(1)},
+    ]
+    for content in contents:
+        torch.save(content, path)
+        try:
+            assert list(open_weights(path).shapes) == ["a"]
+        except BlendedError as error:
+            assert "no tensors" in str(error)
+    archive(path, b"\x80\x02c" + escape.encode() + b"\nx\n.", code=False)
+    with pytest.raises(BlendedError) as caught:
+        open_weights(path)
+    assert "asks for \N{REPLACEMENT CHARACTER}[2J.x" in str(caught.value) and str(caught.value).isprintable()
+
+
 def hostile_files(folder: Path) -> None:
     """Small files that claim much memory, in every way that the formats have."""
     from blended_core.adm.unet import UNetConfig

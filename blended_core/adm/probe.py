@@ -108,7 +108,9 @@ class ProbeResult:
         if not settings.keys() <= set(PROBED_SETTINGS):
             raise ValueError("settings that the probe does not decide")
         margins, agreement = ({group: _number(share) for group, share in values[name].items()} for name in ("margins", "agreement"))
-        rivals = {str(group): str(text)[:MAX_RIVAL] for group, text in values["rivals"].items()}
+        rivals = {group: str(text) for group, text in values["rivals"].items()}
+        if any(len(text) > MAX_RIVAL or not text.isprintable() for text in rivals.values()):
+            raise ValueError("a rival that the probe does not name")
         if not margins.keys() == agreement.keys() == rivals.keys() or not margins.keys() <= {"heads", "schedule", "objective"}:
             raise ValueError("margins of other decisions")
         error, trivial_error, forwards, seconds = (_number(values[name]) for name in ("error", "blind", "forwards", "seconds"))

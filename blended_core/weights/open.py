@@ -41,7 +41,7 @@ MAX_SIDECAR_BYTES = 1 << 20
 MAX_NESTING = 32
 """Levels of dictionaries, lists and modules inside each other that are searched for tensors."""
 MAX_TENSORS, MAX_NAME = 100_000, 500
-"""Tensors of a file, and characters of the name of one; tensors with longer names are left out."""
+"""Tensors of a file, and characters of the name of one. Tensors with longer names, or with control characters in them, are left out."""
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
@@ -77,7 +77,7 @@ class FileTensor:
     def check(self, name: str) -> None:
         """BlendedError, with this name, if the tensor cannot be read."""
         if self.problem:
-            raise BlendedError(f"{name[:MAX_NAME]} is not a dense floating-point tensor: {self.problem}. Use the original file.")
+            raise BlendedError(f"{name} is not a dense floating-point tensor: {self.problem}. Use the original file.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,9 +244,17 @@ def json_object(text: str, name: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a final period; at most 200 characters."""
+    """The first line of an error's text, without a final period and without control characters; at most 200 characters."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    return _printable(lines[0].rstrip(".")[:200]) if lines else type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= MAX_NAME and text.isprintable()
 
 
 def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
@@ -260,7 +268,7 @@ def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
         metadata = header.pop("__metadata__", {})
         if len(header) > MAX_TENSORS or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its header is not that of a checkpoint")
-        found = {name: _safetensor(name, entry, 8 + length) for name, entry in header.items()}
+        found = {name: _safetensor(entry, 8 + length) for name, entry in header.items()}
         end = 8 + length
         for tensor, stop in sorted(found.values(), key=lambda pair: (pair[0].begin, pair[1])):
             if tensor.begin != end:
@@ -270,21 +278,21 @@ def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
             raise ValueError(f"its tensors end at byte {end}, but the file has {size}")
     except Exception as error:  # a damaged header can raise nearly anything
         raise BlendedError(f"it is not a complete safetensors file ({first_line(error)}); download it again.") from None
-    return WeightsFile(path, size, "safetensors", {name: tensor for name, (tensor, _) in found.items() if len(name) <= MAX_NAME}, metadata)
+    return WeightsFile(path, size, "safetensors", {name: tensor for name, (tensor, _) in found.items() if _is_name(name)}, metadata)
 
 
-def _safetensor(name: str, entry: Mapping[str, Any], base: int) -> tuple[FileTensor, int]:
+def _safetensor(entry: Mapping[str, Any], base: int) -> tuple[FileTensor, int]:
     """A tensor of the header of a safetensors file, and where its values end."""
     shape, (begin, end), kind = tuple(entry["shape"]), entry["data_offsets"], str(entry["dtype"])
     if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or end < begin or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"the shape or the position of {name[:MAX_NAME]} is not a list of numbers")
+        raise ValueError("the shape or the position of a tensor is not a list of numbers")
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     dtype = SAFETENSORS.get(kind)
     if dtype is None:  # a type of less than a byte
-        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {kind[:20]}"), base + end
+        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {_printable(kind[:20])}"), base + end
     count = math.prod(shape)
     if count * dtype.itemsize != end - begin:
-        raise ValueError(f"{name[:MAX_NAME]} does not have the size of its shape")
+        raise ValueError("a tensor does not have the size of its shape")
     return FileTensor(dtype, shape, stride, base + begin, count), base + end
 
 
@@ -364,7 +372,7 @@ def _refusal(name: str, advice: str) -> str:
     if name.startswith(("torch_utils.", "dnnlib.")):
         return f"it is a pickle with program code in the format of EDM and StyleGAN (torch_utils), which is not run here. {advice}".strip()
     return (
-        f"it holds more than tensors: it asks for {name[:100]}; reading it would run code, which weights do not need, so it is refused. If you trust "
+        f"it holds more than tensors: it asks for {_printable(name[:100])}; reading it would run code, which weights do not need, so it is refused. If you trust "
         "the file, save its state dict alone, preferably as safetensors, and use that."
     )
 
@@ -376,7 +384,7 @@ def _flatten(content: object) -> dict[str, StoredTensor]:
     seen: set[int] = set()
 
     def visit(item: object, name: str, depth: int) -> None:
-        if len(name) > MAX_NAME:
+        if not _is_name(name):
             return
         if isinstance(item, StoredTensor):
             tensors.setdefault(name, item)
