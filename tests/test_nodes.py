@@ -221,10 +221,12 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
     needed = told["needed"]
     assert needed["unguided"] < needed["x0"] == needed["x0, 64 in chunks"] < needed["x0, 64 views"]
     assert needed["x0"] < needed["unet"]
-    assert len(told["told and taken"]) == 4
+    assert len(told["told and taken"]) == 8
     for way, (said, taken) in told["told and taken"].items():
-        # What a convolution in bfloat16 takes depends on the processor.
-        assert taken <= said <= 3 * taken, (way, said / taken)
+        # What bfloat16 takes here depends on this processor, so the estimate is only held to be enough.
+        assert taken <= said <= (100 if way.startswith("torch.bfloat16") and way.endswith("here") else 2.5) * taken, (way, said / taken)
+    (with_it, without) = (told["told and taken"][f"torch.bfloat16 forward, {how}"][1] for how in ("with", "without"))
+    assert with_it < without, "the two processors differ"
     assert told["lines"] == ["Blended Diffusion: memory ran out (input “view_chunk” of Guidance Options)."] and told["during"] == 1, (
         "said at once, not at the end"
     )
