@@ -299,11 +299,12 @@ def test_the_description_of_an_archive_can_only_build_tensors(tmp_path: Path, mo
             read_torchscript(archive(path, description, _0=data))
     # A module that contains itself twice is read once, not two to the power of the depth times.
     itself = b"\x80\x02c__torch__\nNet\n)\x81q\x00}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00K\x05h\x00ub."
-    assert read_torchscript(archive(path, itself)) == {}
+    with pytest.raises(BlendedError, match="holds no tensors"):
+        read_torchscript(archive(path, itself))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("x/data.pkl", described(count=1 << 20))
         packed.writestr("x/data/0", bytes(4 << 20))
-    with pytest.raises(BlendedError, match="does not have the declared size"):
+    with pytest.raises(BlendedError, match="is compressed"):
         read_torchscript(path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 

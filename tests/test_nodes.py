@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -20,6 +22,7 @@ from blended_core.diffusion import DiffusionConfig
 from blended_core.toy.world import demo_scene
 
 from .server import COMFYUI, ROOT, Prompt, Server, environment, interpreter, needs_comfyui
+from .test_weights import mutated_files
 from .tiny import tiny_unet
 
 pytestmark = [needs_comfyui, pytest.mark.slow]
@@ -166,6 +169,28 @@ def test_the_english_locale_has_the_texts_of_the_schema(comfyui: Server) -> None
     assert differences(json.loads(file.read_text(encoding="utf-8")), found) == [], "write it with BLENDED_WRITE_LOCALE=1"
 
 
+def test_no_file_in_a_model_folder_removes_a_node(comfyui: Server, tmp_path: Path) -> None:
+    """Damaged files in both folders, compressed zip files and a pipe included: every node is there, and the embedded model works."""
+    mutated_files(tmp_path / "whole", tmp_path / "there", 1000)
+    folders = [comfyui.folder / "models" / name for name in ("ddpm", "open_clip")]
+    try:
+        for folder in folders:
+            shutil.copytree(tmp_path / "there", folder / "damaged")
+            os.mkfifo(folder / "damaged" / "pipe.pt")
+            (folder / "damaged" / "gone.pt").symlink_to(tmp_path / "nowhere")
+        info = comfyui.get("/object_info")
+        assert sorted(name for name in info if name.startswith("Blended")) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
+        clips = info["BlendedLoadCLIP"]["input"]["required"]["weights"][1]["options"]
+        assert sum(name.startswith("damaged") for name in clips) >= 1000
+        prompt = sampler(scene(seed=41), candidates=1)
+        assert comfyui.run(prompt).error is None
+        prompt["ddpm"]["inputs"]["weights"] = "averaged"
+        assert re.search("no set of weights named 'averaged'; it holds root.*input “weights”", comfyui.run(prompt).sentence)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder / "damaged", ignore_errors=True)
+
+
 def test_the_schema_is_what_execute_takes() -> None:
     command = [interpreter(), str(ROOT / "tests" / "contract.py")]
     run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=300, env=environment())
@@ -196,10 +221,12 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
     needed = told["needed"]
     assert needed["unguided"] < needed["x0"] == needed["x0, 64 in chunks"] < needed["x0, 64 views"]
     assert needed["x0"] < needed["unet"]
-    assert len(told["told and taken"]) == 4
+    assert len(told["told and taken"]) == 8
     for way, (said, taken) in told["told and taken"].items():
-        # What a convolution in bfloat16 takes depends on the processor.
-        assert taken <= said <= 3 * taken, (way, said / taken)
+        # What bfloat16 takes here depends on this processor, so the estimate is only held to be enough.
+        assert taken <= said <= (100 if way.startswith("torch.bfloat16") and way.endswith("here") else 2.5) * taken, (way, said / taken)
+    (with_it, without) = (told["told and taken"][f"torch.bfloat16 forward, {how}"][1] for how in ("with", "without"))
+    assert with_it < without, "the two processors differ"
     assert told["lines"] == ["Blended Diffusion: memory ran out (input “view_chunk” of Guidance Options)."] and told["during"] == 1, (
         "said at once, not at the end"
     )

@@ -43,10 +43,12 @@ def copy_finite(tensor: Tensor, name: str, dtype: torch.dtype, channels_last: bo
             f"{name} is not a dense floating-point tensor ({tensor.dtype}); quantized files are not supported: use the original file."
         )
     values = tensor.detach()
+    if values.ndim == 0:
+        return copy_finite(values[None], name, dtype, False)[0]
     layout = torch.channels_last if channels_last and values.ndim == 4 else torch.contiguous_format
     out = torch.empty(values.shape, dtype=dtype, memory_format=layout)
     low, high = 0.0, 0.0
-    rows = max(1, CHUNK_VALUES * len(values) // values.numel())
+    rows = max(1, CHUNK_VALUES * len(values) // max(1, values.numel()))
     for begin in range(0, len(values), rows):
         chunk = slice(begin, begin + rows)
         # float64 stays: a value that is too large for float32 is not infinite.
