@@ -70,6 +70,13 @@ class LoadDDPM(io.ComfyNode):
                     advanced=True,
                     tooltip="Settings of the checkpoint that replace the detected ones, one per line: num_heads = 4. Leave it empty unless results are noise.",
                 ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Set of weights in the checkpoint, if it holds several, such as model or ema. Empty: averaged weights if there are any.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -92,7 +99,7 @@ class LoadDDPM(io.ComfyNode):
         return checkpoint == EMBEDDED or check_file(DDPM_FOLDER, checkpoint)
 
     @classmethod
-    def execute(cls, checkpoint: str, precision: str = "auto", overrides: str = "") -> io.NodeOutput:
+    def execute(cls, checkpoint: str, precision: str = "auto", overrides: str = "", weights: str = "") -> io.NodeOutput:
         with library_scope(DDPM):
             path: Path | str = EMBEDDED if checkpoint == EMBEDDED else find_file(DDPM_FOLDER, checkpoint)
             context = device_context(precision)
@@ -100,7 +107,7 @@ class LoadDDPM(io.ComfyNode):
                 context=lambda: probe_context(context, Path(path)),
                 on_forward=lambda done, expected: Progress(expected).update(done),
             )
-            loaded = load_checkpoint(offload_context(context), path, parse_overrides(overrides), probe=probe)
+            loaded = load_checkpoint(offload_context(context), path, parse_overrides(overrides), probe=probe, weights=weights)
             show_text(cls.hidden.unique_id, summary(loaded.detection))
             return io.NodeOutput(LoadedDDPM(loaded.model, manage(loaded.model.network), context))
 

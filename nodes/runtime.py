@@ -35,7 +35,7 @@ INPUTS: dict[str, dict[str, str]] = {
     },
     "Final Paste": {"feather": "feather", "mask_rule": "soft_mask"},
     "Guidance Options": {**{name: name for name in GUIDANCE_INPUTS}, "start": "guide_from", "end": "guide_to"},
-    "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides"},
+    "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides", "ddpm_weights": "weights"},
     "Load CLIP (open_clip)": {"clip": "weights"},
     "Demo Scene": {"seed": "seed"},
 }  # fmt: skip

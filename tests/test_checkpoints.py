@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blended_core.adm.detect import detect, find_prefix
+from blended_core.adm.detect import detect, network_sets
 from blended_core.adm.load import inspect_checkpoint, load_checkpoint, load_ddpm
 from blended_core.adm.settings import read_settings
 from blended_core.adm.unet import UNet, UNetConfig
@@ -170,9 +170,9 @@ def test_averaged_weights_take_precedence() -> None:
         (["schema.", "x."], "x."),  # «ema» only as a word
         (["module.model.", "model."], "model."),
     ):
-        assert find_prefix({p + k: v for p in others for k, v in shapes.items()}) == best
+        assert network_sets({p + k: v for p in others for k, v in shapes.items()})[0].prefix == best
     both = {**shapes, **{"ema." + k: v for k, v in shapes.items() if not k.startswith("output_blocks")}}
-    assert find_prefix(both) == ""  # an averaged encoder is not a complete network
+    assert network_sets(both)[0].prefix == ""  # an averaged encoder is not a complete network
 
 
 def test_overrides_precede_metadata_and_metadata_precedes_a_sidecar() -> None:
@@ -440,7 +440,8 @@ def test_every_name_and_shape_must_match(tmp_path: Path) -> None:
     state = weights()
     for change, says in (
         ({"output_blocks.0.0.out_layers.3.bias": None}, "missing: output_blocks.0.0.out_layers.3.bias"),
-        ({"betas": torch.ones(1000)}, "surplus: betas"),
+        ({"input_blocks.0.0.scales": torch.ones(1000)}, "surplus: input_blocks.0.0.scales"),
+        ({"cond.weight": torch.ones(8, 8)}, "surplus: cond.weight"),
         ({"time_embed.2.weight": torch.ones(128, 64)}, r"time_embed.2.weight \(128, 64\) instead of \(128, 128\)"),
         ({k: None for k in state if k.endswith(".bias")}, "and [0-9]+ more"),
         ({"out.2.weight": None}, "out.2.weight is missing"),
@@ -449,6 +450,19 @@ def test_every_name_and_shape_must_match(tmp_path: Path) -> None:
         refused(path, says)
         with pytest.raises(BlendedError, match=says):
             inspect_checkpoint(path, TINY_SETTINGS)
+
+
+def test_what_a_file_counts_beside_the_weights_does_not_damage_it(tmp_path: Path) -> None:
+    beside = {
+        "betas": torch.ones(1000),
+        "num_batches_tracked": torch.tensor(3),
+        "out.0.num_batches_tracked": torch.tensor(3),
+        "step": torch.ones(1),
+    }
+    torch.save({**weights(), **beside}, tmp_path / "model.pt")
+    save_file({**weights(), **beside}, tmp_path / "model.safetensors")
+    for path in sorted(tmp_path.iterdir()):
+        assert torch.equal(output(load_ddpm(CPU, path, TINY_SETTINGS).network), expected(weights()))
 
 
 def test_values_must_be_finite_and_in_the_range_of_the_precision(tmp_path: Path) -> None:

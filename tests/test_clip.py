@@ -503,7 +503,7 @@ def test_the_description_of_an_archive_can_only_build_tensors(tmp_path: Path, mo
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("x/data.pkl", described(count=1 << 20))
         packed.writestr("x/data/0", bytes(4 << 20))
-    with pytest.raises(BlendedError, match="data.pkl is compressed"):
+    with pytest.raises(BlendedError, match="is compressed"):
         read_torchscript(path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 

@@ -49,7 +49,9 @@ def _load(args: argparse.Namespace) -> Checkpoint:
     context = DeviceContext.choose(args.device or "auto", "fp32")
     picture = None if args.probe_picture is None else read_picture(args.probe_picture).tensor() * 2 - 1
     with context.autograd(), probe_options(picture) as probe:
-        return load_checkpoint(context, args.file, parse_overrides(args.overrides or ()), probe=probe if args.probe else None)
+        return load_checkpoint(
+            context, args.file, parse_overrides(args.overrides or ()), probe=probe if args.probe else None, weights=args.ddpm_weights or ""
+        )
 
 
 @contextlib.contextmanager
@@ -74,6 +76,6 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
             raise BlendedError(f"--set {pair!r} is not understood; write KEY=VALUE, for example --set num_heads=4.")
         try:
             values[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
             values[key] = value
     return values

@@ -245,7 +245,7 @@ def load_models(request: Request) -> Models:
     context = DeviceContext.choose(request.device, request.dtype)
     with context.autograd():
         with probe_options() as probe:
-            ddpm = load_ddpm(context, request.ddpm, request.overrides, probe=probe)
+            ddpm = load_ddpm(context, request.ddpm, request.overrides, probe=probe, weights=request.ddpm_weights)
         if request.checkpointing:
             ddpm.network.gradient_checkpointing = True  # type: ignore[assignment]
         clip = load_clip(context, request.clip) if request.texts else None

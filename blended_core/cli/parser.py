@@ -145,6 +145,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="ADM checkpoint, or 'embedded'.")
     _overrides(parser)
+    _add_options(parser, Request, ddpm_weights=None)
     parser.add_argument(
         "--picture", type=Path, dest="probe_picture", metavar="IMAGE", help="Picture similar to the training images, for the probe."
     )
@@ -189,7 +190,7 @@ def _add_options(parser: argparse._ActionsContainer, kind: Any, **defaults: Any)
         elif declaration.choices:
             given = {"choices": declaration.choices}
         default = declared_default if own_default is None else own_default
-        text = declaration.help + ("" if default is None or default is False else f" Default:\u00a0{_shown(default)}.")
+        text = declaration.help + ("" if default is None or default is False or default == "" else f" Default:\u00a0{_shown(default)}.")
         if flag := flag_of(name, declaration):
             parser.add_argument(flag, dest=name, default=own_default, help=text.replace("%", "%%"), **given)
 

@@ -13,6 +13,7 @@ from ..options import EditOptions, option, validate
 
 MACHINE = "machine and output"
 DEFAULTS_OF_OLD_REPORTS = {"ddim_guidance": "score"}
+REQUEST_DEFAULTS_OF_OLD_REPORTS = {"ddpm_weights": ""}
 GUIDANCE_DEFAULTS_OF_OLD_REPORTS = {"reference_size": 0}
 """Values of options that did not exist when the report was written, where they differ from today's defaults."""
 
@@ -41,6 +42,11 @@ class Request:
     ddpm: str = option(
         "embedded", "Diffusion model: embedded, or an ADM checkpoint (.safetensors or .pt).", metavar="FILE", node_input="checkpoint"
     )
+    ddpm_weights: str = option(
+        "",
+        "Set of weights in the checkpoint, by a name that inspect lists. By default averaged weights (EMA) if there are any.",
+        flag="--weights", metavar="NAME", node_input="weights",
+    )  # fmt: skip
     overrides: Mapping[str, Any] = field(default_factory=dict)
     clip: str = option(
         "embedded",
@@ -101,6 +107,7 @@ class Request:
             KeyError, TypeError, AttributeError: if a key is missing or its value is of another kind.
             BlendedError: for an unknown option, or a value outside its range.
         """
+        values = {**REQUEST_DEFAULTS_OF_OLD_REPORTS, **values}
         given = {f.name: values[f.name] for f in fields(cls)}
         options = {**DEFAULTS_OF_OLD_REPORTS, **given["options"]}
         options["guidance"] = {**GUIDANCE_DEFAULTS_OF_OLD_REPORTS, **options.get("guidance", {})}

@@ -97,7 +97,8 @@ class WeightsFile:
 
     def check_size(self, names: Iterable[str]) -> None:
         """BlendedError if these tensors together are larger than the file, because they share their values. Called before a network is built."""
-        claimed = sum(self.tensors[name].nbytes for name in names)
+        tensors = [self.tensors[name] for name in names]
+        claimed = sum(tensor.nbytes for tensor in tensors if not tensor.problem)
         if claimed > self.size:
             raise BlendedError(
                 f"its tensors claim {claimed} bytes, but the file has {self.size}: they share their values, which no network does. It is damaged, "
