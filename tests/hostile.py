@@ -1,7 +1,7 @@
-"""Files that try to run something, given to every loader: ``python -m tests.hostile FOLDER``, in a process of its own.
+"""Files that were made to harm, given to every loader in a process of its own: ``python -m tests.hostile FOLDER``.
 
-Each pickle would create the file ``ran`` in FOLDER. Prints a JSON object {'loader file': 'loaded' or the error}, which begins with RAN if the
-pickle was run.
+Each pickle would create the file ``ran`` in FOLDER. Prints a JSON object: ``outcomes`` {'loader file': 'loaded' or the error}, which begins with RAN if
+the pickle was run, and ``memory``, what a small file that names a large CLIP took in MiB, its size and the errors about it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import pickle
 import struct
 import sys
@@ -23,7 +24,7 @@ import open_clip
 
 from blended_core import BlendedError, DeviceContext, load_clip
 from blended_core.adm.load import inspect_checkpoint, load_ddpm, may_be_checkpoint
-from blended_core.clip.files import architecture_of
+from blended_core.clip.files import architecture_of, known_signatures
 from blended_core.clip.model import load_clip_file, load_clip_tag
 from blended_core.perceptual import load_perceptual
 
@@ -111,6 +112,53 @@ def loaders(hub: Path) -> dict[str, Callable[[Path], Any]]:
     }
 
 
+def large_claim(path: Path) -> None:
+    """A small safetensors file with the tensors that determine the largest CLIP of open_clip."""
+    known = known_signatures()["ViT-bigG-14"]
+    text, vision = known["text"], known["vision"]
+    shapes = {
+        "token_embedding.weight": (text["vocab_size"], text["width"]),
+        "positional_embedding": (text["context_length"], text["width"]),
+        "text_projection": (text["width"], known["embed_dim"]),
+        "logit_scale": (),
+        "visual.conv1.weight": (vision["width"], 3, vision["patch_size"], vision["patch_size"]),
+        "visual.positional_embedding": ((vision["image_size"] // vision["patch_size"]) ** 2 + 1, vision["width"]),
+        f"transformer.resblocks.{text['layers'] - 1}.x": (0,),
+        f"visual.transformer.resblocks.{vision['layers'] - 1}.x": (0,),
+    }
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "U8", "shape": shape, "data_offsets": (end, end + math.prod(shape))}
+        end += math.prod(shape)
+    described = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(described)) + described)
+        stream.truncate(8 + len(described) + end)
+
+
+def peak() -> float:
+    """The largest memory of this process in MiB; 0 where Python does not know it."""
+    if sys.platform != "linux":
+        return 0.0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """What :func:`large_claim` takes; first of all, because a peak is never forgotten."""
+    path, told = folder / "claims.safetensors", []
+    large_claim(path)
+    before = peak()
+    for spec in (str(path), f"ViT-bigG-14:{path}", f"RN50x64:{path}", f"coca_ViT-L-14:{path}"):
+        try:
+            load_clip(CONTEXT, spec)
+        except BlendedError as error:
+            told.append(str(error))
+    return {"taken": peak() - before, "size": path.stat().st_size / 2**20, "told": told}
+
+
 def main(folder: Path) -> None:
     """Writes the files, and gives each to each loader."""
     from huggingface_hub import constants
@@ -121,7 +169,7 @@ def main(folder: Path) -> None:
     (hub / REPOSITORY / "refs").mkdir()
     (hub / REPOSITORY / "refs" / "main").write_text("abc")
     constants.HF_HUB_CACHE = str(hub)
-    outcomes: dict[str, str] = {}
+    measured, outcomes = memory(folder), {}
     for name, payload in payloads(marker).items():
         with contextlib.suppress(Exception):
             pickle.loads(payload)
@@ -146,7 +194,7 @@ def main(folder: Path) -> None:
                         outcome = f"RAN: {outcome}"
                     outcomes[f"{loader} {path.name}"] = outcome
                 path.unlink()
-    json.dump(outcomes, sys.stdout)
+    json.dump({"memory": measured, "outcomes": outcomes}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..device import DeviceContext
 from ..errors import BlendedError, BlendedWarning
 from ..toy.models import CLIP
 from ..toy.world import BACKGROUNDS, OBJECTS
-from ..weights.open import WeightsFile, file_errors
+from ..weights.open import file_errors
 from .files import QUICKGELU, architecture_in, open_clip_weights
 from .hub import weights_of_tag
 from .network import build_network, build_tokenizer, fill_network, text_settings
@@ -196,11 +197,8 @@ def load_clip_file(context: DeviceContext, path: Path, architecture: str = "") -
     import open_clip
 
     path = path.expanduser()
-    name = _known(architecture) if architecture else ""
-    with file_errors(path, "clip"), context.autograd():
-        file, names = open_clip_weights(path)
-        name = name or architecture_in(file)
-        model = _filled(context, name, f"{name}:{path}", file, names)
+    known = _known(architecture) if architecture else ""
+    name, model = _loaded(context, path, known, lambda: file_errors(path, "clip"))
     if name + QUICKGELU in open_clip.list_models():
         message = f"a file does not state its activation; for weights of OpenAI, MetaCLIP or DFN use {name + QUICKGELU}:FILE."
         warnings.warn(BlendedWarning(message, option="clip"), stacklevel=3)
@@ -228,30 +226,47 @@ def load_clip_tag(context: DeviceContext, spec: str, *, folder: Path | None = No
     architecture = name + QUICKGELU if quick and name + QUICKGELU in open_clip.list_models() else name
     use = f"use {architecture}:FILE." if folder is None else f"put it into {folder}, and select it with the architecture {architecture}."
     path = weights_of_tag(name, tag, use)
+    return _loaded(context, path, name, lambda: _errors_of_tag(spec, path), tag)[1]
+
+
+@contextlib.contextmanager
+def _errors_of_tag(spec: str, path: Path) -> Iterator[None]:
+    """Adds to the errors about a downloaded file where it is."""
     try:
-        with context.autograd():
-            file, names = open_clip_weights(path)
-            return _filled(context, name, spec, file, names, tag)
+        yield
     except BlendedError as error:
-        raise BlendedError(f"{spec}: {error} The file is {path}; if you delete it, it is downloaded again.", option="clip") from error
+        raise BlendedError(f"{spec}: {error} The file is {path}; if you delete it, it is downloaded again.", option="clip") from None
 
 
-def _filled(context: DeviceContext, name: str, label: str, file: WeightsFile, names: Mapping[str, str], tag: str = "") -> ClipModel:
-    """The network ``name`` with the weights of a file. For a tag, also what its text encoder needs is downloaded."""
+def _loaded(
+    context: DeviceContext, path: Path, name: str, errors: Callable[[], contextlib.AbstractContextManager[None]], tag: str = ""
+) -> tuple[str, ClipModel]:
+    """(architecture, model) with the weights in a file.
+
+    Args:
+        name: of the architecture; '' determines it from the shapes.
+        errors: the scope in which the file is read, for the errors about it.
+        tag: the file is that of a tag; what its text encoder needs beside the weights is downloaded with it.
+    """
     import open_clip
 
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    # Weights of one architecture were trained with the same normalization of pictures, so that of a tag is right for a file too.
-    entry = open_clip.get_pretrained_cfg(name, tag or tags[0]) if tag or tags else {}
-    text = text_settings(name, download=bool(tag))
-    file.check_size(names.values())
-    network: Any = build_network(name, text, quick=bool(tag and entry.get("quick_gelu")))
-    fill_network(network, file, names)
-    tokenizer, size = build_tokenizer(name, text), network.visual.image_size
-    return ClipModel(
-        context.place(network), tokenizer, label, entry.get("mean") or OPENAI_MEAN, entry.get("std") or OPENAI_STD,
-        int(size[0] if isinstance(size, (tuple, list)) else size), int(getattr(tokenizer, "context_length", 77) or 77),
-    )  # fmt: skip
+    with context.autograd():
+        with errors():
+            file, names = open_clip_weights(path)
+            name = name or architecture_in(file)
+            file.check_size(names.values())
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        # The weights of one architecture were trained with the same normalization of pictures, so that of a tag is right for a file too.
+        entry = open_clip.get_pretrained_cfg(name, tag or tags[0]) if tag or tags else {}
+        text = text_settings(name, download=bool(tag))
+        network: Any = build_network(name, text, quick=bool(tag and entry.get("quick_gelu")))
+        with errors():
+            fill_network(network, file, names)
+        tokenizer, size = build_tokenizer(name, text), network.visual.image_size
+        return name, ClipModel(
+            context.place(network), tokenizer, f"{name}:{tag or path}", entry.get("mean") or OPENAI_MEAN, entry.get("std") or OPENAI_STD,
+            int(size[0] if isinstance(size, (tuple, list)) else size), int(getattr(tokenizer, "context_length", 77) or 77),
+        )  # fmt: skip
 
 
 def _name_and_tag(spec: str) -> tuple[str, str, list[str]]:
