@@ -113,6 +113,8 @@ def layouts(state: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
         },
         "model + ema": {"model": other, "ema": state, "step": 9},
         "ema inside": {**{f"model.{k}": v for k, v in other.items()}, **{f"model_ema.{k}": v for k, v in state.items()}},
+        "ema of a part": {"model": state, "ema": {k: v for k, v in other.items() if k.startswith("visual.")}},
+        "average": {"n_averaged": torch.tensor(5), **under["module.module."]},
         "extra keys": {**state, **SCALARS},
         "half": {k: v.half() for k, v in state.items()},
     }  # fmt: skip

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..errors import BlendedError
 from ..weights.open import WeightsFile, first_line
-from ..weights.sets import STATISTICS
 from ..weights.tensors import RANDOM_INITIALIZERS, SkipInitialization, copy_finite
 from .hub import text_folder
 
@@ -21,6 +20,8 @@ MAX_NAMES = 3
 """Tensors that an error lists by name."""
 APPLE = "image_encoder."
 """Begins the names of the image encoder in Apple's own files of MobileCLIP."""
+COUNTER = "num_batches_tracked"
+"""Ends the names of what normalization layers count, which some files lack."""
 CONSTANTS = ("attn_mask", "position_ids")
 """Ends of the names of buffers that a network computes itself, and that older files hold."""
 ADVICE = "It is damaged, or of another architecture."
@@ -105,7 +106,7 @@ def fill_network(network: nn.Module, file: WeightsFile, names: Mapping[str, str]
     _check(shapes, expected)
     state = {}
     for name, value in expected.items():
-        if name not in shapes:  # only what normalization layers count
+        if name not in shapes:  # only a counter
             state[name] = value
             continue
         tensor = take(name)
@@ -139,7 +140,7 @@ def _check(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]
     """BlendedError unless names and shapes are those of the network."""
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     complaints = {
-        "missing": [name for name in wanted if name not in shapes and not name.endswith(STATISTICS[-1])],
+        "missing": [name for name in wanted if name not in shapes and not name.endswith(COUNTER)],
         "surplus": [name for name, shape in shapes.items() if name not in wanted and math.prod(shape) > 1 and not name.endswith(CONSTANTS)],
         "of another shape": [
             f"{name} {shapes[name]} instead of {shape}"
