@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -23,12 +24,25 @@ def register_folders() -> None:
 
 
 def list_files(folder: str) -> list[str]:
-    """Names of the files in a model folder; in models/ddpm only those that can be a diffusion model."""
-    names: list[str] = folder_paths.get_filename_list(folder)
-    if folder != DDPM_FOLDER:
-        return names
-    paths = {name: folder_paths.get_full_path(folder, name) for name in names}
-    return [name for name, path in paths.items() if path is not None and _may_be_checkpoint(path, file_version(Path(path)))]
+    """Names of the files in a model folder; in models/ddpm only those that can be a diffusion model.
+
+    Never raises: the schema of a node depends on it, and without schemas ComfyUI refuses every workflow. A file that cannot be judged is listed; the
+    error follows when it is loaded.
+    """
+    try:
+        names: list[str] = folder_paths.get_filename_list(folder)
+    except Exception as error:
+        logging.warning("Blended Diffusion: the folder models/%s cannot be listed: %s", folder, error)
+        return []
+    return [name for name in names if folder != DDPM_FOLDER or _is_listed(name)]
+
+
+def _is_listed(name: str) -> bool:
+    try:
+        path = folder_paths.get_full_path(DDPM_FOLDER, name)
+        return path is not None and _may_be_checkpoint(path, file_version(Path(path)))
+    except Exception:  # deleted in this moment, in a folder without permission, …
+        return True
 
 
 @lru_cache(maxsize=4096)

@@ -394,6 +394,63 @@ def test_a_state_dict_is_found_in_every_container_of_torch_save(form: str, zippe
     assert torch.equal(output(checkpoint.model.network), expected(state))
 
 
+def two_sets(kind: str) -> tuple[dict[str, Any], str]:
+    """(what a training saves with the state under 'model' and another one as its average, name of the average)."""
+    state, average = weights(), weights(seed=1)
+    dotted = {"net_EMA": "", "netEMA": "", "ModelEMA": "module.", "averaged_model": "module.", "swa_model": "module."}
+    if kind in dotted:
+        inner = dotted[kind]
+        return {
+            "model": state,
+            kind: {f"{inner}{k}": v for k, v in average.items()} | {"n_averaged": torch.tensor(3)},
+        }, f"{kind}.{inner}".rstrip(".")
+    if kind == "LitEma":
+        lit = {f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in average.items()}
+        own = {f"model.diffusion_model.{k}": v for k, v in state.items()}
+        buffers = {
+            "betas": torch.ones(1000),
+            "logvar": torch.zeros(1000),
+            "model_ema.decay": torch.tensor(0.9),
+            "model_ema.num_updates": torch.tensor(3),
+        }
+        return {"state_dict": {**own, **lit, **buffers}}, "state_dict.model_ema"
+    assert kind == "torch_ema"
+    shadow = {"decay": 0.999, "num_updates": 5, "shadow_params": list(average.values()), "collected_params": None}
+    return {"model": {**state, "betas": torch.ones(10)}, "ema": shadow}, "ema.shadow_params"
+
+
+@pytest.mark.parametrize("kind", ["LitEma", "torch_ema", "net_EMA", "netEMA", "ModelEMA", "averaged_model", "swa_model"])
+def test_averaged_weights_are_found_listed_and_preferred(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, name = two_sets(kind)
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    best = load_checkpoint(CPU, path, TINY_SETTINGS)
+    assert [(s.name, s.averaged) for s in best.detection.sets] == [(name, True), (best.detection.sets[1].name, False)]
+    assert torch.equal(output(best.model.network), expected(weights(seed=1)))
+    trained = load_checkpoint(CPU, path, TINY_SETTINGS, weights="model")
+    assert torch.equal(output(trained.model.network), expected(weights())) and not trained.detection.weights.averaged
+    assert load_checkpoint(CPU, path, TINY_SETTINGS, weights=name).detection == best.detection
+    settings = [f"--set={key}={value}" for key, value in TINY_SETTINGS.items()]
+    assert main(["inspect", str(path), *settings]) == 0
+    out = capsys.readouterr().out
+    assert f"  {name} (averaged), " in out and re.search(rf"{name} .*, used\n", out) and out.count(", used") == 1
+    assert main(["inspect", str(path), *settings, "--weights", "model", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["weights"]
+    assert [(s["name"], s["averaged"], s["used"]) for s in told] == [(name, True, False), (trained.detection.weights.name, False, True)]
+    assert main(["convert", str(path), str(tmp_path / "x.safetensors"), *settings, "--weights", "model"]) == 0
+    assert torch.equal(output(load_ddpm(CPU, tmp_path / "x.safetensors").network), expected(weights()))
+    capsys.readouterr()
+    assert main(["inspect", str(path), *settings, "--weights", "nothing"]) == 2
+    assert re.search(r"no set of weights named 'nothing'; it holds .*\(averaged\).*\(--weights\)\.", capsys.readouterr().err)
+
+
+def test_averages_without_the_network_they_belong_to_say_so() -> None:
+    lists = {f"ema.shadow_params.{i}": shape for i, shape in enumerate(table(TINY).values())}
+    for shapes in (lists, {f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in table(TINY).items()}):
+        with pytest.raises(BlendedError, match="averaged weights whose names were left out"):
+            detect(shapes)
+
+
 def test_the_format_is_determined_from_the_content(tmp_path: Path) -> None:
     save_file(weights(), tmp_path / "renamed.ckpt")
     torch.save(weights(), tmp_path / "renamed.pth")

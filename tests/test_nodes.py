@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -20,6 +22,7 @@ from blended_core.diffusion import DiffusionConfig
 from blended_core.toy.world import demo_scene
 
 from .server import COMFYUI, ROOT, Prompt, Server, environment, interpreter, needs_comfyui
+from .test_weights import mutated_files
 from .tiny import tiny_unet
 
 pytestmark = [needs_comfyui, pytest.mark.slow]
@@ -164,6 +167,28 @@ def test_the_english_locale_has_the_texts_of_the_schema(comfyui: Server) -> None
     if os.environ.get("BLENDED_WRITE_LOCALE"):
         file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     assert differences(json.loads(file.read_text(encoding="utf-8")), found) == [], "write it with BLENDED_WRITE_LOCALE=1"
+
+
+def test_no_file_in_a_model_folder_removes_a_node(comfyui: Server, tmp_path: Path) -> None:
+    """Damaged files in both folders, compressed zip files and a pipe included: every node is there, and the embedded model works."""
+    mutated_files(tmp_path / "whole", tmp_path / "there", 1000)
+    folders = [comfyui.folder / "models" / name for name in ("ddpm", "open_clip")]
+    try:
+        for folder in folders:
+            shutil.copytree(tmp_path / "there", folder / "damaged")
+            os.mkfifo(folder / "damaged" / "pipe.pt")
+            (folder / "damaged" / "gone.pt").symlink_to(tmp_path / "nowhere")
+        info = comfyui.get("/object_info")
+        assert sorted(name for name in info if name.startswith("Blended")) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
+        clips = info["BlendedLoadCLIP"]["input"]["required"]["weights"][1]["options"]
+        assert sum(name.startswith("damaged") for name in clips) >= 1000
+        prompt = sampler(scene(seed=41), candidates=1)
+        assert comfyui.run(prompt).error is None
+        prompt["ddpm"]["inputs"]["weights"] = "averaged"
+        assert re.search("no set of weights named 'averaged'; it holds root.*input “weights”", comfyui.run(prompt).sentence)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder / "damaged", ignore_errors=True)
 
 
 def test_the_schema_is_what_execute_takes() -> None:

@@ -38,7 +38,7 @@ def load_cached(key: str) -> ProbeResult | None:
     try:
         result = ProbeResult.from_dict(json.loads(cache_file().read_text(encoding="utf-8"))[key])
         return replace(result, settings={k: v for k, v in result.settings.items() if k in PROBED_SETTINGS}, forwards=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -48,7 +48,7 @@ def save_cached(key: str, result: ProbeResult) -> None:
     try:
         try:
             cached = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             cached = {}
         cached = cached if isinstance(cached, dict) else {}
         write_bytes(path, json.dumps({**cached, key: result.to_dict()}, indent=1).encode())

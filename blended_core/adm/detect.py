@@ -27,6 +27,8 @@ ANCHOR = "time_embed.0.weight"
 DECODER = "output_blocks."
 """Beginning of the names of the second half of a network, which a classifier lacks."""
 ADVICE = "Use a pixel-space ADM checkpoint such as guided-diffusion's 256x256_diffusion_uncond.pt, or 'embedded'."
+MAX_RESOLUTIONS = 16
+"""More than any network has: an image of 2¹⁶ pixels."""
 LATENT = r"(^|\.)(first_stage_model|cond_stage_model|conditioner)\."
 LATENT_MODEL = f"it is a latent diffusion model (Stable Diffusion or similar), which generates latents, not pixels. {ADVICE}"
 
@@ -248,7 +250,8 @@ def settings_of_shapes(table: Shapes) -> dict[str, Any]:
     gaps = max(inputs, default=0) + 1 - len(inputs)
     resolutions = 1 + (len(ends) or gaps)
     blocks = ends[0] if ends else len(outputs) // resolutions - 1
-    if outputs != set(range(resolutions * (blocks + 1))) or blocks < 1:
+    count = resolutions * (blocks + 1)
+    if len(outputs) != count or max(outputs) != count - 1 or blocks < 1 or resolutions > MAX_RESOLUTIONS:
         raise BlendedError(
             f"it looks like an ADM network, but its {len(outputs)} output_blocks do not divide into {resolutions} resolutions with the same "
             "number of blocks. The file is damaged or incomplete: download it again."

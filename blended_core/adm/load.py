@@ -24,7 +24,7 @@ from ..weights.open import WeightsFile, file_errors, json_object, open_weights, 
 from ..weights.tensors import SkipInitialization, copy_finite
 from .cache import cache_key, load_cached, save_cached
 from .detect import ADVICE, ANCHOR, Detection, detect, table_of
-from .probe import DEFAULT_PROBE, PROBED_SETTINGS, ProbeOptions, run_probe
+from .probe import DEFAULT_PROBE, PROBED_SETTINGS, ProbeOptions, attention_widths, run_probe
 from .unet import UNet, UNetConfig
 
 MAX_NAMES = 4
@@ -178,7 +178,7 @@ def _probed(unet: UNet, detection: Detection, digest: str, options: ProbeOptions
     own = digest if detection.weights == detection.sets[0] else f"{digest}.{detection.weights.name}"
     key = cache_key(own, detection.unet, detection.diffusion, wanted)
     result = load_cached(key) if options.picture is None else None
-    if result is None or set(result.settings) != set(wanted):
+    if result is None or set(result.settings) != set(wanted) or not _possible(detection.unet, result.settings):
         warnings.warn(
             BlendedWarning(f"{path.name} does not state its {', '.join(wanted)}; the calibration probe determines them, once."),
             stacklevel=3,
@@ -186,6 +186,15 @@ def _probed(unet: UNet, detection: Detection, digest: str, options: ProbeOptions
         result = run_probe(unet, detection.diffusion, wanted, options)
         save_cached(key, result)
     return replace(detection.decided(result.settings, "probe"), probe=result)
+
+
+def _possible(config: UNetConfig, settings: Mapping[str, Any]) -> bool:
+    """Whether a network can have settings from the cache, a file that other programs may have changed."""
+    changed = replace(config, **{name: value for name, value in settings.items() if name in config.to_dict()})
+    try:
+        return all(changed.heads(width, upsample) > 0 for width in attention_widths(changed) for upsample in (False, True))
+    except BlendedError:
+        return False
 
 
 def _doubts(detection: Detection, path: Path) -> list[BlendedWarning]:

@@ -32,14 +32,16 @@ ZIP = b"PK\x03\x04"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """First two pickles of the older format."""
 NAMES_BYTES = 1 << 23
-"""Bytes at the beginning of a file that are searched for the names of its tensors; no header of a safetensors file may be longer."""
+"""Bytes at the beginning of a file that are searched for the names of its tensors."""
+MAX_HEADER_BYTES = 6_000_000
+"""Of the header of a safetensors file: more than 40,000 tensors. Parsed, it takes up to 25 times its size."""
 MAX_PICKLE_BYTES = 1 << 25
 """Of the description in a file of torch.save."""
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_NESTING = 32
 """Levels of dictionaries, lists and modules inside each other that are searched for tensors."""
 MAX_TENSORS, MAX_NAME = 100_000, 500
-"""Tensors of a file, and characters of the name of one; tensors with longer names are left out."""
+"""Tensors of a file, and characters of the name of one. Tensors with longer names, or with control characters in them, are left out."""
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
@@ -72,6 +74,11 @@ class FileTensor:
         """Size in bytes when it is read."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def check(self, name: str) -> None:
+        """BlendedError, with this name, if the tensor cannot be read."""
+        if self.problem:
+            raise BlendedError(f"{name} is not a dense floating-point tensor: {self.problem}. Use the original file.")
+
 
 @dataclass(frozen=True, eq=False)
 class WeightsFile:
@@ -96,9 +103,11 @@ class WeightsFile:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def check_size(self, names: Iterable[str]) -> None:
-        """BlendedError if these tensors together are larger than the file, because they share their values. Called before a network is built."""
-        tensors = [self.tensors[name] for name in names]
-        claimed = sum(tensor.nbytes for tensor in tensors if not tensor.problem)
+        """BlendedError if one of these tensors cannot be read, or if together they are larger than the file. Call it before a network gets memory."""
+        tensors = {name: self.tensors[name] for name in names}
+        for name, tensor in tensors.items():
+            tensor.check(name)
+        claimed = sum(tensor.nbytes for tensor in tensors.values())
         if claimed > self.size:
             raise BlendedError(
                 f"its tensors claim {claimed} bytes, but the file has {self.size}: they share their values, which no network does. It is damaged, "
@@ -112,8 +121,7 @@ class WeightsFile:
             BlendedError: if it is sparse, quantized or without values, or if the file has changed since it was opened.
         """
         tensor = self.tensors[name]
-        if tensor.problem:
-            raise BlendedError(f"{name} is not a dense floating-point tensor: {tensor.problem}. Use the original file.")
+        tensor.check(name)
         values = torch.empty(tensor.extent * tensor.dtype.itemsize, dtype=torch.uint8)
         try:
             with self.path.open("rb", buffering=0) as stream:
@@ -236,9 +244,17 @@ def json_object(text: str, name: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a final period; at most 200 characters."""
+    """The first line of an error's text, without a final period and without control characters; at most 200 characters."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    return _printable(lines[0].rstrip(".")[:200]) if lines else type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= MAX_NAME and text.isprintable()
 
 
 def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
@@ -246,13 +262,13 @@ def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
         length = int.from_bytes(stream.read(8), "little")
         if length > size - 8:
             raise ValueError(f"its header has {length} bytes, but the file {size}")
-        if length > NAMES_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise ValueError(f"its header has {length} bytes, more than any checkpoint")
         header = json.loads(stream.read(length).decode())
         metadata = header.pop("__metadata__", {})
         if len(header) > MAX_TENSORS or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its header is not that of a checkpoint")
-        found = {name: _safetensor(name, entry, 8 + length) for name, entry in header.items()}
+        found = {name: _safetensor(entry, 8 + length) for name, entry in header.items()}
         end = 8 + length
         for tensor, stop in sorted(found.values(), key=lambda pair: (pair[0].begin, pair[1])):
             if tensor.begin != end:
@@ -262,21 +278,21 @@ def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
             raise ValueError(f"its tensors end at byte {end}, but the file has {size}")
     except Exception as error:  # a damaged header can raise nearly anything
         raise BlendedError(f"it is not a complete safetensors file ({first_line(error)}); download it again.") from None
-    return WeightsFile(path, size, "safetensors", {name: tensor for name, (tensor, _) in found.items() if len(name) <= MAX_NAME}, metadata)
+    return WeightsFile(path, size, "safetensors", {name: tensor for name, (tensor, _) in found.items() if _is_name(name)}, metadata)
 
 
-def _safetensor(name: str, entry: Mapping[str, Any], base: int) -> tuple[FileTensor, int]:
+def _safetensor(entry: Mapping[str, Any], base: int) -> tuple[FileTensor, int]:
     """A tensor of the header of a safetensors file, and where its values end."""
     shape, (begin, end), kind = tuple(entry["shape"]), entry["data_offsets"], str(entry["dtype"])
     if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or end < begin or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"the shape or the position of {name[:MAX_NAME]} is not a list of numbers")
+        raise ValueError("the shape or the position of a tensor is not a list of numbers")
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     dtype = SAFETENSORS.get(kind)
     if dtype is None:  # a type of less than a byte
-        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {kind[:20]}"), base + end
+        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {_printable(kind[:20])}"), base + end
     count = math.prod(shape)
     if count * dtype.itemsize != end - begin:
-        raise ValueError(f"{name[:MAX_NAME]} does not have the size of its shape")
+        raise ValueError("a tensor does not have the size of its shape")
     return FileTensor(dtype, shape, stride, base + begin, count), base + end
 
 
@@ -344,7 +360,7 @@ def _placed(tensor: StoredTensor, positions: Mapping[str, tuple[int, int]]) -> F
     """The place of a tensor in the file."""
     if tensor.storage is None:
         return FileTensor(tensor.dtype, tensor.shape, tensor.stride, 0, 0, tensor.problem)
-    begin, nbytes = positions[tensor.storage.key]
+    begin, nbytes = positions.get(tensor.storage.key, (0, -1))
     if nbytes != tensor.storage.nbytes:
         raise ValueError(f"storage {tensor.storage.key} does not have the declared size")
     at = begin + tensor.offset * tensor.dtype.itemsize
@@ -356,7 +372,7 @@ def _refusal(name: str, advice: str) -> str:
     if name.startswith(("torch_utils.", "dnnlib.")):
         return f"it is a pickle with program code in the format of EDM and StyleGAN (torch_utils), which is not run here. {advice}".strip()
     return (
-        f"it holds more than tensors: it asks for {name[:100]}; reading it would run code, which weights do not need, so it is refused. If you trust "
+        f"it holds more than tensors: it asks for {_printable(name[:100])}; reading it would run code, which weights do not need, so it is refused. If you trust "
         "the file, save its state dict alone, preferably as safetensors, and use that."
     )
 
@@ -368,7 +384,7 @@ def _flatten(content: object) -> dict[str, StoredTensor]:
     seen: set[int] = set()
 
     def visit(item: object, name: str, depth: int) -> None:
-        if len(name) > MAX_NAME:
+        if not _is_name(name):
             return
         if isinstance(item, StoredTensor):
             tensors.setdefault(name, item)
