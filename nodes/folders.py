@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
@@ -57,8 +57,12 @@ def first_path(folder: str) -> Path:
 
 
 def find_file(folder: str, name: str) -> Path:
-    """The path of a listed file. Raises BlendedError, naming the directory, if the file no longer exists."""
-    found = folder_paths.get_full_path(folder, name)
+    """The path of a file inside a model folder. Raises BlendedError, naming the directory, if it no longer exists.
+
+    The answer to a name that leads out of the folder is the same, whether there is such a file or not.
+    """
+    outside = any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath))
+    found = None if outside else folder_paths.get_full_path(folder, name)
     if found is None:
         raise BlendedError(f"{name!r} is not in {first_path(folder)}; put the file there and press R to refresh, or choose another file.")
     return Path(found)

@@ -10,8 +10,7 @@ from comfy_api.latest import io
 from ..blended_core.adm.describe import summary
 from ..blended_core.adm.load import load_checkpoint
 from ..blended_core.adm.probe import ProbeOptions
-from ..blended_core.clip.files import architecture_of
-from ..blended_core.clip.model import load_clip
+from ..blended_core.clip.model import load_clip, load_clip_file, load_clip_tag
 from ..blended_core.device import DTYPES
 from ..blended_core.errors import BlendedError
 from . import inputs
@@ -171,9 +170,12 @@ class LoadCLIP(io.ComfyNode):
     @classmethod
     def execute(cls, weights: str, architecture: str = "", other_tag: str = "") -> io.NodeOutput:
         with library_scope(CLIP):
-            name = other_tag.strip() or weights.removesuffix(DOWNLOADED)
-            if not other_tag.strip() and weights != EMBEDDED and not weights.endswith(DOWNLOADED):
-                path = find_file(CLIP_FOLDER, weights)
-                name = f"{architecture.strip() or architecture_of(path)}:{path}"
-            clip = load_clip(offload_context(device_context("fp32")), name, folder=first_path(CLIP_FOLDER))
+            context = offload_context(device_context("fp32"))
+            tag = other_tag.strip() or (weights.removesuffix(DOWNLOADED) if weights.endswith(DOWNLOADED) else "")
+            if tag and tag != EMBEDDED:
+                clip = load_clip_tag(context, tag, folder=first_path(CLIP_FOLDER))
+            elif tag or weights == EMBEDDED:
+                clip = load_clip(context)
+            else:
+                clip = load_clip_file(context, find_file(CLIP_FOLDER, weights), architecture.strip())
             return io.NodeOutput(LoadedCLIP(clip, manage(clip.model)))

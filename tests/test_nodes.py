@@ -739,3 +739,35 @@ def test_a_missing_essential_input_is_refused_by_the_server(comfyui: Server) -> 
     del prompt["sampler"]["inputs"]["mask"]
     with pytest.raises((AssertionError, urllib.error.HTTPError), match="mask"):
         comfyui.run(prompt)
+
+
+def test_no_text_of_a_request_opens_a_file_outside_the_model_folders(comfyui: Server) -> None:
+    """The answers to names of an existing and of an absent file are the same, and nothing is requested from a network."""
+    folder = comfyui.folder / "models" / "open_clip"
+    (comfyui.folder / "present.pt").write_bytes(b"not weights")
+    answers = []
+    for name in ("present", "missing"):  # of equal length
+        for text in (f"{comfyui.folder}/{name}.pt", f"../../{name}.pt", f"..\\..\\{name}.pt"):
+            for inputs in ({"other_tag": text}, {"other_tag": f"ViT-B-32:{text}"}, {"other_tag": f"roberta-ViT-B-32:{text}"}):
+                prompt = sampler(scene())
+                prompt["clip"]["inputs"].update(inputs)
+                answers.append((name, comfyui.run(prompt).sentence))
+            for group, kind, key in (("ddpm", "LoadDDPM", "checkpoint"), ("clip", "LoadCLIP", "weights")):
+                prompt = sampler(scene())
+                prompt[group] = node(kind, **{key: text})
+                with pytest.raises(AssertionError) as refused:
+                    comfyui.run(prompt)
+                answers.append((name, str(refused.value)))
+    half = len(answers) // 2
+    for (there, told), (absent, other) in zip(answers[:half], answers[half:], strict=True):
+        assert told.replace(there, absent) == other and "not weights" not in told
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.pt").write_bytes(b"not weights")
+    try:
+        for architecture in ("roberta-ViT-B-32", f"ViT-B-32:{comfyui.folder}/present.pt"):
+            prompt = sampler(scene())
+            prompt["clip"] = node("LoadCLIP", weights="mine.pt", architecture=architecture)
+            told = comfyui.run(prompt).sentence
+            assert "mine.pt" in told or "has no model" in told
+    finally:
+        (folder / "mine.pt").unlink()

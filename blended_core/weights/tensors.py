@@ -13,15 +13,25 @@ from ..errors import BlendedError
 
 CHUNK_VALUES = 2**18
 """Values that are checked and copied together. They stay in the processor's cache, so the check takes almost no time."""
-INITIALIZERS = frozenset({"normal_", "uniform_", "kaiming_uniform_", "zero_", "fill_"})
+RANDOM_INITIALIZERS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
+"""Functions that the layers of torch call for random initial values."""
+INITIALIZERS = RANDOM_INITIALIZERS | {"zero_", "fill_"}
 """Functions that the layers of torch and of this library call for their initial values."""
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Leaves out initial values, which a file replaces: on the meta device they would import a compiler, which takes seconds."""
+    """Leaves out initial values, which a file replaces: on the meta device they would import a compiler, which takes seconds.
+
+    Args:
+        names: of the functions that do nothing.
+    """
+
+    def __init__(self, names: frozenset[str] = INITIALIZERS) -> None:
+        super().__init__()
+        self.names = names
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in INITIALIZERS:
+        if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
