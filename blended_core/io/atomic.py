@@ -1,13 +1,18 @@
-"""Files that are written completely or not at all, and hashes of files."""
+"""Files that are written completely or not at all, the check of an input file, and hashes of files."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from ..errors import BlendedError
+
+LONGEST_PATH = 120
 
 
 @contextlib.contextmanager
@@ -33,6 +38,32 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_bytes(data)
+
+
+def shown_path(path: Path) -> str:
+    """A path as messages show it: of a long one the end."""
+    text = str(path)
+    return text if len(text) <= LONGEST_PATH else f"…{text[-LONGEST_PATH:]}"
+
+
+def check_file(path: Path, what: str, option: str | tuple[str, ...] = ()) -> None:
+    """Raises BlendedError unless a path is a file that can be read from beginning to end. Opening a named pipe would wait without end.
+
+    Args:
+        path: the file.
+        what: 'the picture', for the message. option: that names it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise BlendedError(f"{what} {shown_path(path)} does not exist; check the path.", option) from None
+    except (OSError, ValueError) as error:  # too long a name, a folder that may not be read, a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise BlendedError(f"{what} {shown_path(path)} cannot be opened ({reason}); check the path.", option) from None
+    if stat.S_ISDIR(mode):
+        raise BlendedError(f"{what} {shown_path(path)} is a folder; give a file.", option)
+    if not stat.S_ISREG(mode):
+        raise BlendedError(f"{what} {shown_path(path)} is a device, a pipe or a socket; give a file.", option)
 
 
 def sha256(path: Path) -> str:
