@@ -525,7 +525,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--skip", "4"], "--skip is 4 of 4 steps"),
     (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'; give 'zero', 'random' or the number of a class (--class)."),
     (["--prompt", "tree", "--set", "heads"], "--set 'heads' is not understood"),
-    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a number of at least 1 (--threads)."),
+    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a whole number of at least 1 and at most 1024 (--threads)."),
     (
         ["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"],
         "1 prompts were given with 2 weights; give one weight for each prompt (--prompt-weight).",

@@ -41,8 +41,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def shown_path(path: Path) -> str:
-    """A path as messages show it: of a long one the end."""
-    text = str(path)
+    """A path as messages show it: control characters escaped, of a long one the end."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
     return text if len(text) <= LONGEST_PATH else f"…{text[-LONGEST_PATH:]}"
 
 
