@@ -99,18 +99,19 @@ def declared(kind: Any) -> dict[str, tuple[Option, Any]]:
 
 def validate(options: Any) -> None:
     """Raises BlendedError, naming the option, if a value is of another type, none of the choices, or outside the limits."""
-    kinds_of = _kinds(type(options))
-    for name, (declaration, default) in declared(options).items():
-        value = getattr(options, name)
-        kinds = kinds_of[name]
+    kind: Any = type(options)
+    kinds_of = _kinds(kind)
+    for name, (declaration, _) in declared(options).items():
+        value, kinds = getattr(options, name), kinds_of[name]
         if not any(_is_a(value, kind) for kind in kinds) or (value is not None and not declaration.allows(value)):
             whole = int in kinds and str not in kinds
-            text = "true or false" if bool in kinds else "a text" if kinds == (str,) and not declaration.choices else declaration.requirement(whole)
+            text = "a text" if kinds == (str,) and not declaration.choices else declaration.requirement(whole)
+            text = "true or false" if bool in kinds else text
             raise BlendedError(f"{name} is {short_repr(value)}; give {text}.", option=name)
 
 
 @lru_cache
-def _kinds(kind: type) -> dict[str, tuple[Any, ...]]:
+def _kinds(kind: Any) -> dict[str, tuple[Any, ...]]:
     """{name of a field: the types of its annotation}."""
     return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
 
@@ -283,7 +284,12 @@ class EditOptions:
     )
     candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, high=MOST, node_high=256, metavar="N")
     batch: int = option(
-        4, "Candidates that are processed at once. Changes time and memory, not the random numbers.", low=1, high=MOST, node_high=64, metavar="N"
+        4,
+        "Candidates that are processed at once. Changes time and memory, not the random numbers.",
+        low=1,
+        high=MOST,
+        node_high=64,
+        metavar="N",
     )
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     background_level: str = option(
@@ -342,6 +348,9 @@ class EditOptions:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        steps: Any = self.steps
+        if isinstance(steps, int) and not isinstance(steps, bool):  # as a script may give it
+            object.__setattr__(self, "steps", str(steps))
         validate(self)
         if not isinstance(self.class_choice, int) and self.class_choice not in ("zero", "random"):
             raise BlendedError(

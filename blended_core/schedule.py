@@ -69,7 +69,9 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
             kept = range(0, steps, stride)
             if len(kept) == count:
                 return list(kept)
-        raise BlendedError(f"no whole stride takes exactly {short_repr(count)} of {steps} steps; use {short_repr(str(count))} instead.", option="steps")
+        raise BlendedError(
+            f"no whole stride takes exactly {short_repr(count)} of {steps} steps; use {short_repr(str(count))} instead.", option="steps"
+        )
     counts = [_count(part, text) for part in text.split(",")]
     kept_steps: list[int] = []
     start = 0
@@ -100,7 +102,8 @@ def _count(text: str, whole: str) -> int:
         count = int(text)
     except ValueError:
         raise BlendedError(
-            f"respacing {short_repr(whole)} has the wrong form; give a number (100), 'ddim25', or counts of sections ('50,25,10').", option="steps"
+            f"respacing {short_repr(whole)} has the wrong form; give a number (100), 'ddim25', or counts of sections ('50,25,10').",
+            option="steps",
         ) from None
     if count < 1:
         raise BlendedError(f"respacing {short_repr(whole)} keeps {short_repr(count)} steps; keep at least 1.", option="steps")

@@ -31,7 +31,9 @@ EASTERN = HANGUL | {*range(0x3000, 0x3100), *range(0xFF01, 0xFFEF)} | decoded("e
 
 def make(source: str, characters: set[int], name: str, file: str) -> None:
     """Writes the part of a font that has some characters, under a name of its own, as both licenses ask."""
-    options = subset.Options(font_number=0 if source.endswith("ttc") else -1, layout_features=[], hinting=False, notdef_outline=True, glyph_names=False)
+    options = subset.Options(
+        font_number=0 if source.endswith("ttc") else -1, layout_features=[], hinting=False, notdef_outline=True, glyph_names=False
+    )
     options.name_IDs = [0, 1, 2, 4, 6, 13, 14]
     options.drop_tables += ["vhea", "vmtx", "VORG", "BASE", "GSUB", "GPOS", "GDEF", "DSIG"]
     font = subset.load_font(source, options)

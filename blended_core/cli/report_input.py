@@ -62,9 +62,13 @@ def _found(report: Path, key: str, name: str, digest: str) -> str:
     """The path of a file that a report names: there, or beside the report."""
     file = next((file for file in (Path(name), report.parent / Path(name).name) if _is_file(file)), None)
     if file is None:
-        raise BlendedError(f"the report's {key} {shown_path(Path(name))} does not exist anymore; restore it, or copy it beside {report.name}.")
+        raise BlendedError(
+            f"the report's {key} {shown_path(Path(name))} does not exist anymore; restore it, or copy it beside {report.name}."
+        )
     if sha256(file) != digest:
-        raise BlendedError(f"the report's {key} {shown_path(file)} has changed since that run, so the result would differ; restore the file.")
+        raise BlendedError(
+            f"the report's {key} {shown_path(file)} has changed since that run, so the result would differ; restore the file."
+        )
     return str(file.resolve())
 
 

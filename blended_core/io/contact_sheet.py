@@ -23,6 +23,7 @@ EDGE = 2
 """Pixels that the edge of the mask is drawn with."""
 PAPER, INK, FAINT, ACCENT, FRAME = (250, 249, 246), (34, 34, 40), (128, 128, 136), (214, 84, 44), (208, 206, 200)
 
+
 def _resized(pixels: UInt8, width: int, height: int) -> Image.Image:
     # The gap: a large picture is first averaged to four times the size, in a tenth of the time.
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=4.0)

@@ -126,7 +126,9 @@ def _opened(path: Path, what: str, option: str) -> Iterator[_Opened]:
         raise BlendedError(f"{what} {shown_path(path)} has more pixels than Pillow allows; scale it down first.", option) from error
     except Exception as error:  # decoders raise nearly every kind for a damaged file
         reason = (" ".join(str(error).split()) or type(error).__name__)[:LONGEST_REASON]
-        raise BlendedError(f"{what} {shown_path(path)} could not be read ({reason}); the file may be damaged or incomplete.", option) from error
+        raise BlendedError(
+            f"{what} {shown_path(path)} could not be read ({reason}); the file may be damaged or incomplete.", option
+        ) from error
 
 
 @lru_cache(maxsize=1)
@@ -213,7 +215,8 @@ def _eight_bit(image: Image.Image, name: str, notes: list[str], white: int | Non
 
     ``white`` is the value of white, if the file says it. Otherwise it is chosen by the values, as :func:`read_picture` describes it.
     """
-    values = np.array(image).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signaling NaN
+        values = np.array(image).astype(np.float64)
     finite = np.isfinite(values)
     if white is None:
         white = _white_of(values[finite & (values > 0)], image.mode == "F")
@@ -261,13 +264,19 @@ def read_mask(path: str | Path, size: tuple[int, int], notes: list[str] | None =
             notes.append(f"the mask {name} has one color; its alpha channel is used, opaque = edit.")
         elif colors > PHOTO_COLORS:
             gray = OPAQUE - pixels[..., 3]
-            notes.append(f"the mask {name} is a color picture with transparency, as ComfyUI's mask editor saves it; its transparent part is the mask.")
+            notes.append(
+                f"the mask {name} is a color picture with transparency, as ComfyUI's mask editor saves it; its transparent part is the mask."
+            )
         else:
             gray = (gray.astype(np.uint16) * pixels[..., 3] // OPAQUE).astype(np.uint8)
     elif colors > PHOTO_COLORS:
-        notes.append(f"the mask {name} looks like a photo, not like a mask; it counts by its brightness. White should mark what may change.")
+        notes.append(
+            f"the mask {name} looks like a photo, not like a mask; it counts by its brightness. White should mark what may change."
+        )
     elif colors and int(gray.max()) < 128:
-        notes.append(f"the mask {name} is in color and counts by its brightness: of white, red has 30 %, green 59 % and blue 11 %. Paint in white.")
+        notes.append(
+            f"the mask {name} is in color and counts by its brightness: of white, red has 30 %, green 59 % and blue 11 %. Paint in white."
+        )
     if int(gray.max(initial=0)) == 1:
         gray = gray * np.uint8(OPAQUE)
         notes.append(f"the mask {name} has the values 0 and 1 only; 1 is taken as white.")

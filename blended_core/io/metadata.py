@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import BlendedError
+from .formats import FORMATS
 
 ORIENTATION, EXIF_IFD, USER_COMMENT = 0x0112, 0x8769, 0x9286
 _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT, _INCHES = 0x011A, 0x011B, 0x0128, 2
@@ -29,7 +30,6 @@ _OF_THE_PIXELS = frozenset(
 _MAX_DPI = 1e6
 _MAX_EXIF = 65_000
 """Bytes of EXIF data that fit into the one segment of a JPEG file."""
-JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,6 @@ class Metadata:
     text: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class FileFormat:
-    """A format of result files. ``max_side``: largest width and height in pixels."""
-
-    pillow: str
-    lossless: bool = True
-    alpha: bool = True
-    max_side: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-FORMATS: dict[str, FileFormat] = {
-    "png": FileFormat("PNG"),
-    "jpg": FileFormat("JPEG", lossless=False, alpha=False, max_side=65500, options={"quality": JPEG_QUALITY, "subsampling": 0}),
-    "webp": FileFormat("WEBP", max_side=16383, options={"lossless": True, "exact": True}),
-    # Without compression: Pillow's compressed TIFF files cannot hold EXIF data.
-    "tiff": FileFormat("TIFF"),
-}
-"""The formats of results, by the suffix of their files."""
-
-
 def metadata_of(image: Image.Image, size: tuple[int, int], name: str) -> tuple[Metadata, list[str]]:
     """The metadata of an open file, and notes about what is damaged.
 
@@ -85,9 +64,10 @@ def metadata_of(image: Image.Image, size: tuple[int, int], name: str) -> tuple[M
     except Exception:  # Pillow raises many kinds for damaged data
         exif = None
         notes.append(f"the EXIF data of {name} is damaged; it is not kept.")
-    info = image.info
+    info: dict[Any, Any] = image.info
     chunks: dict[str, bytes] = {}
-    if _is_number(gamma := info.get("gamma")) and 0 < gamma < 1000:
+    gamma = info.get("gamma", 0)
+    if _is_number(gamma) and 0 < gamma < 1000:
         chunks["gAMA"] = struct.pack(">I", round(gamma * 100_000))
     white = info.get("chromaticity")
     if isinstance(white, tuple) and len(white) == 8 and all(_is_number(v) and 0 <= v < 1000 for v in white):
@@ -133,14 +113,20 @@ def _dpi(info: Mapping[Any, Any]) -> tuple[float, float] | None:
 def _text(image: Image.Image) -> dict[str, str]:
     entries = getattr(image, "text", None) or {}
     # The raw profile is EXIF data in another form, with the orientation before it was applied.
-    text = {str(k): str(v) for k, v in entries.items() if k != _PNG_XMP and not str(k).startswith(("Raw profile type exif", "Raw profile type APP1"))}
+    text = {
+        str(k): str(v)
+        for k, v in entries.items()
+        if k != _PNG_XMP and not str(k).startswith(("Raw profile type exif", "Raw profile type APP1"))
+    }
     comment = image.info.get("comment")
     if isinstance(comment, bytes) and comment:
         text.setdefault(_COMMENT, comment.decode("utf-8", "replace"))
     return text
 
 
-def fitted(metadata: Metadata, icc: bytes | None, size: tuple[int, int], alpha: bool, format: str) -> tuple[Metadata, bytes | None, list[str]]:
+def fitted(
+    metadata: Metadata, icc: bytes | None, size: tuple[int, int], alpha: bool, format: str
+) -> tuple[Metadata, bytes | None, list[str]]:
     """(what of it a format can hold, and the color profile; notes about the rest).
 
     Args:
@@ -153,7 +139,8 @@ def fitted(metadata: Metadata, icc: bytes | None, size: tuple[int, int], alpha: 
     kind, notes = FORMATS[format], []
     if kind.max_side is not None and max(size) > kind.max_side:
         raise BlendedError(
-            f"the picture is {size[0]}×{size[1]} and a {format} file holds at most {kind.max_side} pixels per side; choose png or tiff.", "format"
+            f"the picture is {size[0]}×{size[1]} and a {format} file holds at most {kind.max_side} pixels per side; choose png or tiff.",
+            "format",
         )
     if not kind.lossless:
         notes.append(f"{format} files are lossy: pixels outside the mask change a little too. png, webp and tiff keep them exactly.")
@@ -166,14 +153,11 @@ def fitted(metadata: Metadata, icc: bytes | None, size: tuple[int, int], alpha: 
         missing += ["gamma"] if "gAMA" in metadata.chunks else []
         metadata = replace(metadata, text=comment, chunks={})
     # One pixel shows what Pillow refuses, before the time of an edit is spent.
-    for label, without in {
-        "text entries": {"text": {}}, "XMP data": {"xmp": None}, "EXIF data": {"exif": None}, "resolution": {"dpi": None}, "gamma": {"chunks": {}},
-    }.items():  # fmt: skip
-        name = next(iter(without))
-        alone = Metadata(**{name: getattr(metadata, name)})
-        if getattr(metadata, name) and not _can_be_written(alone, None, format):
+    for name, label in (("text", "text entries"), ("xmp", "XMP data"), ("exif", "EXIF data"), ("dpi", "resolution"), ("chunks", "gamma")):
+        value: Any = getattr(metadata, name)
+        if value and not _can_be_written(Metadata(**{name: value}), None, format):
             missing.append(label)
-            metadata = replace(metadata, **without)
+            metadata = replace(metadata, **{name: getattr(Metadata(), name)})
     if icc is not None and not _can_be_written(Metadata(), icc, format):
         missing.append("color profile")
         icc = None

@@ -66,7 +66,9 @@ class Request:
         "Gradient checkpointing in the diffusion model, for gradient unet: less memory, about a third slower, the same result.",
         group=MACHINE,
     )
-    threads: int | None = option(None, "CPU threads. By default as many as PyTorch chooses.", low=1, high=MOST_THREADS, metavar="N", group=MACHINE)
+    threads: int | None = option(
+        None, "CPU threads. By default as many as PyTorch chooses.", low=1, high=MOST_THREADS, metavar="N", group=MACHINE
+    )
 
     def __post_init__(self) -> None:
         validate(self)

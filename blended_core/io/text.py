@@ -39,16 +39,16 @@ def font(file: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 @lru_cache(maxsize=256)
-def _missing_glyph(file: str) -> bytes:
+def _missing_glyph(file: str) -> tuple[tuple[int, int], bytes]:
     return _glyph(file, _NOT_A_CHARACTER)
 
 
-def _glyph(file: str, character: str) -> bytes:
+def _glyph(file: str, character: str) -> tuple[tuple[int, int], bytes]:
     found = font(file, _PROBE_SIZE)
     if found is None:
-        return b""
+        return (0, 0), b""
     mask = found.getmask(character)
-    return bytes([*mask.size]) + bytes(mask)
+    return mask.size, bytes(mask)
 
 
 @lru_cache(maxsize=8192)
