@@ -490,6 +490,13 @@ def test_no_program_runs_while_a_postscript_file_is_read(tmp_path: Path, monkeyp
     assert started, "without a list of formats Pillow looks for Ghostscript"
 
 
+def test_every_picture_is_opened_with_a_list_of_formats() -> None:
+    root = Path(__file__).parent.parent
+    calls = [line for folder in ("blended_core", "nodes") for file in (root / folder).rglob("*.py") for line in file.read_text("utf-8").splitlines()
+             if "Image.open(" in line]  # fmt: skip
+    assert len(calls) >= 3 and all("formats=" in line for line in calls), calls
+
+
 def test_other_kinds_of_file_are_named(tmp_path: Path) -> None:
     for head, words in (
         (b"%PDF-1.7", "is a PDF file"),
