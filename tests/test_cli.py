@@ -26,7 +26,7 @@ from blended_core.cli.report_input import request_of_report
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.io import results
 from blended_core.io.contact_sheet import contact_sheet
-from blended_core.io.images import write_png
+from blended_core.io.images import write_picture
 from blended_core.io.request import Request
 from blended_core.options import EditOptions, GuidanceOptions, declared
 from blended_core.sample import Models, Step
@@ -661,9 +661,9 @@ def test_ctrl_c_during_writing_keeps_the_earlier_results(
         written.append(path)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write_png(path, *rest)
+        write_picture(path, *rest)
 
-    monkeypatch.setattr(results, "write_png", interrupted)
+    monkeypatch.setattr(results, "write_picture", interrupted)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
     report = report_of(tmp_path / "out")
     assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]

@@ -689,7 +689,7 @@ def test_metadata_is_kept_in_every_format(tmp_path: Path, source: str, target: s
         if target == "png":
             assert image.text["blended-diffusion"] == '{"prompt": "λ"}'
         else:
-            assert inner[0x9286] == b"ASCII\0\0\0" + b'{"prompt": "\\u03bb"}'
+            assert inner[0x9286] == b"ASCII\0\0\0blended-diffusion: " + b'{"prompt": "\\u03bb"}'
         if source == target == "png":
             assert image.text["Title"] == "a λ tree" and image.info["gamma"] == 0.45455
             assert image.info["chromaticity"] == (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
@@ -710,6 +710,23 @@ def test_the_resolution_survives_in_webp_as_exif_data(tmp_path: Path) -> None:
     write_picture(tmp_path / "o.webp", picture, "webp")
     with Image.open(tmp_path / "o.webp") as image:
         assert [round(float(image.getexif()[tag])) for tag in (0x011A, 0x011B, 0x0128)] == [300, 150, 2]
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp", "tiff"])
+def test_the_options_of_an_earlier_edit_are_replaced_and_a_persons_comment_is_not(tmp_path: Path, format: str) -> None:
+    def about(path: Path) -> str:
+        with Image.open(path) as image:
+            return image.text["blended-diffusion"] if format == "png" else str(image.getexif().get_ifd(0x8769)[0x9286])
+
+    write_picture(tmp_path / "a", pictures.Picture(RGB), format, {"blended-diffusion": "first"})
+    write_picture(tmp_path / "b", for_format(read_picture(tmp_path / "a"), format), format, {"blended-diffusion": "second"})
+    assert "first" in about(tmp_path / "a") and "second" in about(tmp_path / "b") and "first" not in about(tmp_path / "b")
+    if format != "png":
+        exif = Image.Exif()
+        exif[0x8769] = {0x9286: b"ASCII\0\0\0my words"}
+        path = saved(tmp_path / "c.webp", Image.fromarray(RGB), exif=exif.tobytes())
+        write_picture(tmp_path / "d", for_format(read_picture(path), format), format, {"blended-diffusion": "third"})
+        assert "my words" in about(tmp_path / "d")
 
 
 def test_the_thumbnail_of_the_source_is_not_kept(tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ def test_results_in_every_format(tmp_path: Path, inputs: list[str], small_networ
         assert np.array_equal(pixels[outside], source[outside]) == (format != "jpg")
         assert np.abs(pixels[outside].astype(int) - source[outside]).mean() < 3
         assert exif[0x010F] == "Maker" and info["icc_profile"] == b"a profile"
-        about = info["blended-diffusion"] if format == "png" else exif.get_ifd(0x8769)[0x9286].removeprefix(b"ASCII\0\0\0")
+        about = (
+            info["blended-diffusion"] if format == "png" else exif.get_ifd(0x8769)[0x9286].removeprefix(b"ASCII\0\0\0blended-diffusion: ")
+        )
         assert json.loads(about)["candidate"] == entry["candidate"]
 
 

@@ -257,7 +257,7 @@ def read_mask(path: str | Path, size: tuple[int, int], notes: list[str] | None =
         has_alpha = "A" in image.mode or "a" in image.mode or "transparency" in image.info
         pixels = np.array(image.convert("RGBA"))
     gray = np.array(Image.fromarray(pixels[..., :3]).convert("L"))
-    colors = _color_count(pixels)
+    colors = 0 if image.mode in ("1", "L", "LA") else _color_count(pixels)
     if has_alpha and np.ptp(pixels[..., 3]) > 0:
         if np.ptp(gray) == 0:
             gray = pixels[..., 3]

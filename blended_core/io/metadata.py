@@ -27,6 +27,8 @@ _OF_THE_PIXELS = frozenset(
     | set(range(512, 533))
 )  # fmt: skip
 """TIFF tags that describe how pixels are stored, or that are kept in another way (XMP, the color profile). They are not true of another file."""
+_ASCII = b"ASCII\0\0\0"
+"""The mark of the character set of a user comment."""
 _MAX_DPI = 1e6
 _MAX_EXIF = 65_000
 """Bytes of EXIF data that fit into the one segment of a JPEG file."""
@@ -180,7 +182,7 @@ def encoded(pixels: Any, format: str, metadata: Metadata, icc: bytes | None, tex
     Args:
         pixels: uint8 [H, W, 3], or [H, W, 4] with an alpha channel, which a format without one leaves out.
         format: a name of :data:`FORMATS`. metadata, icc: as :func:`fitted` returns them.
-        text: further text entries; in a format other than PNG their values are the EXIF user comment if it is free and they fit.
+        text: further text entries; in a format other than PNG they are the EXIF user comment, unless the source has one or they are too long.
     """
     kind, arguments = FORMATS[format], dict(FORMATS[format].options)
     exif, xmp = metadata.exif, metadata.xmp
@@ -236,10 +238,12 @@ def _with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
 def _with_comment(exif: bytes | None, text: Mapping[str, str]) -> bytes | None:
     out = _loaded(exif)
     inner = out.get_ifd(ExifTags.IFD.Exif)
-    if USER_COMMENT in inner:
-        return exif
+    comment = _ASCII + "\n".join(f"{key}: {value}" for key, value in text.items()).encode("ascii", "backslashreplace")
+    before = inner.get(USER_COMMENT)
+    if before and not (isinstance(before, bytes) and before.startswith(_ASCII + next(iter(text)).encode())):
+        return exif  # the comment of a person; one of an earlier edit of this picture is replaced
     if ExifTags.IFD.Exif not in out:
         out[ExifTags.IFD.Exif] = inner
-    inner[USER_COMMENT] = b"ASCII\0\0\0" + "\n".join(text.values()).encode("ascii", "backslashreplace")
+    inner[USER_COMMENT] = comment
     data = out.tobytes()
     return data if len(data) <= _MAX_EXIF else exif
