@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,9 +105,9 @@ def edit_picture(
     Raises:
         BlendedError: for a picture or mask of the wrong kind, size or value range, an empty mask, and anything in the options that is impossible.
     """
+    timer = Timer()
     options = options or PRESETS["best"]
     check_picture(picture, mask)
-    timer = _Timer()
     context = models.context
     with context.autograd():
         if isinstance(prompt, str):
@@ -237,15 +237,26 @@ class _Scorer:
         return [float(d) if d.isfinite() else None for d in scored]
 
 
-class _Timer:
-    """Seconds by the name of a part."""
+class Timer:
+    """Seconds by the name of a stage. Every moment belongs to the stage whose lap ends next, so that the stages add up to the whole time."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.clock = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Adds the time since the last lap to a part."""
+        """Adds the time since the last lap to a stage."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
         self.clock = now
+
+    def include(self, stages: Mapping[str, float]) -> None:
+        """Takes over stages that another timer measured since the last lap."""
+        for name, seconds in stages.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.clock += seconds
+
+    @property
+    def total(self) -> float:
+        """The sum of all stages."""
+        return sum(self.seconds.values())

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+LONGEST_VALUE = 80
+"""Characters of a value in a message."""
+
 
 def _names(option: str | Sequence[str]) -> tuple[str, ...]:
     return (option,) if isinstance(option, str) else tuple(option)
@@ -47,6 +50,15 @@ class Note(str):
         note = super().__new__(cls, text)
         note.options = _names(option)
         return note
+
+
+def short_repr(value: object) -> str:
+    """A value for a message: its repr, of a long one the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        text = "a very large number"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def with_controls(message: object, control: Callable[[str], str | None]) -> str:

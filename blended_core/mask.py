@@ -133,6 +133,14 @@ class EditMask:
         return weights
 
 
+def from_labels(mask: Tensor) -> Tensor | None:
+    """A mask whose only values are 0 and 1/255 with 1 in place of 1/255: tools for segmentation write 0 and 1 in 8 bits. None for any other mask."""
+    highest = float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0
+    if not 0.5 < highest * 255 < 1.5:
+        return None
+    return (mask > 0.5 * highest).to(mask.dtype)
+
+
 def blend(foreground: Tensor, background: Tensor, mask: Tensor) -> Tensor:
     """x_fg ⊙ m + x_bg ⊙ (1 − m), [B, C, H, W]; both must be at one noise level. (Algorithm 2.)"""
     return foreground * mask + background * (1 - mask)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from typing import Any
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
-from .errors import BlendedError
+from .errors import BlendedError, short_repr
 from .schedule import check_respacing
 
 MAX_SEED = 2**64 - 1
 REGION = "mask and region"
+MOST = 100_000
+"""The largest count that an option takes where nothing sets a closer limit: more is a slip, and would run or allocate without end."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,22 @@ class Option:
     def allows(self, value: Any) -> bool:
         """Whether a value is one of the choices, or within the limits."""
         if self.choices:
-            return value in self.choices
+            return isinstance(value, str) and value in self.choices
         if self.low is None and self.high is None:
             return True
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not is_finite(value):
             return False
         if self.low is not None and (value < self.low or (self.above and value == self.low)):
             return False
         return self.high is None or value <= self.high
+
+
+def is_finite(number: Real | float) -> bool:
+    """Whether a number is neither NaN nor infinite, nor a whole number beyond the range of float."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def option(default: Any, help: str, **declaration: Any) -> Any:
@@ -86,13 +98,29 @@ def declared(kind: Any) -> dict[str, tuple[Option, Any]]:
 
 
 def validate(options: Any) -> None:
-    """Raises BlendedError, naming the option, if a value is none of the choices or outside the limits. None is valid where it is the default."""
-    for name, (declaration, default) in declared(options).items():
-        value = getattr(options, name)
-        if value is None and default is None:
-            continue
-        if not declaration.allows(value):
-            raise BlendedError(f"{name} is {value!r}; give {declaration.requirement(type(default) is int)}.", option=name)
+    """Raises BlendedError, naming the option, if a value is of another type, none of the choices, or outside the limits."""
+    kind: Any = type(options)
+    kinds_of = _kinds(kind)
+    for name, (declaration, _) in declared(options).items():
+        value, kinds = getattr(options, name), kinds_of[name]
+        if not any(_is_a(value, kind) for kind in kinds) or (value is not None and not declaration.allows(value)):
+            whole = int in kinds and str not in kinds
+            text = "a text" if kinds == (str,) and not declaration.choices else declaration.requirement(whole)
+            text = "true or false" if bool in kinds else text
+            raise BlendedError(f"{name} is {short_repr(value)}; give {text}.", option=name)
+
+
+@lru_cache
+def _kinds(kind: Any) -> dict[str, tuple[Any, ...]]:
+    """{name of a field: the types of its annotation}."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of the type of an annotation. Every real number is a float, also a whole one or one of numpy."""
+    if kind is float or kind is int:
+        return isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True)
@@ -144,13 +172,13 @@ class GuidanceOptions:
     views: int = option(
         8,
         "Augmented views that CLIP sees at each step. More views give cleaner shapes and take more time. 1 turns the augmentations off.",
-        low=1, node_high=256, metavar="N",
+        low=1, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
     symmetric_views: bool = option(True, "Shift views along both axes. The reference code shifts along the vertical axis only.", flag="")
     view_chunk: int = option(
         0,
         "Views that go through CLIP at once; 0: all. Lower values need less memory and give the same result.",
-        low=0, node_high=256, metavar="N",
+        low=0, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
     clamp: float | None = option(
         None,
@@ -160,7 +188,7 @@ class GuidanceOptions:
     reference_size: int = option(
         256,
         "Image side that the weights of the losses refer to, so that one scale suits models of every size. 0: weights are used as they are.",
-        low=0, node_high=4096, step=64, metavar="PX", unit="pixels",
+        low=0, high=MOST, node_high=4096, step=64, metavar="PX", unit="pixels",
     )  # fmt: skip
     x0_if_needed: bool = option(
         False, "If memory runs out with gradient unet, continue with gradient x0 instead of failing. The result will differ."
@@ -178,7 +206,7 @@ class GuidanceOptions:
     early_views: int = option(
         0,
         "Views in the noisier half of the levels, where there is little to see yet; fewer are faster. 0: as many as views.",
-        low=0, node_high=256, metavar="N",
+        low=0, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -254,9 +282,14 @@ class EditOptions:
         high=MAX_SEED,
         metavar="N",
     )
-    candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, node_high=256, metavar="N")
+    candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, high=MOST, node_high=256, metavar="N")
     batch: int = option(
-        4, "Candidates that are processed at once. Changes time and memory, not the random numbers.", low=1, node_high=64, metavar="N"
+        4,
+        "Candidates that are processed at once. Changes time and memory, not the random numbers.",
+        low=1,
+        high=MOST,
+        node_high=64,
+        metavar="N",
     )
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     background_level: str = option(
@@ -306,7 +339,7 @@ class EditOptions:
     feather: int = option(
         0,
         "Pixels over which the edit fades in, counted inward from the mask edge. The outside stays untouched.",
-        low=0, node_high=512, metavar="PX", unit="pixels", group=REGION,
+        low=0, high=MOST, node_high=512, metavar="PX", unit="pixels", group=REGION,
     )  # fmt: skip
     ranking: str = option(
         "views",
@@ -315,10 +348,13 @@ class EditOptions:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        steps: Any = self.steps
+        if isinstance(steps, int) and not isinstance(steps, bool):  # as a script may give it
+            object.__setattr__(self, "steps", str(steps))
         validate(self)
         if not isinstance(self.class_choice, int) and self.class_choice not in ("zero", "random"):
             raise BlendedError(
-                f"class_choice is {self.class_choice!r}; give 'zero', 'random' or the number of a class.", option="class_choice"
+                f"class_choice is {short_repr(self.class_choice)}; give 'zero', 'random' or the number of a class.", option="class_choice"
             )
         check_respacing(self.steps)
 

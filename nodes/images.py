@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import comfy.model_management as mm
 import torch
 from torch import Tensor
 
-from ..blended_core.errors import BlendedError
+from ..blended_core.errors import BlendedError, BlendedWarning
+from ..blended_core.mask import from_labels
 from .latent import as_mask_batch, shape_of
 
 
@@ -20,8 +23,15 @@ def from_image(image: Tensor, name: str = "IMAGE") -> tuple[Tensor, Tensor | Non
 
 
 def from_mask(mask: Tensor) -> Tensor:
-    """MASK [B, H, W] → [B, 1, H, W] float32, a copy on the CPU. Raises BlendedError for an empty mask."""
+    """MASK [B, H, W] → [B, 1, H, W] float32, a copy on the CPU. Raises BlendedError for an empty mask.
+
+    Warns:
+        BlendedWarning: if the mask was made of the values 0 and 1 of an 8-bit file, which are taken as black and white.
+    """
     values = as_mask_batch(mask).clone()
+    if (labels := from_labels(values)) is not None:
+        values = labels
+        warnings.warn(BlendedWarning("the MASK has the values 0 and 1 of 255 only; 1 is taken as white."), stacklevel=2)
     if not bool((values > 0).any()):
         raise BlendedError(
             f"the MASK is empty ({shape_of(mask)}, all 0), so nothing would be edited. Paint white where the image should change: "

@@ -153,7 +153,7 @@ class NoisyImages:
         used = EditMask.of(as_mask_batch(noise_mask), mask_rule(soft))
         if tuple(used.values.shape[-2:]) == (region.height, region.width) != (size, size):
             return self.mask_rows(region.cut_mask(used, size), "noise masks")
-        return self.mask_rows(fit_mask(used.values, (size, size), soft), "noise masks")
+        return self.mask_rows(EditMask.of(stretch_mask(used.values, (size, size)), mask_rule(soft)), "noise masks")
 
     def at(self, level: int, samples: Tensor) -> Latent:
         """The LATENT with other samples, at another level."""
@@ -255,5 +255,18 @@ def stretch_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def fit_mask(mask: Tensor, size: Sequence[int], soft: bool) -> EditMask:
-    """The mask as the edit uses it, stretched to (height, width)."""
-    return EditMask.of(stretch_mask(mask, size), mask_rule(soft))
+    """The mask as the edit uses it, stretched to (height, width). Raises BlendedError if nothing of it is inside."""
+    stretched = stretch_mask(mask, size)
+    check_stretched(mask, stretched, mask_rule(soft))
+    return EditMask.of(stretched, mask_rule(soft))
+
+
+def check_stretched(mask: Tensor, stretched: Tensor, rule: str) -> None:
+    """Raises BlendedError, with the peak of the mask as it was given, if nothing is inside after it was stretched."""
+    if EditMask.of(stretched, rule).inside.any():
+        return
+    EditMask.of(mask, rule).box()
+    raise BlendedError(
+        f"nothing is left of the MASK of {mask.shape[-1]}×{mask.shape[-2]} when it is stretched to the image's {stretched.shape[-1]}×"
+        f"{stretched.shape[-2]}, because what it marks is too thin; give a MASK of the size of the image."
+    )

@@ -17,7 +17,7 @@ from ..blended_core.sample import Models, Step
 from . import inputs
 from .images import from_image, from_mask, sample_to_image, to_image
 from .inputs import edit_option, row_indices
-from .latent import stretch_mask
+from .latent import check_stretched, stretch_mask
 from .memory import LoadedDDPM, LoadedGuidance, LoadedPrompt, edit_models, load_managed_perceptual, load_to_device
 from .runtime import Progress, format_score, library_scope, with_inputs
 
@@ -201,6 +201,8 @@ def edit_all(models: Models, images: Tensor, masks: Tensor, prompt: Prompt | Non
     results = []
     for image, mask in zip(images, masks, strict=True):
         stretched = stretch_mask(mask[None], image.shape[-2:])
+        if not options.invert_mask:
+            check_stretched(mask[None], stretched, options.mask_rule)
         results.append(edit_picture(image[None], stretched, prompt, models, options, progress.on_step, on_start=progress.on_start))
     return results
 

@@ -26,7 +26,7 @@ from blended_core.cli.report_input import request_of_report
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.io import results
 from blended_core.io.contact_sheet import contact_sheet
-from blended_core.io.images import write_png
+from blended_core.io.images import write_picture
 from blended_core.io.request import Request
 from blended_core.options import EditOptions, GuidanceOptions, declared
 from blended_core.sample import Models, Step
@@ -525,7 +525,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--skip", "4"], "--skip is 4 of 4 steps"),
     (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'; give 'zero', 'random' or the number of a class (--class)."),
     (["--prompt", "tree", "--set", "heads"], "--set 'heads' is not understood"),
-    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a number of at least 1 (--threads)."),
+    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a whole number of at least 1 and at most 1024 (--threads)."),
     (
         ["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"],
         "1 prompts were given with 2 weights; give one weight for each prompt (--prompt-weight).",
@@ -661,9 +661,9 @@ def test_ctrl_c_during_writing_keeps_the_earlier_results(
         written.append(path)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write_png(path, *rest)
+        write_picture(path, *rest)
 
-    monkeypatch.setattr(results, "write_png", interrupted)
+    monkeypatch.setattr(results, "write_picture", interrupted)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
     report = report_of(tmp_path / "out")
     assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]

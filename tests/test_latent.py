@@ -139,3 +139,13 @@ def test_inputs_are_not_modified() -> None:
     lower = noisy.at(3, torch.zeros(2, 3, 8, 8))
     assert torch.equal(whole["samples"], before) and whole[latent.KEY].level == 4
     assert lower["other"] == 5 and latent.unpack(lower, "x").state.level == 3
+
+
+def test_a_mask_that_leaves_nothing_is_refused_with_its_real_peak() -> None:
+    assert torch.equal(latent.fit_mask(torch.full((1, 1, 8, 8), 0.4), (16, 16), True).values, torch.full((1, 1, 16, 16), 0.4))
+    with pytest.raises(BlendedError, match=r"its brightest pixel is 0\.4 and editing needs 0\.5"):
+        latent.fit_mask(torch.full((1, 1, 8, 8), 0.4), (16, 16), False)
+    line = torch.zeros(1, 1, 64, 64)
+    line[..., 33, :] = 1
+    with pytest.raises(BlendedError, match="nothing is left of the MASK of 64×64 when it is stretched to the image's 8×8"):
+        latent.fit_mask(line, (8, 8), False)

@@ -636,11 +636,36 @@ def test_latents_without_a_level_are_blended_as_they_are(comfyui: Server) -> Non
     assert comfyui.run(prompt).error is None
 
 
+def test_a_mask_of_0_and_1_of_255_is_white_and_black(comfyui: Server) -> None:
+    """As Load Image (as Mask) reads a file of a tool for segmentation."""
+    images = []
+    for value in (1.0, 1 / 255):
+        prompt = loop({**scene(), "start": start()})
+        prompt["labels"] = core("MaskComposite", destination=["zero", 0], source=["one", 0], x=16, y=16, operation="add")
+        prompt["zero"] = core("SolidMask", value=0.0, width=64, height=64)
+        prompt["one"] = core("SolidMask", value=value, width=30, height=30)
+        prompt["start"]["inputs"]["mode.mask"] = ["labels", 0]
+        outcome = comfyui.run(prompt)
+        assert outcome.error is None, outcome.sentence
+        images.append(comfyui.pictures(outcome, "save"))
+    assert all(np.array_equal(a, b) for a, b in zip(*images, strict=True))
+
+
 WRONG: list[tuple[str, Any, str]] = [
     (
         "an empty mask",
         lambda p: p["start"]["inputs"].update({"mode.mask": ["nothing", 0]}),
         "the MASK is empty (1×64×64, all 0), so nothing would be edited. Paint white where the image should change",
+    ),
+    (
+        "a mask of 40 % gray",
+        lambda p: p["start"]["inputs"].update({"mode.mask": ["gray", 0]}),
+        "the mask is empty: its brightest pixel is 0.4 and editing needs 0.5 or more",
+    ),
+    (
+        "a mask of 40 % gray at Final Paste",
+        lambda p: p["paste"]["inputs"].update(mask=["gray", 0]),
+        "the mask is empty: its brightest pixel is 0.4 and editing needs 0.5 or more",
     ),
     (
         "no mask with a prompt",
@@ -717,6 +742,7 @@ def test_wrong_connections_get_an_error_message(comfyui: Server, what: str, brea
     prompt["plain"] = core("EmptyLatentImage", width=64, height=64, batch_size=1)
     prompt["scaled"] = core("LatentMultiply", samples=["start", 0], multiplier=0.5)
     prompt["nothing"] = core("SolidMask", value=0.0, width=64, height=64)
+    prompt["gray"] = core("SolidMask", value=0.4, width=64, height=64)
     prompt["short"] = start(steps=1, strength=1.0)
     prompt["shortstep"] = node("CLIPGuidanceStep", ddpm=["ddpm", 0], latent=["short", 0])
     prompt["clean"] = node("BlendLatents", foreground=["shortstep", 0], background=["shortstep", 0])

@@ -7,7 +7,6 @@ import contextlib
 import json
 import shlex
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -21,10 +20,10 @@ from tqdm import tqdm
 from ..adm.load import load_ddpm
 from ..clip.model import load_clip
 from ..device import DTYPES, DeviceContext
-from ..edit import edit_picture
+from ..edit import Timer, edit_picture
 from ..errors import BlendedError, BlendedWarning, Note, with_controls
 from ..io.atomic import sha256
-from ..io.images import mask_from_alpha, read_mask, read_picture, write_png
+from ..io.images import for_format, mask_from_alpha, read_mask, read_picture, write_png
 from ..io.request import MACHINE, Request
 from ..io.results import REPORT, SHEET, Writer, old_results
 from ..options import PRESETS, EditOptions, GuidanceOptions, declared, preset
@@ -39,7 +38,7 @@ from .process import INTERRUPTED, keep_freed_memory, uninterrupted
 from .report_input import network_files, request_of_report
 
 MACHINE_OPTIONS = {name for name, (declaration, _) in declared(Request).items() if declaration.group == MACHINE}
-OUTPUT_ARGUMENTS = {"command", "from_report", "out", "overwrite", "animate", "debug", "argv", "flags"}
+OUTPUT_ARGUMENTS = {"command", "from_report", "out", "overwrite", "animate", "format", "debug", "argv", "flags"}
 """Arguments of ``edit`` that do not change the result."""
 
 
@@ -166,11 +165,12 @@ def run(request: Request, args: argparse.Namespace, generated: Mapping[str, Path
 
     ``generated`` are temporary files of the picture and the mask that are moved to the paths in the request with the results.
     """
-    began = time.perf_counter()
+    timer = Timer()
     files = generated or {key: Path(path) for key in ("image", "mask") if (path := getattr(request, key))}
     _check_inputs(files, args.out)
     picture = read_picture(files["image"])
     mask = read_mask(files["mask"], picture.size, picture.notes) if "mask" in files else mask_from_alpha(picture)
+    picture = for_format(picture, args.format)
     # Hashed now: the files may change during the run.
     inputs = {key: sha256(files[key]) if key in files else None for key in ("image", "mask")}
     for note in picture.notes:
@@ -184,8 +184,8 @@ def run(request: Request, args: argparse.Namespace, generated: Mapping[str, Path
     request = _with_actual_machine(request, models)
     command = shlex.join(["blended-diffusion", *args.argv])
     provenance = {"command": command, "inputs": inputs, "networks": _networks(request, models)}
-    writer = Writer(args.out, request, picture, provenance, generated, args.animate)
-    loading = time.perf_counter() - began
+    writer = Writer(args.out, request, picture, provenance, generated, args.animate, args.format)
+    timer.lap("load")
 
     error: BaseException | None = None
     try:
@@ -207,8 +207,10 @@ def run(request: Request, args: argparse.Namespace, generated: Mapping[str, Path
             if writer.result is None or not writer.files:
                 raise
             error, result = caught, writer.result
+        timer.include(result.seconds)
         with uninterrupted():
             if error is not None:
+                timer.lap("unfinished candidates")
                 traceback.clear_frames(error.__traceback__)  # releases tensors
                 # A candidate whose file was not finished is dropped.
                 result.candidates = [c for c in result.candidates if c.index in writer.files]
@@ -216,9 +218,8 @@ def run(request: Request, args: argparse.Namespace, generated: Mapping[str, Path
                 finished = f"{len(result.candidates)} of {request.options.candidates} candidates were finished"
                 result.notes.append(Note(f"Stopped early, {finished}. The reason: {message_of(error, args)}"))
             result.notes = [Note(with_controls(note, args.flags.get)) for note in result.notes]
-            result.seconds = {"load": loading, **result.seconds}
-            missing = writer.finish(result, error is not None)
-            _print_result(result, args, error is not None, time.perf_counter() - began)
+            missing = writer.finish(result, error is not None, timer)
+            _print_result(result, args, error is not None, timer.total)
     except KeyboardInterrupt:
         if not writer.files:
             raise

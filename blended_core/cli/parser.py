@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ..io.formats import FORMATS
 from ..io.request import MACHINE, Request
 from ..io.versions import own_version
 from ..options import PRESETS, REGION, EditOptions, GuidanceOptions, Option, declared
@@ -168,6 +169,10 @@ def _overrides(parser: argparse._ActionsContainer) -> None:
 def _machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group(MACHINE)
     _add_options(group, Request, **{name: None for name, (declaration, _) in declared(Request).items() if declaration.group == MACHINE})
+    group.add_argument(
+        "--format", choices=tuple(FORMATS), default="png",
+        help="Format of the results. Only png, webp and tiff, which are lossless, keep the pixels outside the mask exactly. Default: %(default)s.",
+    )  # fmt: skip
     group.add_argument("--animate", action="store_true", help="Write an animation of each candidate, animations/*.webp.")
     return group
 

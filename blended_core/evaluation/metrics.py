@@ -328,5 +328,5 @@ def load_candidates(out: Path, row: str, case: Pair) -> tuple[list[UInt8], list[
     """The images [S, S, 3] of the candidates of a pair, best first, and whether the judge accepted each."""
     file = record_path(out, row, case)
     accepted = [bool(c["accepted"]) for c in json.loads(file.read_text("utf-8"))["candidates"]]
-    with Image.open(file.with_suffix(".png")) as image:
+    with Image.open(file.with_suffix(".png"), formats=("PNG",)) as image:
         return list(np.split(np.asarray(image.convert("RGB")), len(accepted), 1)), accepted

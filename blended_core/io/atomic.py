@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and hashes of files."""
+"""Files that are written completely or not at all, the check of an input file, and hashes of files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,12 +14,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..errors import BlendedError
+
 HIDDEN = ".blended-"
 """Begins the names of hidden folders."""
 LOCK = "blended-diffusion.lock"
 """In the hidden folder of a file that is being written: locked while its process lives."""
 ABANDONED_SECONDS = 2.0
 """Age of a hidden folder before it is taken for abandoned: its process may be about to lock it."""
+LONGEST_PATH = 120
 
 
 @contextlib.contextmanager
@@ -75,6 +79,32 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_bytes(data)
+
+
+def shown_path(path: Path) -> str:
+    """A path as messages show it: control characters escaped, of a long one the end."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+    return text if len(text) <= LONGEST_PATH else f"…{text[-LONGEST_PATH:]}"
+
+
+def check_file(path: Path, what: str, option: str | tuple[str, ...] = ()) -> None:
+    """Raises BlendedError unless a path is a file that can be read from beginning to end. Opening a named pipe would wait without end.
+
+    Args:
+        path: the file.
+        what: 'the picture', for the message. option: that names it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise BlendedError(f"{what} {shown_path(path)} does not exist; check the path.", option) from None
+    except (OSError, ValueError) as error:  # too long a name, a folder that may not be read, a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise BlendedError(f"{what} {shown_path(path)} cannot be opened ({reason}); check the path.", option) from None
+    if stat.S_ISDIR(mode):
+        raise BlendedError(f"{what} {shown_path(path)} is a folder; give a file.", option)
+    if not stat.S_ISREG(mode):
+        raise BlendedError(f"{what} {shown_path(path)} is a device, a pipe or a socket; give a file.", option)
 
 
 def sha256(path: Path) -> str:
