@@ -165,7 +165,7 @@ class BlendedSampler(io.ComfyNode):
                 for candidate in result.candidates
             ]
             regions = [sample_to_image(candidate.edited) for result in results for candidate in result.candidates]
-            return io.NodeOutput(torch.cat(images), torch.cat(regions), scores(results))
+            return io.NodeOutput(torch.cat(images), torch.cat(regions), scores(results, prompt is not None))
 
 
 def resolve_options(name: str, changes: dict[str, Any], guidance: LoadedGuidance | None) -> EditOptions:
@@ -205,13 +205,15 @@ def edit_all(models: Models, images: Tensor, masks: Tensor, prompt: Prompt | Non
     return results
 
 
-def scores(results: list[EditResult]) -> str:
-    """A table of the candidates of each image, and the notes of the edits."""
+def scores(results: list[EditResult], prompted: bool) -> str:
+    """A table of the candidates of each image, and the notes of the edits; ``prompted``: whether there was a prompt."""
     parts = []
     for number, result in enumerate(results, 1):
         lines = [f"Image {number}"] if len(results) > 1 else []
         if result.source_distance is not None:
             lines.append(f"source image: CLIP distance {format_score(result.source_distance)}")
+        if not prompted:
+            lines.append("no prompt: filled from the surroundings")
         lines += [score_line(candidate) for candidate in result.candidates]
         parts.append("\n".join(lines + [with_inputs(note, NAME) for note in result.notes]))
     return "\n\n".join(parts)

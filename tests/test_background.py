@@ -18,6 +18,7 @@ from torch import Tensor
 from blended_core.cli import edit as edit_command
 from blended_core.cli import main
 from blended_core.denoiser import DiffusionModel
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
@@ -70,13 +71,13 @@ def masks(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> Tensor:
 
 
 def outside(mask: Tensor, soft: bool, invert: bool = False) -> Tensor:
-    """Which pixels must not change, said a second time and differently: a NaN is never edited."""
+    """Which pixels must not change, said a second time and differently: a NaN is never edited, and 8 of 255 is black in a soft mask."""
     values = mask.double().numpy()
     if invert:
         values = 1 - values
         # 1 − m is rounded nowhere near a half, and ≥ 0.5 inverted is < 0.5.
-        return torch.from_numpy(~(values > 0) if soft else ~(values > 0.5))
-    return torch.from_numpy(~(values > 0) if soft else ~(values >= 0.5))
+        return torch.from_numpy(~(values * 255 > 8.5) if soft else ~(values > 0.5))
+    return torch.from_numpy(~(values * 255 > 8.5) if soft else ~(values >= 0.5))
 
 
 def rule_of(soft: bool) -> str:
@@ -123,10 +124,10 @@ def test_the_threshold_lies_between_127_and_128() -> None:
     mask = torch.tensor([127 / 255, 128 / 255, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), float("nan")]).view(1, 1, 1, 5)
     original, edited = torch.zeros(1, 3, 1, 5), torch.ones(1, 3, 1, 5)
     assert final_paste(edited, original, EditMask.of(mask))[0, 0, 0].tolist() == [0, 1, 1, 0, 0]
-    soft = torch.tensor([0.0, 1e-30, 1 / 255, 1.0, float("nan")]).view(1, 1, 1, 5)
+    soft = torch.tensor([1e-30, 8 / 255, 9 / 255, 1.0, float("nan")]).view(1, 1, 1, 5)
     result = final_paste(edited, original, EditMask.of(soft, "soft"))[0, 0, 0].tolist()
-    assert result[0] == result[4] == 0
-    assert 0 < result[2] < 0.02
+    assert result[0] == result[1] == result[4] == 0
+    assert 0 < result[2] < 0.2
     assert result[3] == 1
 
 
@@ -148,8 +149,8 @@ def test_feather_fades_inward_only(feather: int) -> None:
     assert (weights[mask == 0] == 0).all()
     assert (weights[mask == 1] > 0).all()
     middle = weights[0, 0, 20, 5:35]
-    depth = middle[: feather + 1]
-    assert (depth.diff() > 0).all(), "the weight must rise from the edge inward"
+    depth = middle[:feather]
+    assert depth.tolist() == pytest.approx([(i + 1) / feather for i in range(feather)]), "the weight rises with the distance from the edge"
     assert (middle[feather:-feather] == 1).all(), "beyond the feather the edit is whole"
 
 
@@ -201,7 +202,7 @@ def test_what_is_computed_around_the_mask_is_what_the_whole_picture_gives(
     region = region_around(used, size, context)
     whole = final_paste(region.put_back((edited + 1) / 2, original), original, used, feather)
     assert torch.equal(paste(edited, original, used, region, feather), whole)
-    assert seam_energy(whole[:1], used) == pytest.approx(seam_of_everything(whole[0], ((mask > 0) if soft else (mask >= 0.5))[0, 0]))
+    assert seam_energy(whole[:1], used) == pytest.approx(seam_of_everything(whole[0], ~outside(mask, soft)[0, 0]))
 
 
 def test_the_background_error_of_a_large_picture_is_summed_in_bands() -> None:
@@ -210,7 +211,7 @@ def test_the_background_error_of_a_large_picture_is_summed_in_bands() -> None:
     mask = EditMask.of((torch.rand(1, 1, 300, 2100, generator=generator) > 0.7).float())
     outside = (mask.values == 0).expand_as(a)
     assert background_error(a, b, mask) == pytest.approx(float((a - b)[outside].abs().double().mean()), rel=1e-9)
-    assert background_error(a, b, EditMask.of(torch.ones(1, 1, 300, 2100))) == 0
+    assert background_error(a, b, EditMask.of(torch.ones(1, 1, 300, 2100))) is None, "no pixel was compared"
     broken = torch.where(outside, a, torch.nan)
     assert background_error(broken, a, mask) == 0
 
@@ -254,7 +255,8 @@ def test_an_edit_never_touches_the_outside(
     for candidate in result.candidates:
         pasted = result.picture(candidate)
         assert untouched(pasted, picture.float(), keep)
-        assert candidate.score.background_error == 0.0
+        assert candidate.score.background_error == (0.0 if keep.any() else None)
+        assert candidate.score.background_pixels == int(keep.sum())
         assert pasted.isfinite().all() and float(pasted.min()) >= 0 and float(pasted.max()) <= 1
     assert tiny.same_bits(picture, before[0]) and tiny.same_bits(mask, before[1]), "an input was written to"
     changed = result.picture(result.candidates[0]) != picture.float()
@@ -272,18 +274,62 @@ def test_any_gray_counts_in_official() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_network_leaves_the_outside_alone(value: float) -> None:
-    """Half precision that overflows gives NaN everywhere; the background must not notice, nor its error."""
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_without_a_finite_candidate_is_an_error(value: float, half: bool) -> None:
     broken = DiffusionModel(tiny.Network(lambda x, _: torch.full_like(x, value)), DiffusionConfig(variance="fixed_small"), 16)
     mask = torch.zeros(1, 1, 20, 33)
     mask[..., 3:9, 5:20] = 1
+    models = replace(MODELS, ddpm=broken, context=DeviceContext(dtype=torch.float16 if half else torch.float32))
+    seen: list[Any] = []
+    options = preset("best", steps="3", candidates=2, views=1, feather=2)
+    with pytest.raises(BlendedError, match=r"no candidate is finite.*NaN or Inf in 2 of 2") as raised:
+        edit_picture(tiny.random_picture(20, 33), mask, PROMPT, models, options, on_candidate=lambda *given: seen.append(given))
+    assert not seen, "a candidate that is not finite is not handed out"
+    assert raised.value.options == (("dtype",) if half else ("ddpm", "overrides"))
+    assert ("use fp32" in str(raised.value)) is half
+
+
+def test_a_guidance_scale_out_of_all_proportion_is_named() -> None:
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 3:12, 3:12] = 1
+    with pytest.raises(BlendedError, match=r"no candidate is finite.*lower the guidance scale, now 1e\+30") as raised:
+        edit_picture(tiny.random_picture(16, 16), mask, PROMPT, MODELS, preset("best", steps="6", candidates=2, views=1, scale=1e30))
+    assert raised.value.options == ("scale",)
+
+
+def test_candidates_that_are_not_finite_are_left_out_with_a_note() -> None:
+    """The network breaks for one of two candidates; the outside of the other stays."""
+
+    def network(x: Tensor, _: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[1:2] = float("nan")
+        return out
+
+    model = DiffusionModel(tiny.Network(network), DiffusionConfig(variance="fixed_small"), 16)
+    mask = torch.zeros(1, 1, 20, 33)
+    mask[..., 3:9, 5:20] = 1
     picture = tiny.random_picture(20, 33)
-    result = edit_picture(picture, mask, PROMPT, replace(MODELS, ddpm=broken), preset("best", steps="3", candidates=2, views=1, feather=1))
-    for candidate in result.candidates:
-        assert untouched(result.picture(candidate), picture, mask == 0)
-        assert candidate.score.background_error == 0.0
-        assert candidate.score.clip_distance is None
-    assert len(result.notes) == 1 and "NaN or Inf produced by the network" in result.notes[0] and result.notes[0].options == ("dtype",)
+    result = edit_picture(picture, mask, None, replace(MODELS, ddpm=model), preset("best", steps="3", candidates=2, batch=2))
+    assert [candidate.index for candidate in result.candidates] == [0]
+    assert untouched(result.picture(result.candidates[0]), picture, mask == 0)
+    (note,) = result.notes
+    assert note.startswith("Candidate 1 was left out: NaN or Inf in 1 of 2") and "half" not in note and "fp32" not in note
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(0, 0), (10, 16)])
+def test_one_value_that_is_not_finite_spoils_nothing_else(value: float, where: tuple[int, int]) -> None:
+    """Outside the mask it stays as it is; the edit is as finite as that of a picture without it."""
+    picture, mask = tiny.random_picture(24, 33), torch.zeros(1, 1, 24, 33)
+    mask[..., 6:18, 8:24] = 1
+    picture[0, 1, where[0], where[1]] = value
+    result = edit_picture(picture, mask, None, MODELS, preset("best", steps="3", candidates=1))
+    pasted = result.picture(result.candidates[0])
+    assert untouched(pasted, picture, mask == 0)
+    assert pasted[(mask == 1).expand_as(pasted)].isfinite().all()
+    assert [str(note) for note in result.notes] == [
+        "1 values of the picture are NaN or Inf. Outside the mask they stay; the model sees gray, black or white there."
+    ]
 
 
 def test_background_error_sees_one_changed_bit() -> None:

@@ -36,6 +36,7 @@ class Detection:
             'probe' or 'default' (a guess).
         family: the published family with these shapes, or None.
         probe: the result of the calibration probe if it was run.
+        guidance_scale: recommended for edits, where one is stated (:meth:`~blended_core.options.GuidanceOptions.scale_for`).
     """
 
     prefix: str
@@ -44,11 +45,14 @@ class Detection:
     sources: Mapping[str, str]
     family: str | None
     probe: ProbeResult | None = None
+    guidance_scale: float | None = None
 
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
         """{setting: (value, source)}, those of the network first."""
         values = {**self.unet.to_dict(), **self.diffusion.to_dict()}
+        if self.guidance_scale is not None:
+            values["guidance_scale"] = self.guidance_scale
         return {name: (value, self.sources[name]) for name, value in values.items()}
 
     @property
@@ -127,7 +131,7 @@ def detect(
         )
     unet = UNetConfig(**{f.name: values[f.name] for f in fields(UNetConfig)})
     diffusion = DiffusionConfig(**{f.name: values[f.name] for f in fields(DiffusionConfig)})
-    return Detection(prefix, unet, diffusion, sources, family)
+    return Detection(prefix, unet, diffusion, sources, family, guidance_scale=values.get("guidance_scale"))
 
 
 # --- the network among the tensors of a file --------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def load_checkpoint(
         if probe is not None and set(detection.open_settings) & set(PROBED_SETTINGS):
             detection = _probed(unet, detection, digest, probe, path)
             context.place(unet)
-        model = DiffusionModel.from_unet(unet.rewire(detection.unet), detection.diffusion)
+        model = DiffusionModel.from_unet(unet.rewire(detection.unet), detection.diffusion, detection.guidance_scale)
     for warning in _doubts(detection, path):
         warnings.warn(warning, stacklevel=2)
     return Checkpoint(model, detection, path)
@@ -129,7 +129,9 @@ def _resolved(path: Path | str) -> Path:
 
 def _detected(file: WeightsFile, overrides: Mapping[str, Any] | None) -> Detection:
     groups = {"unet", "diffusion"} & file.metadata.keys()
-    metadata = {group: json_object(file.metadata[group], f"its metadata {group!r}") for group in groups}
+    metadata: dict[str, Any] = {group: json_object(file.metadata[group], f"its metadata {group!r}") for group in groups}
+    if "guidance_scale" in file.metadata:
+        metadata["guidance_scale"] = file.metadata["guidance_scale"]
     return detect(file.shapes, overrides, metadata, read_sidecar(file.path))
 
 

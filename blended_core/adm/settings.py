@@ -43,6 +43,14 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return tuple(int(n) if n == int(n) else n for n in numbers)
 
 
+def _scale(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not 0 < number <= MAX_GUIDANCE_SCALE:
+        raise ValueError
+    return number
+
+
+MAX_GUIDANCE_SCALE = 1e6
 WHOLE = (_whole, "a whole number, at least 1")
 OPTIONAL = (_optional, "a whole number, at least 1, or none")
 FLAG = (_flag, "true or false")
@@ -56,6 +64,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "schedule": _choice(*BETAS),
     "objective": _choice(*OBJECTIVES),
     "variance": _choice(*VARIANCES),
+    "guidance_scale": (_scale, f"a number above 0 and at most {MAX_GUIDANCE_SCALE:g}"),
     # Flags of guided-diffusion that state the same in another way.
     **dict.fromkeys(("num_channels", "diffusion_steps"), WHOLE),
     "attention_resolutions": (_numbers, "whole numbers of pixels separated by commas"),
