@@ -22,7 +22,7 @@ from blended_core.clip.model import ClipModel, Prompt
 from blended_core.denoiser import DiffusionModel
 from blended_core.diagnose import diagnose, options_without_effect
 from blended_core.diffusion import DiffusionConfig, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
-from blended_core.edit import edit_picture
+from blended_core.edit import edit_picture, prepare
 from blended_core.errors import BlendedError, Note
 from blended_core.guidance import Guidance, GuidedPrediction
 from blended_core.losses import StepInput, background_loss, cosine_distance, range_loss, spherical_distance
@@ -732,6 +732,31 @@ def test_options_are_checked() -> None:
     for values in bad:
         with pytest.raises(BlendedError, match=next(iter(values))):
             EditOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("picture", (0.0, 255.0)), ("picture", (0.0, 3.0)), ("picture", (-1.0, 1.0)), ("mask", (0.0, 255.0)), ("mask", (0.0, 2.0)),
+        ("mask", (-1.0, 1.0)), ("mask", (0.0, 1.4)),
+    ],
+)  # fmt: skip
+def test_values_of_another_range_are_refused(name: str, values: tuple[float, float], models: Any) -> None:
+    """8-bit values in a float tensor, however dark, and −1..1."""
+    given = {"picture": torch.full((1, 3, 8, 8), 0.5), "mask": torch.ones(1, 1, 8, 8)}
+    given[name][..., :4, :], given[name][..., 4:, :] = values
+    with pytest.raises(BlendedError, match=rf"the {name} has values from .*; give 0\.\.1, for a {name} in"):
+        edit_picture(given["picture"], given["mask"], None, models, preset("best", steps="2", candidates=1))
+
+
+def test_overshoot_and_highlights_are_kept_outside_and_limited_for_the_model() -> None:
+    picture = tiny.random_picture(24, 24)
+    picture[..., :2, :], picture[..., 2:4, :] = 6.5, -0.1
+    mask = torch.zeros(1, 1, 24, 24)
+    mask[..., 6:18, 6:18] = 1
+    result = edit_picture(picture, mask, None, tiny.tiny_models(), preset("best", steps="2", candidates=1))
+    assert torch.equal(result.picture(result.candidates[0])[..., :4, :], picture[..., :4, :])
+    assert float(prepare(picture, EditMask.of(mask), 24).source.abs().max()) <= 1
 
 
 def test_shapes_are_checked(models: Any) -> None:
