@@ -272,6 +272,23 @@ def test_a_run_that_gives_only_nan_fails_and_leaves_no_picture(
     assert not files_in(tmp_path / "out") if (tmp_path / "out").exists() else True
 
 
+def test_nearly_opaque_pixels_keep_their_alpha_under_a_soft_mask(
+    tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any
+) -> None:
+    """An alpha of 254 is a mask of 1/255 everywhere, which made the region the whole picture and every pixel opaque."""
+    pixels_of = np.dstack([pixels(Path(inputs[0])), np.full((HEIGHT, WIDTH), 254, np.uint8)])
+    pixels_of[20:40, 30:50, 3] = 0
+    Image.fromarray(pixels_of).save(tmp_path / "alpha.png")
+    out = tmp_path / "out"
+    assert run("edit", tmp_path / "alpha.png", "--prompt", "", *SMALL, "--soft-mask", "--out", out) == 0
+    assert "of the mask is nearly black (1 to 8 of 255); they count as outside" in capsys.readouterr().err
+    result = pixels(out / report_of(out)["candidates"][0]["file"])
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[20:40, 30:50] = True
+    assert (result[~inside] == pixels_of[~inside]).all() and (result[inside, 3] == 255).all()
+    assert report_of(out)["region"]["side"] < HEIGHT and report_of(out)["candidates"][0]["background_pixels"] == (~inside).sum()
+
+
 def test_the_background_error_says_what_it_compared(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
     assert run("edit", *inputs, "--prompt", "", *SMALL, "--out", tmp_path / "out") == 0
     outside = WIDTH * HEIGHT - 40 * 35
