@@ -52,7 +52,7 @@ def options_without_effect(options: EditOptions, model: DiffusionModel, prompted
         (prompted and blended_away, "Algorithm 2 replaces all that this loss changes, which lies outside the mask", ("background_scale",)),
         (
             prompted and not reference_loss,
-            "only the background loss of the reference code uses it (preset official with a background scale above 0)",
+            "only preset official uses it, with a background scale above 0",
             ("lpips_scale", "l2_scale"),
         ),
         (prompted and guidance.gradient == "x0", "the gradient is taken at x̂0 anyway", ("x0_if_needed",)),

@@ -320,6 +320,16 @@ def stretch_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
     return mask if tuple(mask.shape[-2:]) == tuple(size) else F.interpolate(mask, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def scale_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """:func:`stretch_mask` for a mask that covers an image of (height, width). Raises BlendedError if its aspect ratio is another one."""
+    height, width = mask.shape[-2:]
+    if not same_aspect((height, width), size):
+        raise BlendedError(
+            f"the mask is {width}×{height} and the image {size[1]}×{size[0]}, a different aspect ratio; connect a mask that was drawn over this image."
+        )
+    return stretch_mask(mask, size)
+
+
 def fit_mask(mask: Tensor, size: tuple[int, int], soft: bool) -> EditMask:
     """The mask as the edit uses it, scaled to (height, width).
 
@@ -329,12 +339,7 @@ def fit_mask(mask: Tensor, size: tuple[int, int], soft: bool) -> EditMask:
     Warns:
         BlendedWarning: if it is soft and has pixels that are nearly black.
     """
-    height, width = mask.shape[-2:]
-    if not same_aspect((height, width), size):
-        raise BlendedError(
-            f"the mask is {width}×{height} and the image {size[1]}×{size[0]}, a different aspect ratio; connect a mask that was drawn over this image."
-        )
-    used = EditMask.of(stretch_mask(mask, size), mask_rule(soft))
+    used = EditMask.of(scale_mask(mask, size), mask_rule(soft))
     for note in used.notes:
         warn(note)
     return used

@@ -17,7 +17,7 @@ from ..blended_core.sample import Models, Step
 from . import inputs
 from .images import from_image, from_mask, sample_to_image, to_image
 from .inputs import edit_option, row_indices
-from .latent import stretch_mask
+from .latent import scale_mask
 from .memory import LoadedDDPM, LoadedGuidance, LoadedPrompt, edit_models, load_managed_perceptual, load_to_device
 from .runtime import Progress, format_score, library_scope, with_inputs
 
@@ -46,7 +46,7 @@ class BlendedSampler(io.ComfyNode):
                 ),
                 io.Mask.Input(
                     "mask",
-                    tooltip="White: edit. One mask for all images, or one per image. A mask of another size is stretched over the image.",
+                    tooltip="White: edit. One mask for all images, or one per image. A mask of another size is scaled to the image; its aspect ratio must be the same.",
                 ),
                 inputs.PROMPT.Input(
                     "prompt",
@@ -200,8 +200,9 @@ def edit_all(models: Models, images: Tensor, masks: Tensor, prompt: Prompt | Non
     progress = EditProgress(len(images))
     results = []
     for image, mask in zip(images, masks, strict=True):
-        stretched = stretch_mask(mask[None], image.shape[-2:])
-        results.append(edit_picture(image[None], stretched, prompt, models, options, progress.on_step, on_start=progress.on_start))
+        height, width = image.shape[-2:]
+        scaled = scale_mask(mask[None], (height, width))
+        results.append(edit_picture(image[None], scaled, prompt, models, options, progress.on_step, on_start=progress.on_start))
     return results
 
 
