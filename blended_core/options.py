@@ -19,6 +19,10 @@ MAX_SEED = 2**64 - 1
 REGION = "mask and region"
 MOST = 100_000
 """The largest count that an option takes where nothing sets a closer limit: more is a slip, and would run or allocate without end."""
+DEFAULT_SCALE = 1000.0
+"""Guidance scale of the reference code, for checkpoints that recommend none."""
+RECOMMENDED_AT = 256
+"""Image side in pixels that the guidance scale recommended by a checkpoint refers to, as ``reference_size``."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,11 @@ class GuidanceOptions:
         BlendedError: if a value is outside its range.
     """
 
-    scale: float = option(
-        1000.0,
-        "Weight of the CLIP loss. Too low: the edit ignores the prompt. Too high: glaring colors and patterns that only CLIP recognizes.",
-        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
+    scale: float | None = option(
+        None,
+        "Weight of the CLIP loss. Too low: the edit ignores the prompt. Too high: glaring colors and patterns that only CLIP recognizes. By default, "
+        "and with -1 in ComfyUI, the scale that the checkpoint recommends (embedded: 3000), or 1000 if it recommends none.",
+        low=0.0, limited_weight=True, node_low=-1.0, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
     )  # fmt: skip
     range_scale: float = option(
         50.0, "Weight of the range loss, which pulls values back into the valid range of an image.",
@@ -229,10 +234,28 @@ class GuidanceOptions:
             return replace(self, **limited) if self.needs_perceptual else None
         return replace(self, views=self.early_views) if self.early_views and share < 0.5 else self
 
+    def scale_for(self, recommended: float | None, image_size: int) -> float:
+        """The weight of the CLIP loss: the one given, else the one that a checkpoint recommends, else :data:`DEFAULT_SCALE`.
+
+        Args:
+            recommended: for losses that refer to images of :data:`RECOMMENDED_AT` pixels; None if the checkpoint recommends nothing.
+            image_size: side in pixels of the model.
+        """
+        if self.scale is not None:
+            return self.scale
+        if recommended is None:
+            return DEFAULT_SCALE
+        return recommended * ((self.reference_size or image_size) / RECOMMENDED_AT) ** 2
+
+    @property
+    def uses_clip(self) -> bool:
+        """Whether the CLIP loss takes part."""
+        return self.scale is None or self.scale > 0
+
     @property
     def has_losses(self) -> bool:
         """Whether the weight of any loss is above 0."""
-        return self.needs_perceptual or any(getattr(self, name) > 0 for name, (found, _) in declared(self).items() if found.limited_weight)
+        return self.needs_perceptual or self.uses_clip or self.range_scale > 0
 
     @property
     def needs_perceptual(self) -> bool:

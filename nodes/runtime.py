@@ -37,6 +37,7 @@ INPUTS: dict[str, dict[str, str]] = {
     "Guidance Options": {**{name: name for name in GUIDANCE_INPUTS}, "start": "guide_from", "end": "guide_to"},
     "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides", "ddpm_weights": "weights"},
     "Load CLIP (open_clip)": {"clip": "weights"},
+    "Encode Prompt": {"weights": "weight"},
     "Demo Scene": {"seed": "seed"},
 }  # fmt: skip
 """Display name of a node → option of the library → input of that node. Where several nodes have an input for an option, a message on a node

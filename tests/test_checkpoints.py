@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from blended_core.adm.convert import convert
 from blended_core.adm.detect import detect, network_sets
 from blended_core.adm.load import inspect_checkpoint, load_checkpoint, load_ddpm
 from blended_core.adm.settings import read_settings
@@ -29,6 +30,7 @@ from blended_core.cli import main
 from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
+from blended_core.toy.world import GUIDANCE_SCALE
 
 from .families import FAMILIES, ODD, PREFIXES, hollow_file, same, table, whole_file
 
@@ -236,6 +238,10 @@ def test_flags_of_guided_diffusion_are_understood() -> None:
         ({"resblock_updown": True}, "resblock_updown"),
         ({"image_size": None}, "image_size"),
         ({"steps": float("inf")}, "steps"),
+        ({"guidance_scale": 0}, "guidance_scale to 0; it must be a number above 0"),
+        ({"guidance_scale": "nan"}, "guidance_scale"),
+        ({"guidance_scale": 1e30}, "guidance_scale"),
+        ({"guidance_scale": True}, "guidance_scale"),
     ],
 )
 def test_a_wrong_setting_gives_an_error_that_names_it(given: dict[str, Any], says: str) -> None:
@@ -472,6 +478,21 @@ def test_a_sidecar_and_overrides_are_used(tmp_path: Path) -> None:
         sidecar.write_text(text)
         with pytest.raises(BlendedError, match=f"model.v2.pt.*{says}"):
             load_ddpm(CPU, path)
+
+
+def test_a_checkpoint_can_recommend_a_guidance_scale(tmp_path: Path) -> None:
+    """In its metadata or a sidecar, or by override; conversion keeps it; 'inspect' shows it."""
+    plain = tmp_path / "plain.pt"
+    torch.save(weights(), plain)
+    assert load_ddpm(DeviceContext(), plain, TINY_SETTINGS).guidance_scale is None
+    assert load_ddpm(DeviceContext(), plain, {**TINY_SETTINGS, "guidance_scale": "250"}).guidance_scale == 250
+    plain.with_suffix(".json").write_text(json.dumps({**TINY_SETTINGS, "guidance_scale": 400}))
+    loaded = load_checkpoint(DeviceContext(), plain)
+    assert loaded.model.guidance_scale == 400 and loaded.detection.settings["guidance_scale"] == (400, "sidecar")
+    convert(loaded.model, tmp_path / "converted.safetensors")
+    again = load_checkpoint(DeviceContext(), tmp_path / "converted.safetensors")
+    assert again.model.guidance_scale == 400 and again.detection.settings["guidance_scale"] == (400, "metadata")
+    assert inspect_checkpoint().guidance_scale == GUIDANCE_SCALE == load_ddpm(DeviceContext()).guidance_scale
 
 
 def test_the_embedded_model_states_its_settings() -> None:

@@ -219,12 +219,85 @@ def test_a_conversion_of_the_picture_is_printed_and_reported(tmp_path: Path, inp
 
 
 def test_an_option_without_effect_gives_a_note(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
-    assert run("edit", *inputs, "--prompt", "", *SMALL, "--eta", "1", "--class", "3", "--out", tmp_path / "out") == 0
+    added = ["--eta", "1", "--class", "3", "--lpips", "alex", "--checkpointing"]
+    assert run("edit", *inputs, "--prompt", "", *SMALL, *added, "--out", tmp_path / "out") == 0
     notes = capsys.readouterr().err
-    assert "--eta 1 has no effect on the sampler ddpm" in notes and "--class 3 has no effect" in notes
+    assert "eta 1 has no effect: only the sampler ddim uses it (--eta)." in notes
+    assert "class_choice 3 has no effect: the diffusion model is not class-conditional (--class)." in notes
+    assert "views 2 has no effect: there is no prompt (--views)." in notes
+    assert "(--lpips)" in notes and "(--checkpointing)" in notes
+    assert [note for note in report_of(tmp_path / "out")["notes"] if "--eta" in note], "the report has them too"
     for arguments in (["--sampler", "ddim", "--eta", "1"], ["--preset", "official"]):
         assert run("edit", *inputs, "--prompt", "", *SMALL, *arguments, "--overwrite", "--out", tmp_path / "out") == 0
-        assert "has no effect" not in capsys.readouterr().err
+        notes = capsys.readouterr().err
+        assert "eta" not in notes and "class_choice" not in notes
+
+
+def test_the_report_states_the_guidance_scale_of_the_checkpoint(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def models(request: Request) -> Models:
+        found = tiny.tiny_models()
+        found.ddpm.guidance_scale = 2500.0
+        return found
+
+    monkeypatch.setattr(cli, "load_models", models)
+    for arguments, scale in (([], 2500), (["--guidance-scale", "1000"], 1000), (["--reference-size", "64"], 2500 / 16)):
+        out = tmp_path / f"{scale:g}"
+        assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", out) == 0
+        assert report_of(out)["request"]["options"]["guidance"]["scale"] == scale
+        assert report_of(out)["networks"]["ddpm"]["guidance_scale"] == 2500
+    assert run("edit", "--from", tmp_path / "2500" / "report.json", "--out", tmp_path / "again") == 0
+    assert report_of(tmp_path / "again")["candidates"] == report_of(tmp_path / "2500")["candidates"]
+
+
+def test_the_weight_0_of_a_prompt_is_noted(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    texts = ["--prompt", "tree", "--prompt", "cat", "--prompt-weight"]
+    assert run("edit", *inputs, *texts, "1", "--prompt-weight", "0", *SMALL, "--out", tmp_path / "one") == 0
+    assert "The weight of 'cat' is 0, which has no effect (--prompt-weight)." in capsys.readouterr().err
+    assert run("edit", *inputs, *texts, "0", "--prompt-weight", "0", *SMALL, "--out", tmp_path / "none") == 0
+    assert "No text is left, so the masked part is filled from its surroundings" in capsys.readouterr().err
+    assert [c["clip_distance"] for c in report_of(tmp_path / "none")["candidates"]] == [None, None]
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "alone") == 0
+    alone, one = (report_of(tmp_path / name)["candidates"] for name in ("alone", "one"))
+    assert [c["clip_distance"] for c in alone] == [c["clip_distance"] for c in one]
+
+
+def test_a_run_that_gives_only_nan_fails_and_leaves_no_picture(
+    tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any
+) -> None:
+    arguments = ["--prompt", "tree", *SMALL, "--guidance-scale", "1e30", "--out", tmp_path / "out"]
+    text = failed(capsys, "edit", *inputs, *arguments)
+    assert "no candidate is finite" in text and "lower the guidance scale, now 1e+30 (--guidance-scale)." in text
+    assert not files_in(tmp_path / "out") if (tmp_path / "out").exists() else True
+
+
+def test_nearly_opaque_pixels_keep_their_alpha_under_a_soft_mask(
+    tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any
+) -> None:
+    """An alpha of 254 is a mask of 1/255 everywhere, which made the region the whole picture and every pixel opaque."""
+    pixels_of = np.dstack([pixels(Path(inputs[0])), np.full((HEIGHT, WIDTH), 254, np.uint8)])
+    pixels_of[20:40, 30:50, 3] = 0
+    Image.fromarray(pixels_of).save(tmp_path / "alpha.png")
+    out = tmp_path / "out"
+    assert run("edit", tmp_path / "alpha.png", "--prompt", "", *SMALL, "--soft-mask", "--out", out) == 0
+    assert "of the mask is nearly black (1 to 8 of 255); they count as outside" in capsys.readouterr().err
+    result = pixels(out / report_of(out)["candidates"][0]["file"])
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[20:40, 30:50] = True
+    assert (result[~inside] == pixels_of[~inside]).all() and (result[inside, 3] == 255).all()
+    assert report_of(out)["region"]["side"] < HEIGHT and report_of(out)["candidates"][0]["background_pixels"] == (~inside).sum()
+
+
+def test_the_background_error_says_what_it_compared(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    assert run("edit", *inputs, "--prompt", "", *SMALL, "--out", tmp_path / "out") == 0
+    outside = WIDTH * HEIGHT - 40 * 35
+    assert f"at {outside:,} of {WIDTH * HEIGHT:,} pixels" in capsys.readouterr().out
+    white = tmp_path / "white.png"
+    Image.new("L", (WIDTH, HEIGHT), 255).save(white)
+    assert run("edit", inputs[0], "--mask", white, "--prompt", "", *SMALL, "--out", tmp_path / "whole") == 0
+    assert f"at 0 of {WIDTH * HEIGHT:,} pixels" in capsys.readouterr().out
+    assert {c["background_error"] for c in report_of(tmp_path / "whole")["candidates"]} == {None}
 
 
 def test_skip_counts_the_steps_of_the_preset() -> None:

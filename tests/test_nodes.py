@@ -357,6 +357,109 @@ def test_outside_the_mask_a_photo_sized_png_keeps_every_pixel(comfyui: Server) -
     assert (result[~outside] != picture[~outside]).mean() > 0.5
 
 
+def masked_scene(
+    width: int = 96, height: int = 80, **rectangles: tuple[int, int, int, int]
+) -> tuple[Prompt, dict[str, np.ndarray[Any, Any]]]:
+    """Models, a scene, and masks by name as (left, top, right, bottom)."""
+    base, masks = scene(width=width, height=height), {}
+    base["save_scene"] = core("SaveImage", images=["scene", 0], filename_prefix="scene")
+    for name, (left, top, right, bottom) in rectangles.items():
+        masks[name] = np.zeros((height, width), bool)
+        masks[name][top:bottom, left:right] = True
+    return base, masks
+
+
+def with_masks(server: Server, base: Prompt, masks: dict[str, np.ndarray[Any, Any]]) -> Prompt:
+    """The masks as nodes of the same names."""
+    files = {
+        name: server.put(f"{name}_{id(mask)}.png", np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255) for name, mask in masks.items()
+    }
+    return {**base, **{name: core("LoadImageMask", image=file, channel="red") for name, file in files.items()}}
+
+
+def changed_pixels(server: Server, prompt: Prompt) -> np.ndarray[Any, Any]:
+    """Which pixels of the scene the saved results change, [height, width]."""
+    outcome = server.run(prompt)
+    assert outcome.error is None, outcome.error
+    before = server.pictures(outcome, "save_scene")[0].astype(int)
+    return np.asarray(np.any([np.abs(after.astype(int) - before).max(-1) > 0 for after in server.pictures(outcome, "save")], axis=0))
+
+
+def test_a_noise_mask_alone_is_the_mask_of_the_edit_at_full_size(comfyui: Server) -> None:
+    base, masks = masked_scene(noise=(31, 22, 67, 55))
+    prompt = loop({**with_masks(comfyui, base, masks), "start": start(mask=None)})
+    prompt["set"] = core("SetLatentNoiseMask", samples=["start", 0], mask=["noise", 0])
+    prompt["begin"]["inputs"]["latent"] = ["set", 0]
+    changed = changed_pixels(comfyui, prompt)
+    assert not (changed & ~masks["noise"]).any()
+    assert (changed & masks["noise"]).sum() > 0.95 * masks["noise"].sum()
+
+
+@pytest.mark.parametrize("where", ["noise mask", "blend"])
+def test_two_masks_of_one_edit_intersect_at_full_size(comfyui: Server, where: str) -> None:
+    base, masks = masked_scene(first=(20, 20, 60, 60), second=(41, 31, 90, 75))
+    base = with_masks(comfyui, base, masks)
+    prompt = loop({**base, "start": start(mask=("first", 0))})
+    if where == "blend":
+        prompt["blend"]["inputs"]["mask"] = ["second", 0]
+    else:
+        prompt["set"] = core("SetLatentNoiseMask", samples=["start", 0], mask=["second", 0])
+        prompt["begin"]["inputs"]["latent"] = ["set", 0]
+    changed, both = changed_pixels(comfyui, prompt), masks["first"] & masks["second"]
+    assert not (changed & ~both).any(), "a pixel outside of one of the masks changed"
+    assert (changed & both).sum() > 0.95 * both.sum()
+
+
+def test_two_masks_that_do_not_overlap_are_an_error(comfyui: Server) -> None:
+    base, masks = masked_scene(first=(4, 4, 24, 24), second=(60, 50, 80, 70))
+    prompt = loop({**with_masks(comfyui, base, masks), "start": start(mask=("first", 0))})
+    prompt["set"] = core("SetLatentNoiseMask", samples=["start", 0], mask=["second", 0])
+    prompt["begin"]["inputs"]["latent"] = ["set", 0]
+    sentence = comfyui.run(prompt).sentence
+    assert "Noise Background (start) and the noise mask that the LATENT carries do not overlap" in sentence
+
+
+def test_an_edited_image_of_another_aspect_ratio_is_refused(comfyui: Server) -> None:
+    prompt = sampler(scene(width=96, height=80), steps=2, candidates=1)
+    prompt["paste"] = node("FinalPaste", edited=["sampler", 1], original=["scene", 0], mask=["scene", 1])
+    prompt["save"]["inputs"]["images"] = ["paste", 0]
+    sentence = comfyui.run(prompt).sentence
+    assert (
+        "the edited IMAGE is 64×64 and the original 96×80, a different aspect ratio" in sentence
+        and "the output “images” of the sampler" in sentence
+    )
+    prompt["paste"]["inputs"]["edited"] = ["sampler", 0]
+    assert comfyui.run(prompt).error is None
+
+
+def test_the_default_guidance_scale_is_that_of_the_checkpoint(comfyui: Server) -> None:
+    """Without options, with options at their default, and in the loop; an explicit 1000 stays 1000."""
+    pictures = {}
+    for name, inputs in {"none": None, "default": {}, "3000": {"scale": 3000.0}, "1000": {"scale": 1000.0}}.items():
+        base = scene(seed=7)
+        if inputs is not None:
+            base["options"] = node("GuidanceOptions", **inputs)
+        prompt = sampler(base, candidates=1, **({"options": ["options", 0]} if inputs is not None else {}))
+        pictures[name] = comfyui.pictures(comfyui.run(prompt), "save")[0]
+        step = {"options": ["options", 0]} if inputs is not None else {}
+        looped = loop({**base, "start": start(batch=1)}, **step)
+        assert nearly(comfyui.pictures(comfyui.run(looped), "save")[0], pictures[name]), name
+    assert np.array_equal(pictures["none"], pictures["3000"]) and np.array_equal(pictures["default"], pictures["3000"])
+    assert not np.array_equal(pictures["1000"], pictures["3000"])
+
+
+def test_scores_say_that_there_is_no_prompt_and_nothing_to_rank(comfyui: Server) -> None:
+    prompt = sampler(scene(), steps=2, candidates=1)
+    del prompt["sampler"]["inputs"]["prompt"]
+    prompt["rank"] = node("RankByCLIP", images=["sampler", 0], prompt=["prompt", 0])
+    prompt["ranked"] = core("PreviewAny", source=["rank", 1])
+    outcome = comfyui.run(prompt)
+    assert outcome.error is None, outcome.error
+    texts = {name: outcome.outputs[name]["text"][0] for name in ("text", "ranked")}
+    assert texts["text"].startswith("no prompt: filled from the surroundings\n1. candidate 0: seam")
+    assert "1. image 1: CLIP distance" in texts["ranked"] and "Only one image was given, so there is nothing to rank" in texts["ranked"]
+
+
 def test_progress_and_previews_come_at_every_step(comfyui: Server) -> None:
     outcome = comfyui.run(sampler(scene(), seed=77))
     assert outcome.error is None

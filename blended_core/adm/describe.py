@@ -88,6 +88,8 @@ def summary(detection: Detection) -> str:
         f"{unet.image_size} px, {unet.model_channels} channels × {', '.join(f'{m:g}' for m in unet.channel_mult)}{classes}",
         f"{process.schedule} {process.steps}, predicts {process.objective}, {heads}",
     ]
+    if detection.guidance_scale is not None:
+        lines[-1] += f", guidance scale {detection.guidance_scale:g}"
     if detection.probe is not None:
         margins = ", ".join(f"{group} ({margin:.2f}×)" for group, margin in detection.probe.margins.items())
         lines.append(f"decided by the probe: {margins}")

@@ -44,6 +44,7 @@ class Detection:
         family: the published family with these shapes, or None.
         probe: the result of the calibration probe if it was run.
         sets: every set of weights in the file, the preferred one first.
+        guidance_scale: recommended for edits, where one is stated (:meth:`~blended_core.options.GuidanceOptions.scale_for`).
     """
 
     weights: WeightSet = field(repr=False)
@@ -52,6 +53,7 @@ class Detection:
     sources: Mapping[str, str]
     family: str | None
     probe: ProbeResult | None = None
+    guidance_scale: float | None = None
     sets: tuple[WeightSet, ...] = field(default=(), repr=False)
 
     @property
@@ -63,6 +65,8 @@ class Detection:
     def settings(self) -> dict[str, tuple[Any, str]]:
         """{setting: (value, source)}, those of the network first."""
         values = {**self.unet.to_dict(), **self.diffusion.to_dict()}
+        if self.guidance_scale is not None:
+            values["guidance_scale"] = self.guidance_scale
         return {name: (value, self.sources[name]) for name, value in values.items()}
 
     @property
@@ -146,7 +150,7 @@ def detect(
         )
     unet = UNetConfig(**{f.name: values[f.name] for f in fields(UNetConfig)})
     diffusion = DiffusionConfig(**{f.name: values[f.name] for f in fields(DiffusionConfig)})
-    return Detection(chosen, unet, diffusion, sources, family, sets=sets)
+    return Detection(chosen, unet, diffusion, sources, family, guidance_scale=values.get("guidance_scale"), sets=sets)
 
 
 # --- the network among the tensors of a file --------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def load_checkpoint(
         if probe is not None and set(detection.open_settings) & set(PROBED_SETTINGS):
             detection = _probed(unet, detection, digest, probe, path)
             context.place(unet)
-        model = DiffusionModel.from_unet(unet.rewire(detection.unet), detection.diffusion)
+        model = DiffusionModel.from_unet(unet.rewire(detection.unet), detection.diffusion, detection.guidance_scale)
     for warning in _doubts(detection, path):
         warnings.warn(warning, stacklevel=2)
     return Checkpoint(model, detection, path)
@@ -131,7 +131,9 @@ def _resolved(path: Path | str) -> Path:
 def _network(file: WeightsFile, overrides: Mapping[str, Any] | None, weights: str) -> tuple[Detection, UNet]:
     """The detection, and the network on the meta device, after all checks that need no tensor."""
     groups = {"unet", "diffusion"} & file.metadata.keys()
-    metadata = {group: json_object(file.metadata[group], f"its metadata {group!r}") for group in groups}
+    metadata: dict[str, Any] = {group: json_object(file.metadata[group], f"its metadata {group!r}") for group in groups}
+    if "guidance_scale" in file.metadata:
+        metadata["guidance_scale"] = file.metadata["guidance_scale"]
     detection = detect(file.shapes, overrides, metadata, read_sidecar(file.path), weights)
     unet = _unet_without_weights(detection.unet)
     _check_shapes(unet, table_of(file.shapes, detection.weights))

@@ -52,6 +52,14 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return tuple(int(n) if n == int(n) else n for n in numbers)
 
 
+def _scale(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not 0 < number <= MAX_GUIDANCE_SCALE:
+        raise ValueError
+    return number
+
+
+MAX_GUIDANCE_SCALE = 1e6
 WHOLE = (_whole, f"a whole number, at least 1 and at most {MAX_NUMBER}")
 STEPS = (partial(_whole, most=MAX_STEPS), f"a whole number, at least 1 and at most {MAX_STEPS}")
 OPTIONAL = (_optional, f"a whole number, at least 1 and at most {MAX_NUMBER}, or none")
@@ -67,6 +75,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "schedule": _choice(*BETAS),
     "objective": _choice(*OBJECTIVES),
     "variance": _choice(*VARIANCES),
+    "guidance_scale": (_scale, f"a number above 0 and at most {MAX_GUIDANCE_SCALE:g}"),
     # Flags of guided-diffusion that state the same in another way.
     "num_channels": WHOLE,
     "diffusion_steps": STEPS,

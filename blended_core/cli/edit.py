@@ -8,7 +8,6 @@ import json
 import shlex
 import tempfile
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..adm.load import load_ddpm
 from ..clip.model import load_clip
 from ..device import DTYPES, DeviceContext
 from ..edit import Timer, edit_picture
-from ..errors import BlendedError, BlendedWarning, Note, with_controls
+from ..errors import BlendedError, Note, with_controls
 from ..io.atomic import sha256
 from ..io.images import for_format, mask_from_alpha, read_mask, read_picture, write_png
 from ..io.request import MACHINE, Request
@@ -29,9 +28,9 @@ from ..io.results import REPORT, SHEET, Writer, old_results
 from ..options import PRESETS, EditOptions, GuidanceOptions, declared, preset
 from ..perceptual import load_perceptual
 from ..result import EditResult
-from ..sample import Models, Step
+from ..sample import Models, Step, with_scale
 from ..schedule import check_respacing
-from ..toy.world import GUIDANCE_SCALE, demo_scene
+from ..toy.world import demo_scene
 from .checkpoints import parse_overrides, probe_options
 from .messages import message_of, print_note
 from .process import INTERRUPTED, keep_freed_memory, uninterrupted
@@ -55,7 +54,7 @@ def demo(args: argparse.Namespace) -> int:
         prompts=(args.prompt,),
         weights=(1.0,),
         lpips="embedded",
-        options=preset("best", steps="40", candidates=count, batch=max(1, min(count, 4)), seed=args.seed, scale=GUIDANCE_SCALE),
+        options=preset("best", steps="40", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
         **_given(args, Request),
     )
     _check_folder(args.out, "demo")
@@ -122,10 +121,7 @@ def options_of_arguments(args: argparse.Namespace) -> EditOptions:
         if not 0 <= args.skip < total:
             raise BlendedError(f"--skip is {args.skip} of {total} steps; give 0 to {total - 1}.")
         changes["strength"] = (total - args.skip) / total
-    options = preset(name, **changes)
-    if args.eta is not None and options.sampler != "ddim":
-        _warn(f"--eta {args.eta:g} has no effect on the sampler {options.sampler}; add --sampler ddim.")
-    return options
+    return preset(name, **changes)
 
 
 def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
@@ -179,15 +175,15 @@ def run(request: Request, args: argparse.Namespace, generated: Mapping[str, Path
         torch.set_num_threads(request.threads)
     keep_memory(request.options)
     models = load_models(request)
-    _warn_of_class(request.options, models)
     prompt = None if models.clip is None else models.clip.prompt(*request.prompts, weights=request.weights)
-    request = _with_actual_machine(request, models)
+    request = _as_run(request, models)
     command = shlex.join(["blended-diffusion", *args.argv])
     provenance = {"command": command, "inputs": inputs, "networks": _networks(request, models)}
     writer = Writer(args.out, request, picture, provenance, generated, args.animate, args.format)
     timer.lap("load")
 
     error: BaseException | None = None
+    told: list[Note] = []
     try:
         try:
             with tqdm(
@@ -196,6 +192,10 @@ def run(request: Request, args: argparse.Namespace, generated: Mapping[str, Path
 
                 def on_start(result: EditResult) -> None:
                     print(_headline(request, result))
+                    result.notes.extend(networks_without_effect(request))
+                    for note in result.notes:
+                        print_note(note, args)
+                    told.extend(result.notes)
                     bar.refresh()
 
                 def on_step(step: Step) -> None:
@@ -217,9 +217,10 @@ def run(request: Request, args: argparse.Namespace, generated: Mapping[str, Path
                 result.rank()
                 finished = f"{len(result.candidates)} of {request.options.candidates} candidates were finished"
                 result.notes.append(Note(f"Stopped early, {finished}. The reason: {message_of(error, args)}"))
+            new_notes = [note for note in result.notes if note not in told]
             result.notes = [Note(with_controls(note, args.flags.get)) for note in result.notes]
             missing = writer.finish(result, error is not None, timer)
-            _print_result(result, args, error is not None, timer.total)
+            _print_result(result, new_notes, args, error is not None, timer.total)
     except KeyboardInterrupt:
         if not writer.files:
             raise
@@ -255,6 +256,19 @@ def load_models(request: Request) -> Models:
     return Models(ddpm, clip, perceptual, context)
 
 
+def networks_without_effect(request: Request) -> list[Note]:
+    """Notes about networks, and options of networks, that were asked for and that the edit does not use."""
+    guidance, prompted = request.options.guidance, bool(request.texts)
+    found = []
+    if request.clip != "embedded" and not prompted:
+        found.append(Note(f"clip {request.clip} has no effect: there is no prompt.", option="clip"))
+    if request.command == "edit" and request.lpips not in ("auto", "embedded") and not (prompted and guidance.needs_perceptual):
+        found.append(Note(f"lpips {request.lpips} has no effect: the background loss is off.", option="lpips"))
+    if request.checkpointing and not (prompted and guidance.gradient == "unet"):
+        found.append(Note("checkpointing has no effect: no gradient is taken through the diffusion model.", option="checkpointing"))
+    return found
+
+
 def precision_of(context: DeviceContext) -> str:
     """The name of a context's precision: 'fp32', 'bf16' or 'fp16'."""
     return next(name for name, dtype in DTYPES.items() if dtype == context.dtype)
@@ -269,10 +283,11 @@ def keep_memory(options: EditOptions) -> None:
         keep_freed_memory()
 
 
-def _with_actual_machine(request: Request, models: Models) -> Request:
-    """The request with the device, precision, threads and LPIPS network in use, so that the report does not depend on another machine's defaults."""
+def _as_run(request: Request, models: Models) -> Request:
+    """The request with the device, precision, threads, LPIPS network and guidance scale in use, so that the report depends on no default."""
     return replace(
         request,
+        options=replace(request.options, guidance=with_scale(request.options.guidance, models.ddpm)),
         device=str(models.context.device),
         dtype=precision_of(models.context),
         threads=torch.get_num_threads(),
@@ -290,21 +305,12 @@ def _networks(request: Request, models: Models) -> dict[str, Any]:
             "file": request.ddpm,
             "unet": config.to_dict() if config is not None else None,
             "diffusion": models.ddpm.config.to_dict(),
+            "guidance_scale": models.ddpm.guidance_scale,
         },
         "clip": models.clip.name if models.clip else None,
         "lpips": getattr(models.perceptual, "name", None),
         "sha256": {name: sha256(file) for name, file in files.items()},
     }
-
-
-def _warn_of_class(options: EditOptions, models: Models) -> None:
-    of_preset = PRESETS[options.preset].class_choice if options.preset in PRESETS else "zero"
-    if models.ddpm.num_classes is None and options.class_choice != of_preset:
-        _warn(f"--class {options.class_choice} has no effect; the diffusion model is not class-conditional.")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(BlendedWarning(text), stacklevel=3)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -334,14 +340,17 @@ def _advance(bar: tqdm[Any], step: Step) -> None:
     bar.update()
 
 
-def _print_result(result: EditResult, args: argparse.Namespace, interrupted: bool, seconds: float) -> None:
+def _print_result(result: EditResult, notes: list[Note], args: argparse.Namespace, interrupted: bool, seconds: float) -> None:
     print(f"{'rank':>4}  {'candidate':>9}  {'CLIP distance':>13}  {'gain':>6}  {'background':>10}  {'seam':>6}")
     for c in result.candidates:
         s = c.score
         distance = "–" if s.clip_distance is None else f"{s.clip_distance:.4f}"
         gain = "–" if s.gain is None else f"{s.gain:+.3f}"
-        print(f"{c.rank:>4}  {c.index:>9}  {distance:>13}  {gain:>6}  {s.background_error:>10.4g}  {s.seam_energy:>6.4f}")
-    for note in result.notes:
+        background = "–" if s.background_error is None else f"{s.background_error:.4g}"
+        print(f"{c.rank:>4}  {c.index:>9}  {distance:>13}  {gain:>6}  {background:>10}  {s.seam_energy:>6.4f}")
+    height, width = result.original.shape[-2:]
+    print(f"background: difference to the original at {result.candidates[0].score.background_pixels:,} of {width * height:,} pixels")
+    for note in notes:
         print_note(note, args)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items() if value >= 0.05)
     print(f"{'stopped after' if interrupted else 'done in'} {seconds:.1f} s ({parts})")
