@@ -214,7 +214,9 @@ class Page:
         box = self.page.wait_for_selector(SEARCH)
         box.type(words, delay=10)
         self.wait(1.5)
-        text = self.page.evaluate("() => [...document.querySelectorAll('[role=option], [data-testid=result-item]')].map(e => e.innerText).join('|')")
+        text = self.page.evaluate(
+            "() => [...document.querySelectorAll('[role=option], [data-testid=result-item]')].map(e => e.innerText).join('|')"
+        )
         self.page.keyboard.press("Escape")
         self.wait(0.3)
         return str(text)
