@@ -16,7 +16,7 @@ from ..blended_core.errors import BlendedError
 from . import inputs
 from .folders import CLIP_FOLDER, DDPM_FOLDER, check_file, file_version, find_file, first_path, list_files
 from .memory import LoadedCLIP, LoadedDDPM, device_context, manage, offload_context, probe_context
-from .runtime import Progress, library_scope, show_text
+from .runtime import Progress, keeps_text, library_scope, shown_text
 
 DDPM, CLIP = "Load DDPM", "Load CLIP (open_clip)"
 EMBEDDED = "embedded"
@@ -45,7 +45,14 @@ class LoadDDPM(io.ComfyNode):
                 "Loads a pixel-space diffusion model (ADM, “guided-diffusion”), which makes the edit. Put checkpoints into models/ddpm. “embedded” is a "
                 "small 64-pixel model of a toy world that is part of the pack."
             ),
-            search_aliases=["guided diffusion", "ADM", "diffusion checkpoint", "blended diffusion model", "openai diffusion"],
+            search_aliases=[
+                "guided diffusion",
+                "ADM",
+                "diffusion checkpoint",
+                "blended diffusion model",
+                "openai diffusion",
+                "pixel diffusion",
+            ],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
@@ -78,7 +85,7 @@ class LoadDDPM(io.ComfyNode):
                     tooltip="Set of weights in the checkpoint, if it holds several, such as model or ema. Empty: averaged weights if there are any.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            **keeps_text(),
             outputs=[
                 inputs.DDPM.Output(
                     "ddpm", display_name="ddpm", tooltip="The diffusion model, for the sampler, Noise Background or CLIP Guidance Step."
@@ -108,8 +115,7 @@ class LoadDDPM(io.ComfyNode):
                 on_forward=lambda done, expected: Progress(expected).update(done),
             )
             loaded = load_checkpoint(offload_context(context), path, parse_overrides(overrides), probe=probe, weights=weights)
-            show_text(cls.hidden.unique_id, summary(loaded.detection))
-            return io.NodeOutput(LoadedDDPM(loaded.model, manage(loaded.model.network), context))
+            return io.NodeOutput(LoadedDDPM(loaded.model, manage(loaded.model.network), context), ui=shown_text(summary(loaded.detection)))
 
 
 def parse_overrides(text: str) -> dict[str, str]:

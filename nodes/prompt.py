@@ -33,7 +33,7 @@ class EncodePrompt(io.ComfyNode):
                 "Encodes a text with CLIP. Chain several nodes to combine texts. With an empty text the masked part is filled in from its surroundings "
                 "(object removal)."
             ),
-            search_aliases=["prompt", "text encode", "CLIP text", "open clip text"],
+            search_aliases=["prompt", "negative prompt", "text encode", "CLIP text", "open clip text"],
             inputs=[
                 inputs.CLIP.Input(
                     "clip",

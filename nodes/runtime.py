@@ -6,14 +6,15 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
 from PIL import Image
-from server import PromptServer
 from torch import Tensor
 
 from ..blended_core.errors import BlendedError, BlendedWarning, with_controls
@@ -106,10 +107,18 @@ def enlarge(image: Image.Image, min_side: int = 256) -> Image.Image:
     return image if factor <= 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def show_text(node_id: str, text: str) -> None:
-    """Shows text on a node in the web page."""
-    if PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+def keeps_text() -> dict[str, bool]:
+    """Arguments of the Schema of a node that returns :func:`shown_text`: ComfyUI sends the text again while the node is cached.
+
+    Empty for a ComfyUI that does not know the argument (0.14). There, a page that was reloaded shows the text after the node runs again.
+    """
+    name = "has_intermediate_output"
+    return {name: True} if name in {field.name for field in fields(io.Schema)} else {}
+
+
+def shown_text(text: str) -> ui.PreviewText:
+    """The ``ui`` of a NodeOutput that shows text on the node (``web/show_text.js``), in the page of the client that runs it."""
+    return ui.PreviewText(text)
 
 
 def format_score(value: float | None) -> str:

@@ -38,7 +38,22 @@ class BlendedSampler(io.ComfyNode):
                 "Edits the masked part of an image from a prompt and leaves every other pixel unchanged. Makes several candidates, pastes them into "
                 "the image at its own size, and returns them best first. Without a prompt it removes what the mask covers."
             ),
-            search_aliases=["inpaint", "blended diffusion", "local edit", "object removal", "text-driven editing", "CLIP guided diffusion"],
+            search_aliases=[
+                "inpaint",
+                "outpaint",
+                "edit image",
+                "erase",
+                "fill",
+                "generative fill",
+                "object removal",
+                "remove object",
+                "replace background",
+                "local edit",
+                "text-driven editing",
+                "blended diffusion",
+                "pixel diffusion",
+                "CLIP guided diffusion",
+            ],
             inputs=[
                 inputs.DDPM.Input("ddpm", tooltip="The diffusion model, from Load DDPM."),
                 io.Image.Input(

@@ -516,8 +516,8 @@ def test_the_list_omits_files_that_are_no_checkpoint_and_a_saved_workflow_gets_a
     prompt["ddpm"]["inputs"]["checkpoint"] = "unknown.safetensors"
     outcome = comfyui.run(prompt)
     assert outcome.error is None
-    told = [m for m in outcome.previews if b"decided by the probe" in m]
-    assert told and b"of no published family" in told[0], "Load DDPM shows nothing on itself"
+    (told,) = outcome.outputs["ddpm"]["text"]
+    assert "decided by the probe" in told and "of no published family" in told, "Load DDPM shows nothing on itself"
     prompt["ddpm"]["inputs"]["checkpoint"] = "gone.safetensors"
     with pytest.raises(AssertionError, match=r".gone\.safetensors. is not in .*put the file there"):
         comfyui.run(prompt)
@@ -547,7 +547,7 @@ def test_probing_a_checkpoint_shows_its_progress_and_can_be_canceled(comfyui: Se
     outcome = comfyui.run(prompt, lambda kind, data: seen.append(data["value"]) if kind == "progress" and data["node"] == "ddpm" else None)
     assert outcome.error is None
     assert seen == sorted(seen) and len(seen) > 5
-    assert any(b"decided by the probe" in m for m in outcome.previews)
+    assert "decided by the probe" in outcome.outputs["ddpm"]["text"][0]
 
 
 def test_cancel_stops_within_a_step_and_the_next_run_succeeds(comfyui: Server) -> None:
