@@ -15,6 +15,10 @@ from .schedule import check_respacing
 
 MAX_SEED = 2**64 - 1
 REGION = "mask and region"
+MOST = 100_000
+"""The largest count that an option takes where nothing sets a closer limit: more is a slip, and would run or allocate without end."""
+MOST_WEIGHT = 1e9
+"""The largest weight of a loss: far beyond useful ones, and far from where float32 overflows."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,16 @@ class GuidanceOptions:
     scale: float = option(
         1000.0,
         "Weight of the CLIP loss. Too low: the edit ignores the prompt. Too high: glaring colors and patterns that only CLIP recognizes.",
-        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
+        low=0.0, high=MOST_WEIGHT, limited_weight=True, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
     )  # fmt: skip
     range_scale: float = option(
         50.0, "Weight of the range loss, which pulls values back into the valid range of an image.",
-        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, metavar="λ",
+        low=0.0, high=MOST_WEIGHT, limited_weight=True, node_high=100000.0, step=10.0, metavar="λ",
     )  # fmt: skip
     background_scale: float = option(
         0.0,
         "Weight λ of the background loss of Algorithm 1. Blending does not need it. Above 0 an LPIPS network is loaded.",
-        low=0.0, node_high=1000000.0, step=100.0, flag="--lambda", metavar="λ",
+        low=0.0, high=MOST_WEIGHT, node_high=1000000.0, step=100.0, flag="--lambda", metavar="λ",
     )  # fmt: skip
     gradient: str = option(
         "x0",
@@ -139,28 +143,30 @@ class GuidanceOptions:
         "Form of the background loss. paper: per image. reference: averaged over the batch, with its own two weights.",
         choices=("paper", "reference"), flag="",
     )  # fmt: skip
-    lpips_scale: float = option(1000.0, "Weight of LPIPS in the reference code's background loss.", low=0.0, metavar="λ")
-    l2_scale: float = option(10000.0, "Weight of the squared error in the reference code's background loss.", low=0.0, metavar="λ")
+    lpips_scale: float = option(1000.0, "Weight of LPIPS in the reference code's background loss.", low=0.0, high=MOST_WEIGHT, metavar="λ")
+    l2_scale: float = option(
+        10000.0, "Weight of the squared error in the reference code's background loss.", low=0.0, high=MOST_WEIGHT, metavar="λ"
+    )
     views: int = option(
         8,
         "Augmented views that CLIP sees at each step. More views give cleaner shapes and take more time. 1 turns the augmentations off.",
-        low=1, node_high=256, metavar="N",
+        low=1, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
     symmetric_views: bool = option(True, "Shift views along both axes. The reference code shifts along the vertical axis only.", flag="")
     view_chunk: int = option(
         0,
         "Views that go through CLIP at once; 0: all. Lower values need less memory and give the same result.",
-        low=0, node_high=256, metavar="N",
+        low=0, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
     clamp: float | None = option(
         None,
         "Largest root mean square of the gradient of one image. By default, and with 0 in ComfyUI, there is no limit.",
-        low=0.0, above=True, node_low=0.0, node_high=1000.0, step=0.01, metavar="RMS",
+        low=0.0, high=MOST_WEIGHT, above=True, node_low=0.0, node_high=1000.0, step=0.01, metavar="RMS",
     )  # fmt: skip
     reference_size: int = option(
         256,
         "Image side that the weights of the losses refer to, so that one scale suits models of every size. 0: weights are used as they are.",
-        low=0, node_high=4096, step=64, metavar="PX", unit="pixels",
+        low=0, high=MOST, node_high=4096, step=64, metavar="PX", unit="pixels",
     )  # fmt: skip
     x0_if_needed: bool = option(
         False, "If memory runs out with gradient unet, continue with gradient x0 instead of failing. The result will differ."
@@ -178,7 +184,7 @@ class GuidanceOptions:
     early_views: int = option(
         0,
         "Views in the noisier half of the levels, where there is little to see yet; fewer are faster. 0: as many as views.",
-        low=0, node_high=256, metavar="N",
+        low=0, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -254,9 +260,14 @@ class EditOptions:
         high=MAX_SEED,
         metavar="N",
     )
-    candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, node_high=256, metavar="N")
+    candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, high=MOST, node_high=256, metavar="N")
     batch: int = option(
-        4, "Candidates that are processed at once. Changes time and memory, not the random numbers.", low=1, node_high=64, metavar="N"
+        4,
+        "Candidates that are processed at once. Changes time and memory, not the random numbers.",
+        low=1,
+        high=MOST,
+        node_high=64,
+        metavar="N",
     )
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     background_level: str = option(
@@ -301,12 +312,12 @@ class EditOptions:
     context: float = option(
         1.6,
         "Side of the edited square, as a multiple of the longer side of the mask. A larger context fits the edit in better and leaves it fewer pixels.",
-        low=1.0, node_high=16.0, step=0.1, metavar="F", group=REGION,
+        low=1.0, high=1000.0, node_high=16.0, step=0.1, metavar="F", group=REGION,
     )  # fmt: skip
     feather: int = option(
         0,
         "Pixels over which the edit fades in, counted inward from the mask edge. The outside stays untouched.",
-        low=0, node_high=512, metavar="PX", unit="pixels", group=REGION,
+        low=0, high=MOST, node_high=512, metavar="PX", unit="pixels", group=REGION,
     )  # fmt: skip
     ranking: str = option(
         "views",

@@ -19,10 +19,10 @@ from PIL import Image
 from blended_core import edit as edit_module
 from blended_core.cli import edit as cli
 from blended_core.cli import main
-from blended_core.cli.edit import options_of_arguments
 from blended_core.cli.messages import message_of
 from blended_core.cli.parser import build_parser, flag_of
 from blended_core.cli.report_input import request_of_report
+from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.io import results
 from blended_core.io.contact_sheet import contact_sheet
@@ -269,7 +269,8 @@ def test_a_file_name_that_is_not_utf_8_is_escaped(tmp_path: Path) -> None:
 
 def test_a_result_names_no_folders(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
     weights = tmp_path / "clip.pt"
-    weights.write_bytes(b"x")
+    for file in (weights, tmp_path / "model.pt"):
+        file.write_bytes(b"x")
     arguments = ["--ddpm", tmp_path / "model.pt", "--clip", f"ViT-B-16:{weights}"]
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / report_of(tmp_path / "out")["candidates"][0]["file"]) as image:
@@ -525,7 +526,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--skip", "4"], "--skip is 4 of 4 steps"),
     (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'; give 'zero', 'random' or the number of a class (--class)."),
     (["--prompt", "tree", "--set", "heads"], "--set 'heads' is not understood"),
-    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a number of at least 1 (--threads)."),
+    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a number of at least 1 and at most 1024 (--threads)."),
     (
         ["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"],
         "1 prompts were given with 2 weights; give one weight for each prompt (--prompt-weight).",
@@ -697,7 +698,7 @@ def test_the_report_is_written_even_if_the_sheet_fails(
     out = tmp_path / "out"
     out.mkdir()
     (out / "contact_sheet.png").write_text("of an earlier run")
-    said = failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--animate", "--out", out)
+    said = failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--animate", "--overwrite", "--out", out)
     assert "cannot draw" in said and "the results and report.json are in" in said
     report = report_of(out)
     assert report["interrupted"] is False
@@ -742,9 +743,9 @@ def test_a_failed_demo_keeps_the_earlier_one(
     assert run("demo", "--out", out, "--candidates", "2") == 0
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     interrupt_at(monkeypatch, 0, error)
-    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") != 0
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake", "--overwrite") != 0
     assert {name: (out / name).read_bytes() for name in files_in(out)} == before
     monkeypatch.undo()
     monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
-    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") == 0
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake", "--overwrite") == 0
     assert sha256(out / "source.png") == report_of(out)["inputs"]["image"] != json.loads(before["report.json"])["inputs"]["image"]

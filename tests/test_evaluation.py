@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from blended_core.cli import main
-from blended_core.cli.edit import options_of_arguments
 from blended_core.cli.parser import build_parser
+from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError
 from blended_core.evaluation import metrics, plots
 from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
-from blended_core.evaluation.metrics import ROWS, STEPS, as_table, pairs, rank_auc, summary
+from blended_core.evaluation.metrics import as_table, pairs, rank_auc, summary
+from blended_core.evaluation.rows import ROWS, STEPS
 from blended_core.io.atomic import sha256
 from blended_core.options import PRESETS
 from blended_core.sample import Models

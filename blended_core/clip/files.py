@@ -73,7 +73,7 @@ def source_of(name: str, tag: str) -> WeightsSource:
     repository, _, file = str(known.get("hf_hub", "")).rpartition("/")
     if not repository:
         address = str(known.get("url", ""))
-        folder, file = Path("~/.cache/clip").expanduser(), address.rpartition("/")[2]
+        folder, file = Path(os.path.expanduser("~/.cache/clip")), address.rpartition("/")[2]
         return WeightsSource(address, file, folder, (folder / file).is_file())
     files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     cache = Path(constants.HF_HUB_CACHE)

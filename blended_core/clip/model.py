@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..device import DeviceContext
 from ..errors import BlendedError, BlendedWarning
+from ..paths import expanded
 from ..toy.models import CLIP
 from ..toy.world import BACKGROUNDS, OBJECTS
 from ..weights.open import first_line
@@ -169,8 +170,8 @@ def load_clip(context: DeviceContext, spec: str = "embedded", *, folder: Path | 
 def _open_clip(context: DeviceContext, spec: str, folder: Path | None) -> ClipModel:
     import open_clip
 
-    if Path(spec).expanduser().is_file():
-        spec = f"{architecture_of(Path(spec).expanduser())}:{Path(spec).expanduser()}"
+    if expanded(spec).is_file():
+        spec = f"{architecture_of(expanded(spec))}:{expanded(spec)}"
     name, _, weights = spec.partition(":")
     name = name.replace("/", "-")
     if name not in open_clip.list_models():

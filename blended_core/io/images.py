@@ -1,4 +1,7 @@
-"""Picture files. 8-bit values are kept exactly, conversions are reported, and files are written completely or not at all."""
+"""Picture files. 8-bit values are kept exactly, conversions are reported, and files are written completely or not at all.
+
+torch is imported where a tensor is made, so that a file that cannot be used is refused before.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,17 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from ..errors import BlendedError
 from .atomic import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UInt8 = NDArray[np.uint8]
 OPAQUE = 255
@@ -53,6 +57,8 @@ class Picture:
 
     def tensor(self) -> Tensor:
         """[1, 3, H, W] float32 in 0..1; each value is k/255, correctly rounded."""
+        import torch
+
         return torch.from_numpy(self.rgb.copy()).permute(2, 0, 1)[None].float() / 255
 
 
@@ -71,7 +77,7 @@ def to_uint8(picture: Tensor) -> UInt8:
         advice = "for values in −1..1: (picture + 1) / 2" if low < 0 else "for values in 0..255: picture / 255"
         raise BlendedError(f"the picture has values from {low:.3g} to {high:.3g}; give values in 0..1, {advice}.")
     scaled = (picture[0].permute(1, 2, 0).clamp(0, 1) * 255).round()
-    out: UInt8 = scaled.to(torch.uint8).contiguous().numpy()
+    out: UInt8 = scaled.byte().contiguous().numpy()
     return out
 
 
@@ -178,7 +184,7 @@ def read_mask(path: str | Path, size: tuple[int, int], notes: list[str] | None =
             )
         notes.append(f"the mask was scaled from {width}×{height} to the picture's {size[0]}×{size[1]}.")
         gray = np.array(Image.fromarray(gray).resize(size, Image.Resampling.NEAREST))
-    return torch.from_numpy(gray.astype(np.float32) / OPAQUE)[None, None]
+    return _mask_tensor(gray.astype(np.float32) / OPAQUE)
 
 
 def mask_from_alpha(picture: Picture) -> Tensor:
@@ -188,7 +194,13 @@ def mask_from_alpha(picture: Picture) -> Tensor:
             "no mask was given and the picture has no transparent part; give a mask that is white where the picture should change.",
             option="mask",
         )
-    return torch.from_numpy(1 - picture.alpha.astype(np.float32) / OPAQUE)[None, None]
+    return _mask_tensor(1 - picture.alpha.astype(np.float32) / OPAQUE)
+
+
+def _mask_tensor(values: NDArray[Any]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(values)[None, None]
 
 
 def write_png(

@@ -12,6 +12,7 @@ from ..errors import BlendedError
 from ..options import EditOptions, option, validate
 
 MACHINE = "machine and output"
+MOST_THREADS = 1024
 DEFAULTS_OF_OLD_REPORTS = {"ddim_guidance": "score"}
 GUIDANCE_DEFAULTS_OF_OLD_REPORTS = {"reference_size": 0}
 """Values of options that did not exist when the report was written, where they differ from today's defaults."""
@@ -66,7 +67,9 @@ class Request:
         "Gradient checkpointing in the diffusion model, for gradient unet: less memory, about a third slower, the same result.",
         group=MACHINE,
     )
-    threads: int | None = option(None, "CPU threads. By default as many as PyTorch chooses.", low=1, metavar="N", group=MACHINE)
+    threads: int | None = option(
+        None, "CPU threads. By default as many as PyTorch chooses.", low=1, high=MOST_THREADS, metavar="N", group=MACHINE
+    )
 
     def __post_init__(self) -> None:
         validate(self)
