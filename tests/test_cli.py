@@ -18,13 +18,13 @@ from PIL import Image
 
 from blended_core import edit as edit_module
 from blended_core.cli import edit as cli
-from blended_core.cli import main
+from blended_core.cli import main, process
 from blended_core.cli.messages import message_of
 from blended_core.cli.parser import build_parser, flag_of
 from blended_core.cli.report_input import request_of_report
 from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError, BlendedWarning
-from blended_core.io import results
+from blended_core.io import folder, results
 from blended_core.io.contact_sheet import contact_sheet
 from blended_core.io.images import write_png
 from blended_core.io.request import Request
@@ -485,6 +485,22 @@ def test_results_are_replaced_only_with_overwrite(tmp_path: Path, inputs: list[s
     )
 
 
+@pytest.mark.parametrize("name", ["report.json", "contact_sheet.png", "source.png", "mask.png", "candidates/01_candidate_00.png"])
+def test_nothing_is_replaced_without_overwrite(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, name: str) -> None:
+    """Neither results of either command, nor a file of somebody's own that has the name of a result."""
+    out = tmp_path / "out"
+    mine = out / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    edit, demo = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out", out], ["demo", "--out", out, "--candidates", "1"]
+    for arguments in [demo] if name in ("source.png", "mask.png") else [edit, demo]:
+        assert f"({Path(name).name}); choose another --out, or add --overwrite." in failed(capsys, *arguments)
+        assert files_in(out) == [name] and mine.read_text() == "mine"
+    assert run(*demo, "--overwrite") == 0
+    assert not mine.exists() or mine.read_bytes() != b"mine"
+    assert "already holds the results of a run" in failed(capsys, *demo)
+
+
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_run_does_not_replace_its_inputs(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, place: int) -> None:
     """An edit of an edit, into the same folder."""
@@ -685,6 +701,108 @@ def test_an_error_keeps_finished_results(
     assert report["interrupted"] is True and [c["rank"] for c in report["candidates"]] == [1, 2]
     assert "2 of 4 candidates were finished" in report["notes"][-1] and words in report["notes"][-1]
     assert files_in(out) == sorted(["contact_sheet.png", "report.json", *(c["file"] for c in report["candidates"])])
+
+
+class SmallDisk:
+    """A disk with room for some bytes more: beyond them, the beginning of a file is written, and then an error is raised."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room = room
+        write, unlink = Path.write_bytes, Path.unlink
+
+        def write_bytes(path: Path, data: bytes) -> int:
+            written = write(path, data[: max(0, self.room)])
+            self.room -= written
+            if written < len(data):
+                raise OSError(28, "No space left on device")
+            return written
+
+        def remove(path: Path, missing_ok: bool = False) -> None:
+            self.room += path.stat().st_size if path.exists() else 0
+            unlink(path, missing_ok=missing_ok)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        monkeypatch.setattr(Path, "unlink", remove)
+
+
+def test_a_full_disk_names_the_file_and_what_is_finished(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--candidates", "3"]
+    assert run(*arguments, "--out", whole) == 0
+    one = max(path.stat().st_size for path in (whole / "candidates").iterdir())
+    candidates = out / "candidates"
+
+    with monkeypatch.context() as patch:  # not even a report fits: noticed before networks are loaded
+        patch.setattr(cli, "load_models", lambda request: pytest.fail("the disk was not checked before"))
+        SmallDisk(patch, 1000)
+        assert f"{out} cannot be written (No space left on device); choose another" in failed(capsys, *arguments, "--out", out)
+    with monkeypatch.context() as patch:  # a report, but no candidate
+        SmallDisk(patch, folder.RESERVE_BYTES + one // 2)
+        said = failed(capsys, *arguments, "--out", out)
+        assert f"No space left on device: {candidates / 'candidate_00.png'}. None of 3 candidates was finished." in said
+        assert not out.exists()
+    with monkeypatch.context() as patch:  # one candidate
+        SmallDisk(patch, folder.RESERVE_BYTES + one + one // 2)
+        said = failed(capsys, *arguments, "--out", out)
+        assert f"No space left on device: {candidates / 'candidate_01.png'}. 1 of 3 candidates are in {candidates}." in said
+        report = report_of(out)
+        assert report["interrupted"] and [c["candidate"] for c in report["candidates"]] == [0]
+        assert "1 of 3 candidates were finished. The reason: No space left on device" in report["notes"][-1]
+    with monkeypatch.context() as patch:  # somebody else takes the room of the report; the old report describes other files
+        disk = SmallDisk(patch, folder.RESERVE_BYTES + 3 * one)
+        patch.setattr(results, "free_reserve", lambda _: setattr(disk, "room", -one))
+        said = failed(capsys, *arguments, "--out", out, "--overwrite")
+        assert f"3 of 3 candidates are in {candidates}, but not the report.json: No space left on device: {out / 'report.json'}." in said
+        assert len(files_in(out)) == 3 and {name.rpartition("_")[2] for name in files_in(candidates)} == {"00.png", "01.png", "02.png"}
+    assert "already holds the results of a run, or files of the same names" in failed(capsys, *arguments, "--out", out)
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_networks_are_loaded(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def read_only(_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(cli, "load_models", lambda request: pytest.fail("the folder was not checked before"))
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out"]
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (Not a directory)" in failed(capsys, *arguments, tmp_path / "file" / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "candidates").write_text("")
+    assert "cannot be written (Permission denied)" in failed(capsys, *arguments, tmp_path / "out")
+    (tmp_path / "out" / "candidates").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, "access", lambda *_: False)  # a test may run as root, who may write everywhere
+        assert f"{tmp_path / 'out'} cannot be written (Permission denied); choose another" in failed(capsys, *arguments, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.FileLock, "acquire", read_only)
+        assert "cannot be written (Read-only file system)" in failed(capsys, *arguments, tmp_path / "out")
+    assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", process.STOP_SIGNALS)
+def test_sigterm_and_sighup_keep_finished_results(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals
+) -> None:
+    edit_picture = cli.edit_picture
+
+    def stopped(picture: Any, mask: Any, prompt: Any, models: Any, options: Any, on_step: Any, *rest: Any) -> Any:
+        def stop(step: Step) -> None:
+            on_step(step)
+            if 1 in step.images:
+                signal.raise_signal(number)
+
+        return edit_picture(picture, mask, prompt, models, options, stop, *rest)
+
+    monkeypatch.setattr(cli, "edit_picture", stopped)
+    out, before = tmp_path / "out", signal.getsignal(number)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", out) == 130
+    report = report_of(out)
+    assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]
+    assert report["notes"][-1] == f"Stopped early, 1 of 2 candidates were finished. The reason: {number.name}."
+    assert signal.getsignal(number) == before and "stopped after" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("broken", ["contact_sheet", "animation"])

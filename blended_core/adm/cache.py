@@ -23,8 +23,18 @@ LOCK_SECONDS = 10.0
 
 
 def cache_file(folder: Path | None = None) -> Path:
-    """``probes.json`` in a folder, by default the cache folder of this system and user: ``~/.cache/blended-diffusion`` on Linux."""
-    return (folder or user_cache_path("blended-diffusion", appauthor=False)) / "probes.json"
+    """``probes.json`` in a folder, by default the cache folder of this system and user: ``~/.cache/blended-diffusion`` on Linux.
+
+    Raises FileNotFoundError if no folder was given and the user has none.
+    """
+    if folder is None:
+        try:
+            folder = user_cache_path("blended-diffusion", appauthor=False)
+        except RuntimeError:  # of newer versions of platformdirs; older ones return the path with the ~
+            folder = Path("~")
+        if not folder.is_absolute():
+            raise FileNotFoundError("the user has no home folder")
+    return folder / "probes.json"
 
 
 def cache_key(digest: str, unet: UNetConfig, process: DiffusionConfig, open_settings: Sequence[str]) -> str:
@@ -45,10 +55,8 @@ def load_cached(key: str, folder: Path | None = None) -> ProbeResult | None:
 
 def save_cached(key: str, result: ProbeResult, folder: Path | None = None) -> None:
     """Adds a decision to the file. If the folder cannot be written, nothing is saved and the next load probes again."""
-    path = cache_file(folder)
-    if not path.is_absolute():  # a user without a home folder
-        return
     try:
+        path = cache_file(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may add a decision at the same time.
         with FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):

@@ -17,6 +17,8 @@ REPORT = "report.json"
 SHEET = "contact_sheet.png"
 SUBFOLDERS = ("candidates", "animations")
 LOCK = ".blended-diffusion.lock"
+RESERVE, RESERVE_BYTES = ".blended-diffusion.reserve", 1 << 16
+"""A file that keeps room for the report while a run fills the disk."""
 OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")
 """The names of candidates and animations, with or without a rank."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -35,12 +37,13 @@ def replaced_files(out: Path, generated: Iterable[str] = ()) -> list[Path]:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Creates a folder where needed and keeps it for one run. Afterwards a folder that is still empty is removed again if it was created here.
+    """Creates a folder where needed and keeps it for one run, with room for a report that :func:`free_reserve` frees. Afterwards a folder that is still
+    empty is removed again if it was created here.
 
     Check what the folder holds inside of the claim, so that no other run can change it in between.
 
     Raises:
-        BlendedError: if it is a file, cannot be written, or another run keeps it.
+        BlendedError: if it is a file, cannot be written, has no room, or another run keeps it.
     """
     if folder.exists() and not folder.is_dir():
         raise BlendedError(f"the result folder {folder} is a file; name a folder.", option="out")
@@ -54,11 +57,28 @@ def claimed(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise _unwritable(folder, error) from None
         with _locked(folder / LOCK, folder):
-            yield
+            try:
+                _write_reserve(folder)
+                yield
+            finally:
+                free_reserve(folder)
     finally:
         for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()  # fails if it is not empty
+
+
+def _write_reserve(folder: Path) -> None:
+    try:
+        (folder / RESERVE).write_bytes(bytes(RESERVE_BYTES))
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def free_reserve(folder: Path) -> None:
+    """Deletes the file that keeps room for the report."""
+    with contextlib.suppress(OSError):
+        (folder / RESERVE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

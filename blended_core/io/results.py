@@ -19,7 +19,7 @@ from ..result import Candidate, EditResult
 from ..sample import Step
 from .atomic import write_bytes
 from .contact_sheet import animation, contact_sheet, thumbnail
-from .folder import REPORT, SHEET, old_results
+from .folder import REPORT, SHEET, free_reserve, old_results
 from .images import Picture, UInt8, to_uint8, write_png
 from .request import Request
 from .versions import library_versions, own_version
@@ -102,6 +102,7 @@ class Writer:
             new = old.with_name(f"{candidate.rank:02d}_{old.name}")
             os.replace(old, new)
             self.files[candidate.index] = new
+        free_reserve(self.out)
         try:
             self._report(result, interrupted)
         except OSError:
