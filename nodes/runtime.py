@@ -16,7 +16,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..blended_core.errors import BlendedError, BlendedWarning, with_controls
+from ..blended_core.errors import BlendedError, BlendedWarning, one_line, with_controls
 
 GUIDANCE_INPUTS = (
     "scale", "views", "gradient", "distance", "clip_input", "range_scale", "background_scale", "clamp", "view_chunk", "reference_size",
@@ -60,7 +60,7 @@ def library_scope(node: str) -> Iterator[None]:
     """The scope in which a node calls the library; ``node`` is its display name.
 
     Leaves ComfyUI's inference mode, whose tensors cannot take part in autograd. Warnings of the library go to ComfyUI's log. Errors and warnings
-    name the inputs that they are about.
+    name the inputs that they are about, and are one printable line each.
     """
     try:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
@@ -77,6 +77,10 @@ def library_scope(node: str) -> Iterator[None]:
             yield
     except BlendedError as error:
         raise BlendedError(with_inputs(error, node)) from None
+    except Exception as error:
+        # ComfyUI logs these too, and shows them on the page.
+        error.args = tuple(one_line(value) if isinstance(value, str) else value for value in error.args)
+        raise
 
 
 class Progress:
@@ -108,7 +112,7 @@ def enlarge(image: Image.Image, min_side: int = 256) -> Image.Image:
 def show_text(node_id: str, text: str) -> None:
     """Shows text on a node in the web page."""
     if PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        PromptServer.instance.send_progress_text("\n".join(one_line(line) for line in text.split("\n")), node_id)
 
 
 def format_score(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shlex
 import signal
 import warnings
@@ -20,7 +21,7 @@ from blended_core import edit as edit_module
 from blended_core.cli import edit as cli
 from blended_core.cli import main, process
 from blended_core.cli.messages import message_of
-from blended_core.cli.parser import build_parser, flag_of
+from blended_core.cli.parser import HEADINGS, build_parser, flag_of
 from blended_core.cli.report_input import request_of_report
 from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError, BlendedWarning
@@ -28,7 +29,7 @@ from blended_core.io import folder, results
 from blended_core.io.contact_sheet import contact_sheet
 from blended_core.io.images import write_png
 from blended_core.io.request import Request
-from blended_core.options import EditOptions, GuidanceOptions, declared
+from blended_core.options import PRESETS, EditOptions, GuidanceOptions, declared
 from blended_core.sample import Models, Step
 from blended_core.toy.models import CLIP, DDPM
 from blended_core.toy.world import Placed, Scene, render
@@ -867,3 +868,66 @@ def test_a_failed_demo_keeps_the_earlier_one(
     monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
     assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake", "--overwrite") == 0
     assert sha256(out / "source.png") == report_of(out)["inputs"]["image"] != json.loads(before["report.json"])["inputs"]["image"]
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The help text of a command line, its lines joined."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, "--help")
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_help_of_edit_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str], preset: str) -> None:
+    text = help_of(capsys, "edit", "--preset", preset)
+    assert text == help_of(capsys, "edit", f"--preset={preset}") and f"those of the preset {preset}." in text
+    shown = {}
+    for kind, options in ((EditOptions, PRESETS[preset]), (GuidanceOptions, PRESETS[preset].guidance)):
+        for name, (declaration, _) in declared(kind).items():
+            value = getattr(options, name)
+            if (flag := flag_of(name, declaration)) and not isinstance(value, bool) and value is not None:
+                own = text[text.index(f" {flag} ") :]
+                shown[name] = re.search(r"Default: (\S+)\.(?: |$)", own).group(1)  # type: ignore[union-attr]
+                assert shown[name] == (f"{value:g}" if isinstance(value, float) else str(value)), name
+    assert len(shown) > 25
+    assert help_of(capsys, "edit") == help_of(capsys, "edit", "--preset", "best")
+
+
+def test_the_help_of_edit_is_grouped_and_has_examples_that_can_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {
+        name: parser for action in build_parser()._actions if isinstance(action.choices, dict) for name, parser in action.choices.items()
+    }
+    for name, parser in commands.items():
+        assert all(action.help for action in parser._actions), f"an argument of {name} without a text"
+    groups = [group for group in commands["edit"]._action_groups if group._group_actions]
+    assert [group.title for group in groups] == ["general", *HEADINGS]
+    assert all(3 <= len(group._group_actions) <= 20 or group.title == "general" for group in groups)
+    examples = [line.strip() for line in str(commands["edit"].epilog).splitlines() if line.startswith("    blended-diffusion")]
+    assert len(examples) >= 4
+    for line in examples:
+        assert build_parser().parse_args(shlex.split(line)[1:]).command == "edit"
+        assert " ".join(line.split()) in help_of(capsys, "edit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["edit", "cat.png", "mask.png"], "unknown argument mask.png; did you mean --mask mask.png?"),
+        (["edit", "cat.png", "my mask.png"], "did you mean --mask 'my mask.png'?"),
+        (["edit", "cat.png", "--prompt", "x", "mask.png"], "did you mean --mask mask.png?"),
+        (["edit", "cat.png", "corgi"], "did you mean --prompt corgi?"),
+        (["edit", "cat.png", "--prompt", "a", "red", "apple"], "put quotes around a text with spaces"),
+        (["edit", "cat.png", "--guidence-scale", "3"], "did you mean --guidance-scale?"),
+        (["edit", "cat.png", "--maks=x.png"], "did you mean --mask?"),
+        (["demo", "--sed", "3"], "did you mean --seed?"),
+        (["inspect", "a.pt", "b.pt"], "inspect: error: unknown argument b.pt"),
+    ],
+)  # fmt: skip
+def test_an_unknown_argument_says_what_may_have_been_meant(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
