@@ -279,9 +279,18 @@ def test_a_user_without_a_home_folder_can_work(
     save_cached("key", result, folder)
     assert load_cached("key", folder) is not None and cache_file(folder) == tmp_path / "cache" / "probes.json"
     for path in ("~/x.pt", "~nobody-of-this-name/x.pt"):
-        for arguments in (["inspect", path], ["edit", path, "--prompt", "x"], ["edit", "x.png", "--prompt", "x", "--clip", path]):
-            assert main(arguments) == 2
-            assert f"error: the home folder in {path} is unknown; write the whole path" in capsys.readouterr().err
+        for arguments in (
+            ["inspect", path],
+            ["edit", path, "--prompt", "x"],
+            ["edit", "--from", path],
+            ["demo", "--out", path],
+            ["edit", "x.png", "--prompt", "x", "--clip", path],
+        ):
+            try:
+                assert main(arguments) == 2
+            except SystemExit as stop:
+                assert stop.code == 2
+            assert f"the home folder in {path} is unknown; write the whole path" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")

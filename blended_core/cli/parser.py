@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ..errors import BlendedError
 from ..io.request import MACHINE, Request
 from ..io.versions import own_version
 from ..options import PRESETS, REGION, EditOptions, GuidanceOptions, Option, declared
+from ..paths import expanded
 from .messages import say
 
 DEMO_PROMPT = "an apple"
@@ -126,7 +128,7 @@ def build_parser(preset: str = "best") -> argparse.ArgumentParser:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("blended-diffusion-demo"), help="Folder for the results. Default: %(default)s."
+        "--out", type=path, metavar="DIR", default=Path("blended-diffusion-demo"), help="Folder for the results. Default: %(default)s."
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace the results in the folder.")
     parser.add_argument("--prompt", metavar="TEXT", default=DEMO_PROMPT, help="Text of what to draw. Default: %(default)s.")
@@ -139,9 +141,9 @@ def _edit(parser: argparse.ArgumentParser, preset: str) -> None:
     parser.description = f"Edit a picture inside a mask. The defaults below are those of the preset {preset}."
     groups = {heading: parser.add_argument_group(heading) for heading in HEADINGS}
     picture, output = groups[PICTURE], groups[MACHINE]
-    picture.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="The picture.")
+    picture.add_argument("image", type=path, nargs="?", metavar="IMAGE", help="The picture.")
     picture.add_argument(
-        "--mask", type=Path, metavar="FILE", help="Mask file, white where the picture changes. Default: the transparent part of IMAGE."
+        "--mask", type=path, metavar="FILE", help="Mask file, white where the picture changes. Default: the transparent part of IMAGE."
     )
     picture.add_argument(
         "--prompt", dest="prompts", action="append", metavar="TEXT",
@@ -152,11 +154,11 @@ def _edit(parser: argparse.ArgumentParser, preset: str) -> None:
         help="Weight of a prompt. Give one for each --prompt. Default: 1.",
     )  # fmt: skip
     picture.add_argument(
-        "--from", dest="from_report", type=Path, metavar="REPORT",
+        "--from", dest="from_report", type=path, metavar="REPORT",
         help="Repeat the run of a report.json. Only arguments for machine and output may be added.",
     )  # fmt: skip
     output.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("blended-diffusion-out"), help="Folder for the results. Default: %(default)s."
+        "--out", type=path, metavar="DIR", default=Path("blended-diffusion-out"), help="Folder for the results. Default: %(default)s."
     )
     output.add_argument("--overwrite", action="store_true", help="Replace the results in the folder.")
     groups["method"].add_argument("--preset", choices=tuple(PRESETS), help="Set of options that the others modify. Default: best.")
@@ -186,7 +188,7 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     _checkpoint(parser)
-    parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="The file to write.")
+    parser.add_argument("target", type=path, metavar="OUT.safetensors", help="The file to write.")
     parser.add_argument("--half", action="store_true", help="Store half precision: half the size, values rounded to 11 bits.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
 
@@ -201,7 +203,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--held-back", action="store_true", help="Use the second list of pairs, by which no option was chosen.")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("blended-diffusion-evaluation"),
+        "--out", type=path, metavar="DIR", default=Path("blended-diffusion-evaluation"),
         help="Folder for the results. Pairs that are finished there are not measured again. Default: %(default)s.",
     )  # fmt: skip
     _add_options(parser, Request, device=None, dtype=None, threads=None)
@@ -211,7 +213,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="ADM checkpoint, or 'embedded'.")
     _overrides(parser)
     parser.add_argument(
-        "--picture", type=Path, dest="probe_picture", metavar="IMAGE", help="Picture similar to the training images, for the probe."
+        "--picture", type=path, dest="probe_picture", metavar="IMAGE", help="Picture similar to the training images, for the probe."
     )
     parser.add_argument(
         "--no-probe", dest="probe", action="store_false", help="Guess settings that are not in the file, without the probe."
@@ -267,6 +269,14 @@ def _converter(hint: Any) -> Callable[[str], Any]:
     """The function that reads the value of an option with this annotation."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     return whole_number_or_text if len(kinds) > 1 else {int: whole_number, float: number}.get(kinds[0], kinds[0])
+
+
+def path(text: str) -> Path:
+    """The value of an argument that names a file or a folder. The shell leaves a ~ as it is after an equals sign: --out=~/results."""
+    try:
+        return expanded(text)
+    except BlendedError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def whole_number(text: str) -> int:

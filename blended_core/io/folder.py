@@ -45,11 +45,12 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         BlendedError: if it is a file, cannot be written, has no room, or another run keeps it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise BlendedError(f"the result folder {folder} is a file; name a folder.", option="out")
-    created = [path for path in (*(folder / name for name in SUBFOLDERS), folder, *folder.parents) if not path.exists()]
+    created: list[Path] = []
     try:
         try:
+            if folder.exists() and not folder.is_dir():
+                raise BlendedError(f"the result folder {folder} is a file; name a folder.", option="out")
+            created += [path for path in (*(folder / name for name in SUBFOLDERS), folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             for path in (folder, *(folder / name for name in SUBFOLDERS)):
                 if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
