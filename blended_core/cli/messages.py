@@ -25,6 +25,7 @@ def say(text: str, *, error: bool = False, limit: int | None = MAX_MESSAGE) -> N
         print(*(one_line(line, limit) for line in text.split("\n")), sep="\n", file=stream, flush=True)
     except OSError as failure:
         if failure.errno not in READER_IS_GONE:
+            failure.filename = "standard error" if error else "standard output"
             raise
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), stream.fileno())
