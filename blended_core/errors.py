@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 
 MAX_MESSAGE = 480
-"""Characters of a message; at most 500 with the prefix of a surface, such as 'Blended Diffusion: '."""
+"""Characters of a message of a surface; at most 500 with its prefix, such as 'Blended Diffusion: '."""
+MAX_TEXT = 1000
+"""Characters of the text of an exception, a warning or a note, which a script may want whole, with long paths."""
 MAX_REASON = 160
 """Characters that a message takes from the text of another library."""
 _BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]+")
@@ -51,7 +53,7 @@ class BlendedError(ValueError):
     """
 
     def __init__(self, text: str, option: str | Sequence[str] = ()) -> None:
-        super().__init__(one_line(text))
+        super().__init__(one_line(text, MAX_TEXT))
         self.options = _names(option)
 
 
@@ -63,7 +65,7 @@ class BlendedWarning(UserWarning):
     """A fact that the user should know, though the work continues. Arguments as for :class:`BlendedError`."""
 
     def __init__(self, text: str, option: str | Sequence[str] = ()) -> None:
-        super().__init__(one_line(text))
+        super().__init__(one_line(text, MAX_TEXT))
         self.options = _names(option)
 
 
@@ -73,7 +75,7 @@ class Note(str):
     options: tuple[str, ...]
 
     def __new__(cls, text: str, option: str | Sequence[str] = ()) -> Note:
-        note = super().__new__(cls, one_line(text))
+        note = super().__new__(cls, one_line(text, MAX_TEXT))
         note.options = _names(option)
         return note
 
