@@ -6,9 +6,8 @@ part after it.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +26,7 @@ from .rank import Score, background_error, clip_distance, clip_distance_of_views
 from .region import PictureRegion, feather_notes, region_around
 from .result import Candidate, EditResult
 from .sample import Models, Step, edit_steps, final_image, with_scale
+from .timer import Timer
 
 RANKINGS = {"views": clip_distance_of_views, "corrected": clip_distance, "reference": reference.clip_distance}
 X0_INSTEAD_OF_NETWORK = Note(
@@ -304,28 +304,3 @@ class _Scorer:
         if fitted < at_once:
             limits.scored = fitted
         return [float(d) if d.isfinite() else None for d in scored]
-
-
-class Timer:
-    """Seconds by the name of a stage. Every moment belongs to the stage whose lap ends next, so that the stages add up to the whole time."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.clock = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Adds the time since the last lap to a stage."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
-        self.clock = now
-
-    def include(self, stages: Mapping[str, float]) -> None:
-        """Takes over stages that another timer measured since the last lap."""
-        for name, seconds in stages.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-            self.clock += seconds
-
-    @property
-    def total(self) -> float:
-        """The sum of all stages."""
-        return sum(self.seconds.values())

@@ -23,6 +23,8 @@ DEFAULT_SCALE = 1000.0
 """Guidance scale of the reference code, for checkpoints that recommend none."""
 RECOMMENDED_AT = 256
 """Image side in pixels that the guidance scale recommended by a checkpoint refers to, as ``reference_size``."""
+MOST_WEIGHT = 1e9
+"""The largest weight of a loss: far beyond useful ones, and far from where float32 overflows."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,16 @@ class GuidanceOptions:
         None,
         "Weight of the CLIP loss. Too low: the edit ignores the prompt. Too high: glaring colors and patterns that only CLIP recognizes. By default, "
         "and with -1 in ComfyUI, the scale that the checkpoint recommends (embedded: 3000), or 1000 if it recommends none.",
-        low=0.0, limited_weight=True, node_low=-1.0, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
+        low=0.0, high=MOST_WEIGHT, limited_weight=True, node_low=-1.0, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
     )  # fmt: skip
     range_scale: float = option(
         50.0, "Weight of the range loss, which pulls values back into the valid range of an image.",
-        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, metavar="λ",
+        low=0.0, high=MOST_WEIGHT, limited_weight=True, node_high=100000.0, step=10.0, metavar="λ",
     )  # fmt: skip
     background_scale: float = option(
         0.0,
         "Weight λ of the background loss of Algorithm 1. Blending does not need it. Above 0 an LPIPS network is loaded.",
-        low=0.0, node_high=1000000.0, step=100.0, flag="--lambda", metavar="λ",
+        low=0.0, high=MOST_WEIGHT, node_high=1000000.0, step=100.0, flag="--lambda", metavar="λ",
     )  # fmt: skip
     gradient: str = option(
         "x0",
@@ -172,8 +174,10 @@ class GuidanceOptions:
         "Form of the background loss. paper: per image. reference: averaged over the batch, with its own two weights.",
         choices=("paper", "reference"), flag="",
     )  # fmt: skip
-    lpips_scale: float = option(1000.0, "Weight of LPIPS in the reference code's background loss.", low=0.0, metavar="λ")
-    l2_scale: float = option(10000.0, "Weight of the squared error in the reference code's background loss.", low=0.0, metavar="λ")
+    lpips_scale: float = option(1000.0, "Weight of LPIPS in the reference code's background loss.", low=0.0, high=MOST_WEIGHT, metavar="λ")
+    l2_scale: float = option(
+        10000.0, "Weight of the squared error in the reference code's background loss.", low=0.0, high=MOST_WEIGHT, metavar="λ"
+    )
     views: int = option(
         8,
         "Augmented views that CLIP sees at each step. More views give cleaner shapes and take more time. 1 turns the augmentations off.",
@@ -188,7 +192,7 @@ class GuidanceOptions:
     clamp: float | None = option(
         None,
         "Largest root mean square of the gradient of one image. By default, and with 0 in ComfyUI, there is no limit.",
-        low=0.0, above=True, node_low=0.0, node_high=1000.0, step=0.01, metavar="RMS",
+        low=0.0, high=MOST_WEIGHT, above=True, node_low=0.0, node_high=1000.0, step=0.01, metavar="RMS",
     )  # fmt: skip
     reference_size: int = option(
         256,
@@ -357,7 +361,7 @@ class EditOptions:
     context: float = option(
         1.6,
         "Side of the edited square, as a multiple of the longer side of the mask. A larger context fits the edit in better and leaves it fewer pixels.",
-        low=1.0, node_high=16.0, step=0.1, metavar="F", group=REGION,
+        low=1.0, high=1000.0, node_high=16.0, step=0.1, metavar="F", group=REGION,
     )  # fmt: skip
     feather: int = option(
         0,

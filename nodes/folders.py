@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import folder_paths
 
 from ..blended_core.adm.load import may_be_checkpoint
-from ..blended_core.errors import BlendedError
+from ..blended_core.errors import BlendedError, one_line
 
 DDPM_FOLDER, CLIP_FOLDER = "ddpm", "open_clip"
 EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
@@ -73,7 +73,7 @@ def check_file(folder: str, name: str) -> bool | str:
     try:
         return find_file(folder, name).is_file()
     except BlendedError as error:
-        return str(error)
+        return one_line(error)
 
 
 def file_version(*paths: Path) -> str:

@@ -17,7 +17,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..blended_core.errors import BlendedError, BlendedWarning, with_controls
+from ..blended_core.errors import BlendedError, BlendedWarning, one_line, with_controls
 
 GUIDANCE_INPUTS = (
     "scale", "views", "gradient", "distance", "clip_input", "range_scale", "background_scale", "clamp", "view_chunk", "reference_size",
@@ -62,7 +62,7 @@ def library_scope(node: str) -> Iterator[None]:
     """The scope in which a node calls the library; ``node`` is its display name.
 
     Leaves ComfyUI's inference mode, whose tensors cannot take part in autograd. Warnings of the library go to ComfyUI's log. Errors and warnings
-    name the inputs that they are about.
+    name the inputs that they are about, and are one printable line each.
     """
     try:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
@@ -79,6 +79,10 @@ def library_scope(node: str) -> Iterator[None]:
             yield
     except BlendedError as error:
         raise BlendedError(with_inputs(error, node)) from None
+    except Exception as error:
+        # ComfyUI logs these too, and shows them on the page.
+        error.args = tuple(one_line(value) if isinstance(value, str) else value for value in error.args)
+        raise
 
 
 class Progress:
@@ -118,7 +122,7 @@ def keeps_text() -> dict[str, bool]:
 
 def shown_text(text: str) -> ui.PreviewText:
     """The ``ui`` of a NodeOutput that shows text on the node (``web/show_text.js``), in the page of the client that runs it."""
-    return ui.PreviewText(text)
+    return ui.PreviewText("\n".join(one_line(line) for line in text.split("\n")))
 
 
 def format_score(value: float | None) -> str:

@@ -7,9 +7,12 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +70,29 @@ def wrong_controls(schemas: list[Any]) -> list[str]:
     return out
 
 
+def messages(hostile: list[str]) -> list[str]:
+    """What reaches ComfyUI's log and its page for warnings, errors and texts of a node that contain these texts."""
+    runtime, errors = (importlib.import_module(f"{NAME}.{module}") for module in ("nodes.runtime", "blended_core.errors"))
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    page = runtime.PromptServer
+    runtime.PromptServer = SimpleNamespace(instance=SimpleNamespace(send_progress_text=lambda text, _: seen.extend(text.split("\n"))))
+    for text in hostile:
+        for error in (errors.BlendedError(text, "seed"), RuntimeError(text)):
+            try:
+                with runtime.library_scope("Demo Scene"):
+                    warnings.warn(errors.BlendedWarning(text, "seed"), stacklevel=1)
+                    runtime.show_text("1", f"a table\n{text}")
+                    raise error
+            except (ValueError, RuntimeError) as raised:
+                seen.append(str(raised))
+    runtime.PromptServer = page
+    logging.getLogger().removeHandler(handler)
+    return seen
+
+
 def main() -> None:
     """Checks every node of the pack."""
 
@@ -91,7 +117,8 @@ def main() -> None:
                 if not isinstance(option, str):
                     function = getattr(sys.modules[node.__module__], {"start": "start_edit", "match": "match_level"}[option.key])
                     found += differences(f"{schema.node_id} ({option.key})", option.inputs, function, {"image"})
-    print(json.dumps({"nodes": names, "differences": found, "controls": wrong_controls(schemas)}))
+    said = messages(json.loads(sys.stdin.read() or "[]"))
+    print(json.dumps({"nodes": names, "differences": found, "controls": wrong_controls(schemas), "messages": said}))
 
 
 if __name__ == "__main__":

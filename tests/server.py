@@ -170,7 +170,8 @@ def started(folder: Path, *options: str, comfyui: Path = COMFYUI) -> Iterator[Se
     command = [interpreter(comfyui), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder)]
     command += ["--database-url", f"sqlite:///{folder}/user/comfyui.db", "--disable-api-nodes", "--preview-method", "auto", *options]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=comfyui, stdout=stream, stderr=subprocess.STDOUT, env=environment())
+        own_cache = {**environment(), "XDG_CACHE_HOME": str(folder / "cache")}
+        process = subprocess.Popen(command, cwd=comfyui, stdout=stream, stderr=subprocess.STDOUT, env=own_cache)
         try:
             server = Server(folder, port, log, process.pid)
             for _ in range(600):

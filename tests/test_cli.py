@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shlex
 import signal
 import warnings
@@ -18,17 +19,17 @@ from PIL import Image
 
 from blended_core import edit as edit_module
 from blended_core.cli import edit as cli
-from blended_core.cli import main
-from blended_core.cli.edit import options_of_arguments
+from blended_core.cli import main, process
 from blended_core.cli.messages import message_of
-from blended_core.cli.parser import build_parser, flag_of
+from blended_core.cli.parser import HEADINGS, build_parser, flag_of
 from blended_core.cli.report_input import request_of_report
+from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError, BlendedWarning
-from blended_core.io import results
+from blended_core.io import folder, results
 from blended_core.io.contact_sheet import contact_sheet
 from blended_core.io.images import write_picture
 from blended_core.io.request import Request
-from blended_core.options import EditOptions, GuidanceOptions, declared
+from blended_core.options import PRESETS, EditOptions, GuidanceOptions, declared
 from blended_core.sample import Models, Step
 from blended_core.toy.models import CLIP, DDPM
 from blended_core.toy.world import Placed, Scene, render
@@ -342,7 +343,8 @@ def test_a_file_name_that_is_not_utf_8_is_escaped(tmp_path: Path) -> None:
 
 def test_a_result_names_no_folders(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
     weights = tmp_path / "clip.pt"
-    weights.write_bytes(b"x")
+    for file in (weights, tmp_path / "model.pt"):
+        file.write_bytes(b"x")
     arguments = ["--ddpm", tmp_path / "model.pt", "--clip", f"ViT-B-16:{weights}"]
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / report_of(tmp_path / "out")["candidates"][0]["file"]) as image:
@@ -557,6 +559,22 @@ def test_results_are_replaced_only_with_overwrite(tmp_path: Path, inputs: list[s
     )
 
 
+@pytest.mark.parametrize("name", ["report.json", "contact_sheet.png", "source.png", "mask.png", "candidates/01_candidate_00.png"])
+def test_nothing_is_replaced_without_overwrite(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, name: str) -> None:
+    """Neither results of either command, nor a file of somebody's own that has the name of a result."""
+    out = tmp_path / "out"
+    mine = out / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    edit, demo = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out", out], ["demo", "--out", out, "--candidates", "1"]
+    for arguments in [demo] if name in ("source.png", "mask.png") else [edit, demo]:
+        assert f"({Path(name).name}); choose another --out, or add --overwrite." in failed(capsys, *arguments)
+        assert files_in(out) == [name] and mine.read_text() == "mine"
+    assert run(*demo, "--overwrite") == 0
+    assert not mine.exists() or mine.read_bytes() != b"mine"
+    assert "already holds the results of a run" in failed(capsys, *demo)
+
+
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_run_does_not_replace_its_inputs(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, place: int) -> None:
     """An edit of an edit, into the same folder."""
@@ -759,6 +777,108 @@ def test_an_error_keeps_finished_results(
     assert files_in(out) == sorted(["contact_sheet.png", "report.json", *(c["file"] for c in report["candidates"])])
 
 
+class SmallDisk:
+    """A disk with room for some bytes more: beyond them, the beginning of a file is written, and then an error is raised."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room = room
+        write, unlink = Path.write_bytes, Path.unlink
+
+        def write_bytes(path: Path, data: bytes) -> int:
+            written = write(path, data[: max(0, self.room)])
+            self.room -= written
+            if written < len(data):
+                raise OSError(28, "No space left on device")
+            return written
+
+        def remove(path: Path, missing_ok: bool = False) -> None:
+            self.room += path.stat().st_size if path.exists() else 0
+            unlink(path, missing_ok=missing_ok)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        monkeypatch.setattr(Path, "unlink", remove)
+
+
+def test_a_full_disk_names_the_file_and_what_is_finished(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--candidates", "3"]
+    assert run(*arguments, "--out", whole) == 0
+    one = max(path.stat().st_size for path in (whole / "candidates").iterdir())
+    candidates = out / "candidates"
+
+    with monkeypatch.context() as patch:  # not even a report fits: noticed before networks are loaded
+        patch.setattr(cli, "load_models", lambda request: pytest.fail("the disk was not checked before"))
+        SmallDisk(patch, 1000)
+        assert f"{out} cannot be written (No space left on device); choose another" in failed(capsys, *arguments, "--out", out)
+    with monkeypatch.context() as patch:  # a report, but no candidate
+        SmallDisk(patch, folder.RESERVE_BYTES + one // 2)
+        said = failed(capsys, *arguments, "--out", out)
+        assert f"No space left on device: {candidates / 'candidate_00.png'}. None of 3 candidates was finished." in said
+        assert not out.exists()
+    with monkeypatch.context() as patch:  # one candidate
+        SmallDisk(patch, folder.RESERVE_BYTES + one + one // 2)
+        said = failed(capsys, *arguments, "--out", out)
+        assert f"No space left on device: {candidates / 'candidate_01.png'}. 1 of 3 candidates are in {candidates}." in said
+        report = report_of(out)
+        assert report["interrupted"] and [c["candidate"] for c in report["candidates"]] == [0]
+        assert "1 of 3 candidates were finished. The reason: No space left on device" in report["notes"][-1]
+    with monkeypatch.context() as patch:  # somebody else takes the room of the report; the old report describes other files
+        disk = SmallDisk(patch, folder.RESERVE_BYTES + 3 * one)
+        patch.setattr(results, "free_reserve", lambda _: setattr(disk, "room", -one))
+        said = failed(capsys, *arguments, "--out", out, "--overwrite")
+        assert f"3 of 3 candidates are in {candidates}, but not the report.json: No space left on device: {out / 'report.json'}." in said
+        assert len(files_in(out)) == 3 and {name.rpartition("_")[2] for name in files_in(candidates)} == {"00.png", "01.png", "02.png"}
+    assert "already holds the results of a run, or files of the same names" in failed(capsys, *arguments, "--out", out)
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_networks_are_loaded(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def read_only(_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(cli, "load_models", lambda request: pytest.fail("the folder was not checked before"))
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out"]
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (Not a directory)" in failed(capsys, *arguments, tmp_path / "file" / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "candidates").write_text("")
+    assert "cannot be written (Permission denied)" in failed(capsys, *arguments, tmp_path / "out")
+    (tmp_path / "out" / "candidates").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, "access", lambda *_: False)  # a test may run as root, who may write everywhere
+        assert f"{tmp_path / 'out'} cannot be written (Permission denied); choose another" in failed(capsys, *arguments, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.FileLock, "acquire", read_only)
+        assert "cannot be written (Read-only file system)" in failed(capsys, *arguments, tmp_path / "out")
+    assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", process.STOP_SIGNALS)
+def test_sigterm_and_sighup_keep_finished_results(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals
+) -> None:
+    edit_picture = cli.edit_picture
+
+    def stopped(picture: Any, mask: Any, prompt: Any, models: Any, options: Any, on_step: Any, *rest: Any) -> Any:
+        def stop(step: Step) -> None:
+            on_step(step)
+            if 1 in step.images:
+                signal.raise_signal(number)
+
+        return edit_picture(picture, mask, prompt, models, options, stop, *rest)
+
+    monkeypatch.setattr(cli, "edit_picture", stopped)
+    out, before = tmp_path / "out", signal.getsignal(number)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", out) == 130
+    report = report_of(out)
+    assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]
+    assert report["notes"][-1] == f"Stopped early, 1 of 2 candidates were finished. The reason: {number.name}."
+    assert signal.getsignal(number) == before and "stopped after" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("broken", ["contact_sheet", "animation"])
 def test_the_report_is_written_even_if_the_sheet_fails(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, broken: str
@@ -770,7 +890,7 @@ def test_the_report_is_written_even_if_the_sheet_fails(
     out = tmp_path / "out"
     out.mkdir()
     (out / "contact_sheet.png").write_text("of an earlier run")
-    said = failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--animate", "--out", out)
+    said = failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--animate", "--overwrite", "--out", out)
     assert "cannot draw" in said and "the results and report.json are in" in said
     report = report_of(out)
     assert report["interrupted"] is False
@@ -815,9 +935,72 @@ def test_a_failed_demo_keeps_the_earlier_one(
     assert run("demo", "--out", out, "--candidates", "2") == 0
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     interrupt_at(monkeypatch, 0, error)
-    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") != 0
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake", "--overwrite") != 0
     assert {name: (out / name).read_bytes() for name in files_in(out)} == before
     monkeypatch.undo()
     monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
-    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") == 0
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake", "--overwrite") == 0
     assert sha256(out / "source.png") == report_of(out)["inputs"]["image"] != json.loads(before["report.json"])["inputs"]["image"]
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The help text of a command line, its lines joined."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, "--help")
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_help_of_edit_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str], preset: str) -> None:
+    text = help_of(capsys, "edit", "--preset", preset)
+    assert text == help_of(capsys, "edit", f"--preset={preset}") and f"those of the preset {preset}." in text
+    shown = {}
+    for kind, options in ((EditOptions, PRESETS[preset]), (GuidanceOptions, PRESETS[preset].guidance)):
+        for name, (declaration, _) in declared(kind).items():
+            value = getattr(options, name)
+            if (flag := flag_of(name, declaration)) and not isinstance(value, bool) and value is not None:
+                own = text[text.index(f" {flag} ") :]
+                shown[name] = re.search(r"Default: (\S+)\.(?: |$)", own).group(1)  # type: ignore[union-attr]
+                assert shown[name] == (f"{value:g}" if isinstance(value, float) else str(value)), name
+    assert len(shown) > 25
+    assert help_of(capsys, "edit") == help_of(capsys, "edit", "--preset", "best")
+
+
+def test_the_help_of_edit_is_grouped_and_has_examples_that_can_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {
+        name: parser for action in build_parser()._actions if isinstance(action.choices, dict) for name, parser in action.choices.items()
+    }
+    for name, parser in commands.items():
+        assert all(action.help for action in parser._actions), f"an argument of {name} without a text"
+    groups = [group for group in commands["edit"]._action_groups if group._group_actions]
+    assert [group.title for group in groups] == ["general", *HEADINGS]
+    assert all(3 <= len(group._group_actions) <= 20 or group.title == "general" for group in groups)
+    examples = [line.strip() for line in str(commands["edit"].epilog).splitlines() if line.startswith("    blended-diffusion")]
+    assert len(examples) >= 4
+    for line in examples:
+        assert build_parser().parse_args(shlex.split(line)[1:]).command == "edit"
+        assert " ".join(line.split()) in help_of(capsys, "edit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["edit", "cat.png", "mask.png"], "unknown argument mask.png; did you mean --mask mask.png?"),
+        (["edit", "cat.png", "my mask.png"], "did you mean --mask 'my mask.png'?"),
+        (["edit", "cat.png", "--prompt", "x", "mask.png"], "did you mean --mask mask.png?"),
+        (["edit", "cat.png", "corgi"], "did you mean --prompt corgi?"),
+        (["edit", "cat.png", "--prompt", "a", "red", "apple"], "put quotes around a text with spaces"),
+        (["edit", "cat.png", "--guidence-scale", "3"], "did you mean --guidance-scale?"),
+        (["edit", "cat.png", "--maks=x.png"], "did you mean --mask?"),
+        (["demo", "--sed", "3"], "did you mean --seed?"),
+        (["inspect", "a.pt", "b.pt"], "inspect: error: unknown argument b.pt"),
+    ],
+)  # fmt: skip
+def test_an_unknown_argument_says_what_may_have_been_meant(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from blended_core.cli import main
-from blended_core.cli.edit import options_of_arguments
 from blended_core.cli.parser import build_parser
+from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError
 from blended_core.evaluation import metrics, plots
 from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
-from blended_core.evaluation.metrics import ROWS, STEPS, as_table, pairs, rank_auc, summary
+from blended_core.evaluation.metrics import as_table, pairs, rank_auc, summary
+from blended_core.evaluation.rows import ROWS, STEPS
 from blended_core.io.atomic import sha256
 from blended_core.options import PRESETS
 from blended_core.sample import Models
@@ -269,7 +270,7 @@ def test_the_command_writes_table_plot_and_contact_sheets(
     for arguments_of_error, message in (
         (["--only", "better"], "unknown row better; known are best, paper"),
         (["--pairs", "0"], "--pairs is 0"),
-        (["--threads", "-1"], "--threads is -1"),
+        (["--threads", "-1"], "threads is -1; give a number of at least 1 and at most 1024 (--threads)"),
         (["--out", str(out / "evaluation.json")], "is a file; name a folder"),
     ):
         assert main(["evaluate", "--device", "cpu", *arguments_of_error]) == 2

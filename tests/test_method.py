@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from blended_core.adm.unet import AttentionBlock, ResBlock
-from blended_core.cli.edit import options_of_arguments
 from blended_core.cli.parser import build_parser
+from blended_core.cli.request import options_of_arguments
 from blended_core.clip.model import ClipModel, Prompt
 from blended_core.denoiser import DiffusionModel
 from blended_core.diagnose import diagnose, options_without_effect

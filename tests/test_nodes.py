@@ -21,6 +21,7 @@ import torch
 from blended_core.diffusion import DiffusionConfig
 from blended_core.toy.world import demo_scene
 
+from .messages import HOSTILE, is_clean
 from .server import COMFYUI, ROOT, Prompt, Server, environment, interpreter, needs_comfyui
 from .test_weights import mutated_files
 from .tiny import tiny_unet
@@ -193,11 +194,13 @@ def test_no_file_in_a_model_folder_removes_a_node(comfyui: Server, tmp_path: Pat
 
 def test_the_schema_is_what_execute_takes() -> None:
     command = [interpreter(), str(ROOT / "tests" / "contract.py")]
-    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=300, env=environment())
+    hostile = json.dumps(list(HOSTILE.values()))
+    run = subprocess.run(command, cwd=COMFYUI, input=hostile, capture_output=True, text=True, timeout=300, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.splitlines()[-1])
     assert told["differences"] == []
     assert told["controls"] == [], "a message must not name an input that no node has"
+    assert len(told["messages"]) >= 8 * len(HOSTILE) and all(is_clean(text) for text in told["messages"])
     assert sorted(told["nodes"]) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
 
 

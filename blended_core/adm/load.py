@@ -19,6 +19,7 @@ from ..denoiser import DiffusionModel
 from ..device import DeviceContext
 from ..errors import BlendedError, BlendedWarning
 from ..io.atomic import sha256
+from ..paths import expanded
 from ..toy.models import DDPM
 from ..weights.open import WeightsFile, file_errors, json_object, open_weights, raw_names, read_sidecar
 from ..weights.tensors import SkipInitialization, copy_finite
@@ -119,7 +120,7 @@ def may_be_checkpoint(path: Path) -> bool:
 def _resolved(path: Path | str) -> Path:
     """The file of a checkpoint that is named by a path or as 'embedded'."""
     if path != "embedded":
-        return Path(path).expanduser()
+        return expanded(path)
     if not DDPM.is_file():
         raise BlendedError(
             f"the embedded weights {DDPM.name} are not part of this installation; install it again, or use a checkpoint file.",
@@ -179,14 +180,14 @@ def _probed(unet: UNet, detection: Detection, digest: str, options: ProbeOptions
     # Another set of weights in the same file may belong to another network.
     own = digest if detection.weights == detection.sets[0] else f"{digest}.{detection.weights.name}"
     key = cache_key(own, detection.unet, detection.diffusion, wanted)
-    result = load_cached(key) if options.picture is None else None
+    result = load_cached(key, options.cache) if options.picture is None else None
     if result is None or set(result.settings) != set(wanted) or not _possible(detection.unet, result.settings):
         warnings.warn(
             BlendedWarning(f"{path.name} does not state its {', '.join(wanted)}; the calibration probe determines them, once."),
             stacklevel=3,
         )
         result = run_probe(unet, detection.diffusion, wanted, options)
-        save_cached(key, result)
+        save_cached(key, result, options.cache)
     return replace(detection.decided(result.settings, "probe"), probe=result)
 
 

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,11 +137,13 @@ class ProbeOptions:
         picture: [1, 3, H, W] in −1..1, of any size, similar to the training images; None: scenes of the toy world.
         context: called when the probe begins; returns the context to run it in, if not the one that the network is loaded to.
         on_forward: called with (done, expected) after every forward pass of the network. An exception that it raises ends the probe.
+        cache: folder of earlier decisions; None: the user's cache folder.
     """
 
     picture: Tensor | None = None
     context: Callable[[], DeviceContext] | None = None
     on_forward: Callable[[int, int], None] | None = None
+    cache: Path | None = None
 
 
 DEFAULT_PROBE = ProbeOptions()

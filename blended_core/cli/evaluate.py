@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from ..adm.load import load_ddpm
-from ..clip.model import load_clip
-from ..device import DeviceContext
 from ..errors import BlendedError
-from ..evaluation import metrics
-from ..evaluation.judge import Judge
-from ..evaluation.metrics import ROWS, Pair, as_table, finished, pairs
-from ..evaluation.plots import comparison, plot, row_sheet
+from ..evaluation.rows import ROWS
 from ..io.atomic import sha256, write_bytes
-from ..io.results import as_json
+from ..io.folder import claimed
+from ..io.request import Request
 from ..io.versions import own_version
-from ..perceptual import load_perceptual
-from ..sample import Models
+from ..options import EditOptions
 from ..toy.models import CLIP, DDPM, JUDGE, LPIPS
-from .edit import precision_of
+from .messages import say
 
 NETWORKS = {"ddpm": DDPM, "clip": CLIP, "lpips": LPIPS, "judge": JUDGE}
+MAX_PAIRS = 10_000
+OUR_FILES = ("pairs", "evaluation.json", "held-back")
+"""Names in the folder of an evaluation; a folder with others and none of these belongs to somebody else."""
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Edits pairs of scene and object with several sets of options, and judges the results."""
     if unknown := sorted(set(args.only or ()) - set(ROWS)):
         raise BlendedError(f"unknown row {', '.join(unknown)}; known are {', '.join(ROWS)}.")
-    if args.pairs < 1 or args.candidates < 1:
-        raise BlendedError(f"--pairs is {args.pairs} and --candidates is {args.candidates}; both must be at least 1.")
-    if args.threads is not None and args.threads < 1:
-        raise BlendedError(f"--threads is {args.threads}; give at least 1.")
-    if args.out.exists() and not args.out.is_dir():
-        raise BlendedError(f"--out {args.out} is a file; name a folder.")
+    if not 1 <= args.pairs <= MAX_PAIRS:
+        raise BlendedError(f"--pairs is {args.pairs}; give 1 to {MAX_PAIRS}.")
+    EditOptions(candidates=args.candidates)  # raises for a value outside its range, as the next line does
+    Request("evaluate", "", None, (), (), threads=args.threads)
+    with claimed(args.out):
+        _check_folder(args.out)
+        return _evaluate(args)
+
+
+def _check_folder(out: Path) -> None:
+    """Raises BlendedError if the folder holds files, and none of an evaluation."""
+    names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if names and not set(OUR_FILES) & set(names):
+        raise BlendedError(
+            f"{out} holds other files, such as {min(names)}; name a new folder, or that of an earlier evaluation.", option="out"
+        )
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..adm.load import load_ddpm
+    from ..clip.model import load_clip
+    from ..device import DeviceContext
+    from ..evaluation import metrics
+    from ..evaluation.judge import Judge
+    from ..evaluation.metrics import Pair, as_table, finished, pairs
+    from ..evaluation.plots import comparison, plot, row_sheet
+    from ..io.results import as_json
+    from ..perceptual import load_perceptual
+    from ..sample import Models
+    from .edit import precision_of
+
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = {name: options for name, options in ROWS.items() if name in (args.only or ROWS)}
@@ -68,10 +92,10 @@ def evaluate(args: argparse.Namespace) -> int:
     write_bytes(out / "evaluation.json", as_json({**about, "rows": table}, indent=2) + b"\n")
     write_bytes(out / "evaluation.md", f"{as_table(table)}\n".encode())
     plot(out / "evaluation.png", table)
-    names = [row["name"] for row in table]
-    for name in names:
+    measured = [row["name"] for row in table]
+    for name in measured:
         row_sheet(out / f"{name}.png", out, name, cases[:12])
-    comparison(out / "comparison.png", out, names, cases[:5])
-    print(as_table(table))
-    print(f"\nwritten: {out / 'evaluation.json'}, with a plot, and a sheet for each row")
+    comparison(out / "comparison.png", out, measured, cases[:5])
+    say(as_table(table))
+    say(f"\nwritten: {out / 'evaluation.json'}, with a plot, and a sheet for each row")
     return 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..device import DeviceContext
 from ..errors import BlendedError, BlendedWarning
+from ..paths import expanded
 from ..toy.models import CLIP
 from ..toy.world import BACKGROUNDS, OBJECTS
 from ..weights.open import file_errors
@@ -169,12 +170,12 @@ def load_clip(context: DeviceContext, spec: str = "embedded", *, folder: Path | 
     if spec == "embedded":
         with context.autograd():
             return _embedded(context)
-    if Path(spec).expanduser().is_file():
+    if expanded(spec).is_file():
         return load_clip_file(context, Path(spec))
     name, weights, tags = _name_and_tag(spec)
     if weights in tags:
         return load_clip_tag(context, spec, folder=folder)
-    if not Path(weights).expanduser().is_file():
+    if not expanded(weights).is_file():
         raise BlendedError(f"{weights!r} is neither a file nor a tag of {name} in open_clip; {_listed(tags)}.", option="clip")
     return load_clip_file(context, Path(weights), name)
 
@@ -196,7 +197,7 @@ def load_clip_file(context: DeviceContext, path: Path, architecture: str = "") -
     """
     import open_clip
 
-    path = path.expanduser()
+    path = expanded(path)
     known = _known(architecture) if architecture else ""
     name, model = _loaded(context, path, known, lambda: file_errors(path, "clip"))
     if name + QUICKGELU in open_clip.list_models():

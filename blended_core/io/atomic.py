@@ -75,10 +75,14 @@ def _to_disk(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a complete file, and creates its folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        part.write_bytes(data)
+    """Writes a complete file, and creates its folder if needed. An OSError names the file, also one of a full disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            part.write_bytes(data)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def shown_path(path: Path) -> str:

@@ -1,4 +1,7 @@
-"""Picture files. 8-bit values are kept exactly, conversions are reported, and files are written completely or not at all."""
+"""Picture files. 8-bit values are kept exactly, conversions are reported, and files are written completely or not at all.
+
+torch is imported where a tensor is made, so that a file that cannot be used is refused before.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from ..errors import BlendedError
 from .atomic import check_file, shown_path, write_bytes
 from .metadata import ORIENTATION, Metadata, encoded, fitted, metadata_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UInt8 = NDArray[np.uint8]
 FloatArray = NDArray[np.float64]
@@ -70,6 +75,8 @@ class Picture:
 
     def tensor(self) -> Tensor:
         """[1, 3, H, W] float32 in 0..1; each value is k/255, correctly rounded."""
+        import torch
+
         return torch.from_numpy(self.rgb.copy()).permute(2, 0, 1)[None].float() / 255
 
 
@@ -88,7 +95,7 @@ def to_uint8(picture: Tensor) -> UInt8:
         advice = "for values in −1..1: (picture + 1) / 2" if low < 0 else "for values in 0..255: picture / 255"
         raise BlendedError(f"the picture has values from {low:.3g} to {high:.3g}; give values in 0..1, {advice}.")
     scaled = (picture[0].permute(1, 2, 0).clamp(0, 1) * 255).round()
-    out: UInt8 = scaled.to(torch.uint8).contiguous().numpy()
+    out: UInt8 = scaled.byte().contiguous().numpy()
     return out
 
 
@@ -295,7 +302,7 @@ def read_mask(path: str | Path, size: tuple[int, int], notes: list[str] | None =
                 f"the brightest pixel of the mask, {before / OPAQUE:.3g}, was lost when it was scaled; {gray.max(initial=0) / OPAQUE:.3g} is left. "
                 "Draw the mask at the size of the picture."
             )
-    return torch.from_numpy(gray.astype(np.float32) / OPAQUE)[None, None]
+    return _mask_tensor(gray.astype(np.float32) / OPAQUE)
 
 
 def _color_count(pixels: UInt8) -> int:
@@ -313,7 +320,13 @@ def mask_from_alpha(picture: Picture) -> Tensor:
             "no mask was given and the picture has no transparent part; give a mask that is white where the picture should change.",
             option="mask",
         )
-    return torch.from_numpy(1 - picture.alpha.astype(np.float32) / OPAQUE)[None, None]
+    return _mask_tensor(1 - picture.alpha.astype(np.float32) / OPAQUE)
+
+
+def _mask_tensor(values: NDArray[Any]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(values)[None, None]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

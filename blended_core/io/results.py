@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -17,22 +16,18 @@ import numpy as np
 from torch import Tensor
 
 from ..device import DTYPES
-from ..edit import Timer
 from ..result import Candidate, EditResult
 from ..sample import Step
+from ..timer import Timer
 from .atomic import write_bytes
 from .contact_sheet import animation, contact_sheet, thumbnail
-from .formats import FORMATS
+from .folder import REPORT, SHEET, free_reserve, old_results
 from .images import Picture, UInt8, to_uint8, write_picture
 from .request import Request
 from .versions import library_versions, own_version
 
-REPORT = "report.json"
-SHEET = "contact_sheet.png"
 TEXT_KEY = "blended-diffusion"
 TILES_OF_SHEET = 30
-OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")
-"""The names of candidates and animations, with or without a rank."""
 
 
 class Writer:
@@ -106,18 +101,25 @@ class Writer:
 
         Returns:
             The errors of the contact sheet and the animations, by the name of what is missing.
+
+        Raises:
+            OSError: if the report cannot be written.
         """
         for candidate in result.candidates:
             old = self.files[candidate.index]
             new = old.with_name(f"{candidate.rank:02d}_{old.name}")
             os.replace(old, new)
             self.files[candidate.index] = new
-        for key, file in self.generated.items():
-            write_bytes(Path(getattr(self.request, key)), file.read_bytes())
         timer.lap("write")
-        self._report(result, interrupted, timer)
-        for path in self._old_files - set(self.files.values()):
-            path.unlink(missing_ok=True)
+        free_reserve(self.out)
+        try:
+            self._report(result, interrupted, timer)
+        except OSError:
+            # The disk may be full: the files of an earlier run make room. Its report does not describe the present candidates in any case.
+            (self.out / REPORT).unlink(missing_ok=True)
+            self._delete_old_files()
+            self._report(result, interrupted, timer)
+        self._delete_old_files()
         errors: dict[str, Exception] = {}
         for name, write in {"contact sheet": self._sheet, **({"animations": self._animations} if self.animate else {})}.items():
             try:
@@ -128,6 +130,10 @@ class Writer:
         # Again, with the seconds that these took. The first report is there in case that they do not end.
         self._report(result, interrupted, timer)
         return errors
+
+    def _delete_old_files(self) -> None:
+        for path in self._old_files - set(self.files.values()):
+            path.unlink(missing_ok=True)
 
     def _animations(self, result: EditResult) -> None:
         for candidate in result.candidates:
@@ -150,6 +156,8 @@ class Writer:
 
     def _report(self, result: EditResult, interrupted: bool, timer: Timer) -> None:
         result.seconds = dict(timer.seconds)
+        for key, file in self.generated.items():
+            write_bytes(Path(getattr(self.request, key)), file.read_bytes())
         report = {
             "version": own_version(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -196,9 +204,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def old_results(out: Path) -> set[Path]:
-    """Candidates and animations of an earlier run, which may have left no report. Files with other names do not belong to a run."""
-    candidates = (path for suffix in FORMATS for path in out.glob(f"candidates/*.{suffix}"))
-    return {path for path in (*candidates, *out.glob("animations/*.webp")) if OUR_NAME.fullmatch(path.stem)}
