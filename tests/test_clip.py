@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import re
 import socket
 import time
@@ -22,11 +23,13 @@ from blended_core.clip.files import architecture_of, known_signatures, signature
 from blended_core.clip.hub import weights_of_tag
 from blended_core.clip.model import OPENAI_MEAN as MEAN
 from blended_core.clip.model import OPENAI_STD as STD
-from blended_core.clip.model import load_clip_tag
+from blended_core.clip.model import load_clip_file, load_clip_tag
 from blended_core.clip.network import build_tokenizer, text_settings
 from blended_core.rank import clip_distance, clip_distance_of_views
 from blended_core.toy.world import OBJECTS, Placed, Scene, render
-from blended_core.weights.torchscript import is_torchscript, read_torchscript
+from blended_core.weights.open import open_weights
+
+from .fuzz import mutated
 
 CONTEXT = DeviceContext.choose("cpu")
 TINY = {
@@ -165,6 +168,31 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, tiny_fil
         for suffix in ("safetensors", "pt"):
             with pytest.raises(BlendedError, match=rf"^damaged\.{suffix}: 1 of the \d+ values of {name} are not finite"):
                 load_clip(CONTEXT, str(tmp_path / f"damaged.{suffix}"))
+
+
+def test_damaged_clip_files_are_loaded_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {**TINY, "text_cfg": {**TINY["text_cfg"], "vocab_size": 64}}
+    (tmp_path / "tiny-damaged.json").write_text(json.dumps(config), "utf-8")
+    open_clip.add_model_config(tmp_path / "tiny-damaged.json")
+    tokenizer = build_tokenizer("tiny-damaged", config["text_cfg"])
+    monkeypatch.setattr("blended_core.clip.model.build_tokenizer", lambda *_: tokenizer)
+    state = {k: v.half() for k, v in open_clip.CLIP(**config).state_dict().items()}
+    save_file(state, tmp_path / "whole.safetensors")
+    torch.save(state, tmp_path / "whole.pt")
+    torch.save({"ema": state, "step": 3}, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=False)
+    originals = sorted(tmp_path.glob("whole.*"))
+    rng, refused = random.Random(1), 0
+    for i in range(300):
+        whole = originals[i % 3]
+        path = tmp_path / f"damaged{whole.suffix}"
+        path.write_bytes(mutated(whole.read_bytes(), rng))
+        for architecture in ("", "tiny-damaged"):
+            try:
+                load_clip_file(CONTEXT, path, architecture)
+            except BlendedError as error:
+                assert str(error).startswith("damaged.")
+                refused += 1
+    assert 300 < refused < 600
 
 
 def test_layouts_of_other_architectures_are_brought_into_that_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +439,12 @@ def test_the_architecture_of_a_file_is_determined(tiny_file: Path, tmp_path: Pat
     assert torch.equal(load_clip(CONTEXT, str(wrapped)).encode_image(picture), alone.encode_image(picture))
 
 
+def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an archive."""
+    file = open_weights(path)
+    return {name: file.take(name) for name in file.tensors}
+
+
 def test_a_torchscript_archive_is_read_without_running_it(tiny_file: Path, tmp_path: Path) -> None:
     clip = load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}")
 
@@ -431,11 +465,11 @@ def test_a_torchscript_archive_is_read_without_running_it(tiny_file: Path, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(Archive().half().float(), picture, check_trace=False).save(str(path))
-    assert is_torchscript(path) and not is_torchscript(tiny_file)
+    assert open_weights(path).format == "torchscript" and open_weights(tiny_file).format == "safetensors"
     theirs = {k: v for k, v in torch.jit.load(str(path)).state_dict().items()}
     ours = read_torchscript(path)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], v) and ours[k].dtype == v.dtype for k, v in theirs.items())
-    assert {k: v.shape for k, v in read_torchscript(path, values=False).items()} == {k: v.shape for k, v in theirs.items()}
+    assert open_weights(path).shapes == {k: tuple(v.shape) for k, v in theirs.items()}
     again = load_clip(CONTEXT, str(path))
     assert torch.allclose(again.encode_image(picture), clip.encode_image(picture), atol=2e-2)
     path.write_bytes(path.read_bytes()[:-2000])
