@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -77,18 +76,15 @@ def messages(hostile: list[str]) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
-    page = runtime.PromptServer
-    runtime.PromptServer = SimpleNamespace(instance=SimpleNamespace(send_progress_text=lambda text, _: seen.extend(text.split("\n"))))
     for text in hostile:
         for error in (errors.BlendedError(text, "seed"), RuntimeError(text)):
             try:
                 with runtime.library_scope("Demo Scene"):
                     warnings.warn(errors.BlendedWarning(text, "seed"), stacklevel=1)
-                    runtime.show_text("1", f"a table\n{text}")
+                    seen.extend(runtime.shown_text(f"a table\n{text}").as_dict()["text"][0].split("\n"))
                     raise error
             except (ValueError, RuntimeError) as raised:
                 seen.append(str(raised))
-    runtime.PromptServer = page
     logging.getLogger().removeHandler(handler)
     return seen
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,21 @@ def test_damaged_tables_of_shapes_give_a_blended_error() -> None:
     for key in base:  # one tensor alone is not a network
         with pytest.raises(BlendedError):
             detect({key: base[key]})
+
+
+def test_numbers_in_names_do_not_take_memory() -> None:
+    base = table(TINY)
+    ends = {f"output_blocks.{400 * i}.1.conv.weight": (64, 64, 3, 3) for i in range(2000)}
+    deep = {f"output_blocks.{i}.1.conv.weight": (64, 64, 3, 3) for i in range(1, 1000, 2)} | {
+        f"output_blocks.{i}.0.in_layers.0.weight": (64,) for i in range(1000)
+    }
+    for surplus in (ends, deep, {"output_blocks.999999.1.conv.weight": (1,)}):
+        tracemalloc.start()
+        with pytest.raises(BlendedError, match="do not divide into"):
+            detect({**base, **surplus})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 50e6, peak
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from blended_core.clip.model import load_clip_file, load_clip_tag
 from blended_core.clip.network import build_tokenizer, text_settings
 from blended_core.rank import clip_distance, clip_distance_of_views
 from blended_core.toy.world import OBJECTS, Placed, Scene, render
-from blended_core.weights.torchscript import is_torchscript, read_torchscript
+from blended_core.weights.open import open_weights
 
 from .fuzz import mutated
 
@@ -439,6 +439,12 @@ def test_the_architecture_of_a_file_is_determined(tiny_file: Path, tmp_path: Pat
     assert torch.equal(load_clip(CONTEXT, str(wrapped)).encode_image(picture), alone.encode_image(picture))
 
 
+def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an archive."""
+    file = open_weights(path)
+    return {name: file.take(name) for name in file.tensors}
+
+
 def test_a_torchscript_archive_is_read_without_running_it(tiny_file: Path, tmp_path: Path) -> None:
     clip = load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}")
 
@@ -459,11 +465,11 @@ def test_a_torchscript_archive_is_read_without_running_it(tiny_file: Path, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(Archive().half().float(), picture, check_trace=False).save(str(path))
-    assert is_torchscript(path) and not is_torchscript(tiny_file)
+    assert open_weights(path).format == "torchscript" and open_weights(tiny_file).format == "safetensors"
     theirs = {k: v for k, v in torch.jit.load(str(path)).state_dict().items()}
     ours = read_torchscript(path)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], v) and ours[k].dtype == v.dtype for k, v in theirs.items())
-    assert {k: v.shape for k, v in read_torchscript(path, values=False).items()} == {k: v.shape for k, v in theirs.items()}
+    assert open_weights(path).shapes == {k: tuple(v.shape) for k, v in theirs.items()}
     again = load_clip(CONTEXT, str(path))
     assert torch.allclose(again.encode_image(picture), clip.encode_image(picture), atol=2e-2)
     path.write_bytes(path.read_bytes()[:-2000])

@@ -286,6 +286,22 @@ def test_the_message_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert f"kept in {tmp_path / 'out'}, and the same command continues" in capsys.readouterr().err
 
 
+def test_a_full_disk_ends_an_evaluation_with_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, on_pair: Any, **__: Any) -> None:
+        on_pair("best", pairs(1)[0], False)
+        raise OSError(28, "No space left on device", str(tmp_path / "out" / "pairs" / "best" / "001.json"))
+
+    monkeypatch.setattr(metrics, "evaluate", full)
+    assert main(["evaluate", "--only", "best", "--pairs", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"No space left on device: {tmp_path / 'out' / 'pairs' / 'best' / '001.json'}. 1 of 2 pairs are finished in {tmp_path / 'out'}"
+        in said
+    )
+
+
 def test_contact_sheets_frame_accepted_candidates(tmp_path: Path, models: Models) -> None:
     judge: Any = EverySecond()
     cases = pairs(1)

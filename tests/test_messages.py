@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from blended_core.cli import edit as cli
@@ -181,11 +182,21 @@ def test_the_texts_of_libraries_reach_the_terminal_clean(
 @pytest.mark.parametrize("device", ["mps", "cuda:99", "xpu", "hpu", "privateuseone", "meta", "abacus", "", *HOSTILE.values()])
 def test_a_device_that_cannot_be_used_is_one_sentence_of_ours(device: str) -> None:
     """The errors of torch advise how to build torch, or name a web page."""
+    if (device == "mps" and torch.backends.mps.is_available()) or (device == "xpu" and torch.xpu.is_available()):
+        pytest.skip("this computer has one")
     with pytest.raises(BlendedError) as caught:
         DeviceContext.choose(device)
     text = with_controls(caught.value, lambda _: None)
     assert is_clean(text) and "cannot be used on this computer" in text and "cpu" in text and caught.value.options == ("device",)
     assert not re.search(r"https?:|torch\.|nvidia|apple|backend|build", text.replace(repr(device), ""), re.IGNORECASE)
+
+
+def test_the_devices_of_the_computer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(BlendedError, match=r"'cuda:99' cannot be used on this computer.*; use cuda:0, cuda:1 or cpu"):
+        DeviceContext.choose("cuda:99")
 
 
 # --- the streams ------------------------------------------------------------------------------------------------------

@@ -23,10 +23,11 @@ from blended_core.adm import cache
 from blended_core.adm.cache import cache_file, load_cached, save_cached
 from blended_core.adm.probe import ProbeResult
 from blended_core.cli import edit, main
+from blended_core.cli.checkpoints import probe_options
 from blended_core.cli.process import STOP_SIGNALS, cache_folder, open_streams, stop_signals, uninterrupted
 from blended_core.device import DeviceContext
 from blended_core.errors import BlendedError
-from blended_core.io.folder import LOCK, claimed
+from blended_core.io.folder import LOCK, claimed, claimed_path
 from blended_core.io.request import Request
 from blended_core.options import EditOptions, GuidanceOptions, declared, preset
 
@@ -229,8 +230,24 @@ def test_a_second_run_into_one_folder_is_an_error(
     monkeypatch.setattr(DeviceContext, "choose", working)
     assert main(arguments) == 2 and codes == [-1, 2]
     second, first = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert f"another run is writing to {out}; wait until it has ended" in second and "the first run ends here" in first
+    claimed_place = f"{out}/pairs/best" if command == "evaluate" else out
+    assert f"another run is writing to {claimed_place}; wait until it has ended" in second and "the first run ends here" in first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.png", "x.png"]
+
+
+def test_two_evaluations_may_share_a_folder_if_their_rows_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def working(*_: object) -> None:
+        raise RuntimeError("it runs")
+
+    monkeypatch.setattr(DeviceContext, "choose", working)
+    (tmp_path / "pairs").mkdir()
+    with claimed_path(tmp_path / "pairs" / "best"):
+        for row, words in (("best", "another run is writing to"), ("paper", "it runs")):
+            assert main(["evaluate", "--only", row, "--out", str(tmp_path)]) == 2
+            assert words in capsys.readouterr().err
+    assert list((tmp_path / "pairs").iterdir()) == []
 
 
 def test_decisions_of_two_processes_are_all_kept(tmp_path: Path) -> None:
@@ -276,6 +293,8 @@ def test_a_user_without_a_home_folder_can_work(
     assert load_cached("key") is None and list(tmp_path.iterdir()) == [], "no folder that is called ~"
     monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     folder = cache_folder()
+    with probe_options() as options:
+        assert options.cache == folder == tmp_path / "cache"
     save_cached("key", result, folder)
     assert load_cached("key", folder) is not None and cache_file(folder) == tmp_path / "cache" / "probes.json"
     for path in ("~/x.pt", "~nobody-of-this-name/x.pt"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..weights.sets import MAX_LISTED, WeightSet
+from ..weights.sets import MAX_LISTED, MAX_NAME_SHOWN, WeightSet
 from .detect import Detection
 from .probe import group_of
 
@@ -66,7 +66,7 @@ def as_table(detection: Detection, path: Path) -> str:
         head += [f"  {_described(s)}{', used' if s == detection.weights else ''}" for s in detection.sets[:MAX_LISTED]]
         head += [f"  and {len(detection.sets) - MAX_LISTED} more"] if len(detection.sets) > MAX_LISTED else []
     elif detection.prefix:
-        head.append(f"weights under {detection.prefix!r}")
+        head.append(f"weights under {detection.prefix[:MAX_NAME_SHOWN]!r}")
     foot = []
     if (probe := detection.probe) is not None:
         effort = f"{probe.forwards} forward passes, {probe.seconds:.1f} s" if probe.forwards else "cached"
@@ -82,7 +82,7 @@ def summary(detection: Detection) -> str:
     count = "1 head" if unet.num_heads == 1 else f"{unet.num_heads} heads"
     heads = count if unet.num_head_channels is None else f"heads of {unet.num_head_channels}"
     classes = f", {unet.num_classes} classes" if unet.num_classes else ""
-    used = f"; weights {detection.weights.name}, one of {len(detection.sets)} sets" if len(detection.sets) > 1 else ""
+    used = f"; weights {detection.weights.name[:MAX_NAME_SHOWN]}, one of {len(detection.sets)} sets" if len(detection.sets) > 1 else ""
     lines = [
         (detection.family or "an ADM network of no published family") + used,
         f"{unet.image_size} px, {unet.model_channels} channels × {', '.join(f'{m:g}' for m in unet.channel_mult)}{classes}",
@@ -101,7 +101,7 @@ def summary(detection: Detection) -> str:
 def _described(weights: WeightSet) -> str:
     """'ema.module (averaged), 210 tensors'."""
     averaged = " (averaged)" if weights.averaged else ""
-    return f"{weights.name}{averaged}, {len(weights.names)} tensors{'' if weights.complete else ', incomplete'}"
+    return f"{weights.name[:MAX_NAME_SHOWN]}{averaged}, {len(weights.names)} tensors{'' if weights.complete else ', incomplete'}"
 
 
 def _text(value: object) -> str:

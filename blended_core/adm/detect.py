@@ -194,7 +194,7 @@ def foreign(shapes: Shapes) -> str:
         return f"it is a network in the layout of the diffusers library. {ADVICE}"
     if some(r"(^|\.)shadow_params\.\d+$") or any(key.endswith(ANCHOR.replace(".", "")) for key in shapes):
         return "it holds averaged weights whose names were left out, without the network that they belong to. Use a file that holds both."
-    first = ", ".join(sorted(shapes)[:3])
+    first = ", ".join(name[:60] for name in sorted(shapes)[:3])
     return f"it holds no ADM network: no tensor is named {ANCHOR} (the first names are {first}). {ADVICE}"
 
 

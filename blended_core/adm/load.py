@@ -30,6 +30,8 @@ from .unet import UNet, UNetConfig
 
 MAX_NAMES = 4
 """Tensors that an error lists by name."""
+MAX_NAME_SHOWN = 60
+"""Characters of a name in the file that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _check_shapes(unet: UNet, shapes: Mapping[str, tuple[int, ...]]) -> None:
     complaints = []
     for verdict, names in (
         ("missing", [name for name in expected if name not in shapes]),
-        ("surplus", [name for name, shape in shapes.items() if name not in expected and not _beside(name, shape)]),
+        ("surplus", [name[:MAX_NAME_SHOWN] for name, shape in shapes.items() if name not in expected and not _beside(name, shape)]),
         (
             "of another shape",
             [f"{name} {shapes[name]} instead of {shape}" for name, shape in expected.items() if shapes.get(name, shape) != shape],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..errors import BlendedError
-from ..io.folder import claimed_file
+from ..io.folder import claimed_path
 from ..io.images import read_picture
 from .messages import say
 from .process import cache_folder
@@ -42,7 +42,7 @@ def convert(args: argparse.Namespace) -> int:
         raise BlendedError(f"{args.target} does not end in .safetensors, the only format that convert writes; choose another name.")
     if not args.target.absolute().parent.is_dir():
         raise BlendedError(f"the folder {args.target.absolute().parent} does not exist; create it first.")
-    with claimed_file(args.target):
+    with claimed_path(args.target):
         if args.target.exists() and not args.overwrite:
             raise BlendedError(f"{args.target} exists; choose another name, or add --overwrite.")
         checkpoint = _load(args)

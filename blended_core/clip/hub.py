@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import BlendedError
-from ..weights.open import first_line
+from ..errors import BlendedError, reason
 
 TIMEOUT_SECONDS = 10.0
 """For the first response of the server."""
@@ -41,20 +40,20 @@ def weights_of_tag(name: str, tag: str, use: str) -> Path:
     for known in files:
         if isinstance(found := try_to_load_from_cache(repository, known), str):
             return Path(found)
-    reason = "the server has no such file"
+    why = "the server has no such file"
     for known in files:
         try:
             # Checked before the download, which would retry for half a minute if there is no network.
             get_hf_file_metadata(hf_hub_url(repository, known), timeout=TIMEOUT_SECONDS)
             return Path(hf_hub_download(repository, known, etag_timeout=TIMEOUT_SECONDS))
         except EntryNotFoundError as error:
-            reason = first_line(error)
+            why = reason(error)
         except Exception as error:  # of the HTTP client, which is another one in each version of huggingface_hub
-            reason = first_line(error)
+            why = reason(error)
             break
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     raise BlendedError(
-        f"the weights of {name}:{tag} are not on this computer, and {constants.ENDPOINT}/{repository} cannot be reached ({reason}). They belong "
+        f"the weights of {name}:{tag} are not on this computer, and {constants.ENDPOINT}/{repository} cannot be reached ({why}). They belong "
         f"in {folder}: copy that folder from a computer that has them. Or download {' or '.join(files)} on another computer, and {use}",
         option="clip",
     )
@@ -75,9 +74,9 @@ def text_folder(repository: str, download: bool) -> Path:
     try:
         found = snapshot_download(repository, allow_patterns=list(TEXT_FILES), etag_timeout=TIMEOUT_SECONDS, local_files_only=not download)
     except Exception as error:  # as above
-        reason = f"cannot be downloaded ({first_line(error)})" if download else "are not downloaded for a file of weights"
+        why = f"cannot be downloaded ({reason(error)})" if download else "are not downloaded for a file of weights"
         raise BlendedError(
-            f"this CLIP reads texts with the vocabulary of {repository}, whose files are not on this computer and {reason}. Download "
+            f"this CLIP reads texts with the vocabulary of {repository}, whose files are not on this computer and {why}. Download "
             f"{', '.join(TEXT_FILES)} of {repository} into the cache of the Hugging Face Hub, or choose a CLIP with its own vocabulary.",
             option="clip",
         ) from None

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import BlendedError
-from ..weights.open import WeightsFile, first_line
+from ..errors import BlendedError, reason
+from ..weights.open import WeightsFile
 from ..weights.tensors import RANDOM_INITIALIZERS, SkipInitialization, copy_finite
 from .hub import text_folder
 
@@ -70,7 +70,7 @@ def build_network(name: str, text: Mapping[str, Any], quick: bool) -> nn.Module:
         with SkipInitialization(RANDOM_INITIALIZERS):
             network: nn.Module = kind(**settings)
     except Exception as error:  # open_clip, timm and transformers raise anything
-        raise BlendedError(f"open_clip cannot build {name} here ({first_line(error)}).", option="clip") from error
+        raise BlendedError(f"open_clip cannot build {name} here ({reason(error)}).", option="clip") from error
     return network
 
 
@@ -86,7 +86,7 @@ def build_tokenizer(name: str, text: Mapping[str, Any]) -> Any:
     try:
         return HFTokenizer(text["hf_tokenizer_name"], **options)
     except Exception as error:  # transformers raises anything, also if it is not installed
-        raise BlendedError(f"the tokenizer of {name} cannot be loaded ({first_line(error)}).", option="clip") from error
+        raise BlendedError(f"the tokenizer of {name} cannot be loaded ({reason(error)}).", option="clip") from error
 
 
 def fill_network(network: nn.Module, file: WeightsFile, names: Mapping[str, str]) -> None:
@@ -129,7 +129,7 @@ def _in_layout_of(
         except BlendedError:
             raise
         except Exception as error:  # of a file with other tensors
-            raise BlendedError(f"its tensors cannot be brought into the layout of open_clip ({first_line(error)}); {ADVICE}") from None
+            raise BlendedError(f"its tensors cannot be brought into the layout of open_clip ({reason(error)}); {ADVICE}") from None
         return {name: tuple(tensor.shape) for name, tensor in converted.items()}, converted.pop
     if "positional_embedding" in names and "positional_embedding" not in expected:
         names = convert_to_custom_text_state_dict(dict(names))

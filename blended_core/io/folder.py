@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -38,37 +38,46 @@ def replaced_files(out: Path, generated: Iterable[str] = ()) -> list[Path]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Creates a folder where needed and keeps it for one run, with room for a report that :func:`free_reserve` frees. Afterwards a folder that is still
-    empty is removed again if it was created here.
-
-    Check what the folder holds inside of the claim, so that no other run can change it in between.
+def writable(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
+    """Creates a folder where needed. Afterwards folders that are still empty are removed again if they did not exist before.
 
     Raises:
-        BlendedError: if it is a file, cannot be written, has no room, or another run keeps it.
+        BlendedError: if it is a file, or the folder or one of its ``subfolders`` cannot be written.
     """
     created: list[Path] = []
     try:
         try:
             if folder.exists() and not folder.is_dir():
                 raise BlendedError(f"the result folder {folder} is a file; name a folder.", option="out")
-            created += [path for path in (*(folder / name for name in SUBFOLDERS), folder, *folder.parents) if not path.exists()]
+            created += [path for path in (*(folder / name for name in subfolders), folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder, *(folder / name for name in SUBFOLDERS)):
+            for path in (folder, *(folder / name for name in subfolders)):
                 if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         except OSError as error:
             raise _unwritable(folder, error) from None
-        with _locked(folder / LOCK, folder):
-            try:
-                _write_reserve(folder)
-                yield
-            finally:
-                free_reserve(folder)
+        yield
     finally:
         for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()  # fails if it is not empty
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A :func:`writable` folder that is kept for one run, with room for a report that :func:`free_reserve` frees.
+
+    Check what the folder holds inside of the claim, so that no other run can change it in between.
+
+    Raises:
+        BlendedError: as for :func:`writable`, and if the folder has no room, or another run keeps it.
+    """
+    with writable(folder, SUBFOLDERS), _locked(folder / LOCK, folder):
+        try:
+            _write_reserve(folder)
+            yield
+        finally:
+            free_reserve(folder)
 
 
 def _write_reserve(folder: Path) -> None:
@@ -85,16 +94,20 @@ def free_reserve(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed_file(file: Path) -> Iterator[None]:
-    """Keeps a file that will be written for one process; see :func:`claimed`."""
-    with _locked(file.with_name(f".{file.name}.lock"), file):
+def claimed_path(path: Path, seconds: float = 0.0) -> Iterator[None]:
+    """Keeps a file or folder that will be written, in a folder that exists, for one process.
+
+    Raises:
+        BlendedError: if it cannot be written, or another process still keeps it after some seconds.
+    """
+    with _locked(path.with_name(f".{path.name}.lock"), path, seconds):
         yield
 
 
 @contextlib.contextmanager
-def _locked(lock_file: Path, target: Path) -> Iterator[None]:
+def _locked(lock_file: Path, target: Path, seconds: float = 0.0) -> Iterator[None]:
     """Holds a lock, whose file is removed afterwards. The system releases the lock of a process that ends, whatever ends it."""
-    lock = FileLock(lock_file, timeout=0)
+    lock = FileLock(lock_file, timeout=seconds)
     try:
         lock.acquire()
     except Timeout:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import BlendedError
@@ -68,15 +67,6 @@ class Archive:
         begin, size = self.locate(name)
         self.stream.seek(begin)
         return self.stream.read(min(size, most))
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive: weights with a program."""
-    try:
-        with path.open("rb") as stream:
-            return Archive(stream).is_torchscript
-    except Exception:  # not a zip file, or a damaged one
-        return False
 
 
 class _Limited:

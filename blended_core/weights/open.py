@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from ..errors import BlendedError
+from ..errors import BlendedError, reason
 from .archive import Archive
 from .pickled import MAX_DIMENSIONS, Module, PickleReader, RefusedName, StoredTensor
 
@@ -228,7 +228,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
         text = data.decode()
     except (OSError, ValueError) as error:
-        raise BlendedError(f"its sidecar {sidecar.name} cannot be read ({first_line(error)}); fix or remove it.") from None
+        raise BlendedError(f"its sidecar {sidecar.name} cannot be read ({reason(error)}); fix or remove it.") from None
     return json_object(text, f"its sidecar {sidecar.name}")
 
 
@@ -237,16 +237,10 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BlendedError(f"{name} is not valid JSON ({first_line(error)}); fix or remove it.") from None
+        raise BlendedError(f"{name} is not valid JSON ({reason(error)}); fix or remove it.") from None
     if not isinstance(value, dict):
         raise BlendedError(f"{name} must be a JSON object of settings, not a {type(value).__name__}; fix or remove it.")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a final period and without control characters; at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return _printable(lines[0].rstrip(".")[:200]) if lines else type(error).__name__
 
 
 def _printable(text: str) -> str:
@@ -277,7 +271,7 @@ def _open_safetensors(path: Path, stream: BinaryIO, size: int) -> WeightsFile:
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, but the file has {size}")
     except Exception as error:  # a damaged header can raise nearly anything
-        raise BlendedError(f"it is not a complete safetensors file ({first_line(error)}); download it again.") from None
+        raise BlendedError(f"it is not a complete safetensors file ({reason(error)}); download it again.") from None
     return WeightsFile(path, size, "safetensors", {name: tensor for name, (tensor, _) in found.items() if _is_name(name)}, metadata)
 
 
@@ -313,7 +307,7 @@ def _open_torch(path: Path, stream: BinaryIO, size: int, start: bytes, advice: s
         raise BlendedError(_refusal(str(refused), advice)) from None
     except Exception as error:  # a damaged or malicious file can raise nearly anything
         raise BlendedError(
-            f"it is not a complete {kind} ({first_line(error)}); download it again, or use a .safetensors or .pt file."
+            f"it is not a complete {kind} ({reason(error)}); download it again, or use a .safetensors or .pt file."
         ) from None
     if not tensors and isinstance(content, dict) and "param_groups" in content:
         raise BlendedError("it is the state of an optimizer, not a network. Use the file with the weights, usually in the same folder.")

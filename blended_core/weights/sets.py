@@ -24,8 +24,8 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Ends of the names of what normalization layers count. They are no parameters."""
 SHADOW = "shadow_params."
 """End of the prefix of a list of parameters of torch_ema."""
-MAX_LISTED = 20
-"""Sets that a message lists."""
+MAX_LISTED, MAX_NAME_SHOWN = 8, 60
+"""Sets that a message lists, and characters of their names that it shows."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def choose_set(sets: Sequence[WeightSet], name: str) -> WeightSet:
 
 def listed(sets: Sequence[WeightSet]) -> str:
     """'ema (averaged), model' for a message; at most :data:`MAX_LISTED` sets."""
-    names = [s.name + (" (averaged)" if s.averaged else "") for s in sets[:MAX_LISTED]]
+    names = [s.name[:MAX_NAME_SHOWN] + (" (averaged)" if s.averaged else "") for s in sets[:MAX_LISTED]]
     return ", ".join(names) + (f" and {len(sets) - MAX_LISTED} more" if len(sets) > MAX_LISTED else "")
 
 
