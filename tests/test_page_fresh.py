@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from .page import VUE, Page, needs_browser, opened
+from .page import LISTEN, VUE, Page, needs_browser, opened
 from .server import Server, needs_comfyui
 from .test_page import BLUEPRINTS, TEMPLATES, template
 
@@ -57,15 +56,22 @@ def test_a_node_shows_its_text_in_the_page_that_runs_and_again_after_a_reload(co
         assert page.complaints == []
 
 
-def test_the_app_of_quick_edit(comfyui: Server, tmp_path: Path) -> None:
+def test_the_app_of_quick_edit_shows_its_settings_and_runs(comfyui: Server) -> None:
     with opened(comfyui.url) as page:
         page.load(template("Quick edit"), "Quick edit")
+        page.page.evaluate(SET_STEPS, 2)
         page.command("Comfy.ToggleLinear")
         page.wait(2)
+        page.page.get_by_text("Skip", exact=True).first.click()  # the page's own tour of apps
         text = page.page.evaluate("() => document.body.innerText")
         assert all(word in text for word in ("background", "strength", "seed", "candidates")), text
         assert "guide_from" not in text
         assert page.page.evaluate("() => [...document.querySelectorAll('textarea')].some(e => e.value === 'a mushroom')")
+        page.page.evaluate(LISTEN)
+        page.page.get_by_role("button", name="Run", exact=True).last.click()
+        assert page.ended()["end"] == "success"
+        page.wait(2)
+        assert page.page.evaluate("() => [...document.images].some(i => i.src.includes('quick_edit') && i.naturalWidth > 100)")
         assert page.complaints == []
 
 

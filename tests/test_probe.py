@@ -349,7 +349,8 @@ def test_a_converted_file_edits_like_the_original(bare: Path, tmp_path: Path, ha
     sidecar = bare.with_suffix(".json")
     with safe_open(str(EMBEDDED), "pt") as file:
         texts: dict[str, Any] = file.metadata()
-    sidecar.write_text(json.dumps({"unet": json.loads(texts["unet"]), "diffusion": json.loads(texts["diffusion"])}))
+    settings = {"unet": json.loads(texts["unet"]), "diffusion": json.loads(texts["diffusion"]), "guidance_scale": texts["guidance_scale"]}
+    sidecar.write_text(json.dumps(settings))
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(bare), str(out), *(["--half"] if half else [])]) == 0
     (tmp_path / "plain").touch()

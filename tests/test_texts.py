@@ -47,7 +47,7 @@ def prose(node: dict[str, Any]) -> list[str]:
 
 
 def test_the_languages_are_there() -> None:
-    assert {"en", "ko", "zh"} <= set(LANGUAGES)
+    assert {"en", "ja", "ko", "zh"} <= set(LANGUAGES)
     for name in LOCK:
         wanted = {"node.png"} | {f"{language}.md" for language in LANGUAGES}
         assert {p.name for p in (ROOT / "web" / "docs" / name).iterdir()} == wanted, name
