@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LOCK: dict[str, Any] = json.loads((ROOT / "schema.lock.json").read_text(encoding="utf-8"))
-# A folder of a language is the whole registration; everything below holds for it.
+# Every folder is held by the tests below. A new language also needs the characters of its script.
 LANGUAGES = sorted(p.name for p in (ROOT / "locales").iterdir() if p.is_dir())
 TRANSLATED = [language for language in LANGUAGES if language != "en"]
 NUMBER = re.compile(r"(?<![A-Za-z0-9.])[−-]?\d+(?:\.\d+)?")
