@@ -62,7 +62,8 @@ def test_the_app_of_quick_edit_shows_its_settings_and_runs(comfyui: Server) -> N
         page.page.evaluate(SET_STEPS, 2)
         page.command("Comfy.ToggleLinear")
         page.wait(2)
-        page.page.get_by_text("Skip", exact=True).first.click()  # the page's own tour of apps
+        if (skip := page.page.get_by_text("Skip", exact=True)).count():  # the page's own tour of apps
+            skip.first.click()
         text = page.page.evaluate("() => document.body.innerText")
         assert all(word in text for word in ("background", "strength", "seed", "candidates")), text
         assert "guide_from" not in text
