@@ -249,11 +249,14 @@ def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> 
     for name in templates:
         assert comfyui.get(urllib.parse.quote(f"/api/workflow_templates/{pack}/{name}.json"))["nodes"]
         assert size(f"/api/workflow_templates/{pack}/{name}.jpg") > 5000
+    languages = sorted(p.name for p in (ROOT / "locales").iterdir() if p.is_dir())
+    served = comfyui.get("/i18n")
     for node in json.loads(LOCK.read_text(encoding="utf-8")):
-        for file in ("en.md", "ko.md", "node.png"):
+        for file in ("node.png", *(f"{language}.md" for language in languages)):
             assert size(f"/extensions/{pack}/docs/{node}/{file}") > 200
-        for language in ("en", "ko"):
-            assert comfyui.get("/i18n")[language]["nodeDefs"][node]["display_name"]
+        for language in languages:
+            texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+            assert served[language]["nodeDefs"][node] == texts[node]
     listed = {b["name"] for b in comfyui.get("/global_subgraphs").values() if pack in b["info"]["node_pack"]}
     assert listed == {p.stem for p in (ROOT / "subgraphs").glob("*.json")} and len(listed) == 3
 
