@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from blended_core.toy.world import GUIDANCE_SCALE
+CHECKPOINTS_SCALE = -1.0
+"""The value of Guidance Options for the scale that the checkpoint recommends."""
+
 
 WIDTH = 300
 NOTE = ("#432", "#653")
@@ -92,7 +94,7 @@ def note_column(text: str, width: int = 380, height: int = 320, below: tuple[Col
     )
 
 
-def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
+def models(text: str | None, scale: float = CHECKPOINTS_SCALE, **options: Any) -> Column:
     """The embedded networks and a prompt."""
     nodes = {"ddpm": Node("BlendedLoadDDPM", height=236)}  # room for what it shows after a run
     if text is not None:
@@ -388,7 +390,7 @@ ALGORITHMS = Graph(
             {
                 "scene": scene("sunset", seed=1),
                 "with_lambda": Node(
-                    "BlendedGuidanceOptions", values={"scale": GUIDANCE_SCALE, "background_scale": 1000}, title="Guidance Options (λ 1000)"
+                    "BlendedGuidanceOptions", values={"scale": CHECKPOINTS_SCALE, "background_scale": 1000}, title="Guidance Options (λ 1000)"
                 ),
             },
         ),
@@ -497,7 +499,7 @@ OWN = Graph(
             "3. **Photo**: drop or paste it on the empty canvas. A *Load Image* node appears. Connect its IMAGE and MASK in place of those of "
             "*Demo Scene*, to the sampler and to *Before*.\n"
             "4. **Mask**: right-click *Load Image*, choose *Open in MaskEditor*, and paint where the image may change.\n"
-            f"5. **Guidance**: set *scale* to 1000 ({GUIDANCE_SCALE:.0f} is for the embedded models) and *steps* to 100.\n\n"
+            "5. **Steps**: set *steps* to 100. The *scale* -1 is the one that the checkpoint recommends, or 1000.\n\n"
             "| goal | change |\n|---|---|\n| a larger change | raise strength |\n| a closer match to the prompt | raise scale and views; make more candidates |\n"
             "| less memory | batch 1, view_chunk 2 |\n| less time | preset fast, steps 0, options unconnected |",
             width=460,

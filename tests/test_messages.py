@@ -167,6 +167,8 @@ def test_the_names_of_tensors_reach_the_terminal_clean(tmp_path: Path, capsys: p
 def test_the_texts_of_libraries_reach_the_terminal_clean(
     tmp_path: Path, picture: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # pytest's own handlers would put the texts into the report of this test, which cannot hold what is not UTF-8.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     for text in HOSTILE.values():
 
         def load(request: object, text: str = text) -> Any:
