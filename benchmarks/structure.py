@@ -114,7 +114,9 @@ def reference_step(setting: Setting) -> Result:
             if views is not None:
                 rows = torch.cat([rows[:batch], warp_views(rows[batch:], views)])
             distance = prompt_distance(clip.encode_image(rows), setting.prompt)
-            loss = options.scale * distance.view(-1, batch).mean(0).sum() + options.range_scale * range_loss(x0).sum()
+            loss = (
+                options.scale_for(None, x.shape[-1]) * distance.view(-1, batch).mean(0).sum() + options.range_scale * range_loss(x0).sum()
+            )
             input_gradient = torch.autograd.grad(loss, [x, *unused])[0]
     gradient = -input_gradient * (x.shape[-1] * x.shape[-2] / options.reference_size**2)
     noise = setting.random.noise("step", INDEX, setting.images, tuple(x.shape[1:])).to(x)

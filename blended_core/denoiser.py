@@ -21,11 +21,12 @@ class DiffusionModel:
         image_size: side in pixels that the network was trained at. Other sizes work if they are multiples of ``multiple_of``.
         num_classes: None for an unconditional network.
         label_dim: size of a class embedding that the network accepts in place of class indices; 0 if it accepts none.
+        guidance_scale: the guidance scale that its checkpoint recommends (:meth:`GuidanceOptions.scale_for`), or None.
     """
 
     def __init__(
         self, network: nn.Module, config: DiffusionConfig, image_size: int, num_classes: int | None = None,
-        multiple_of: int = 1, label_dim: int = 0,
+        multiple_of: int = 1, label_dim: int = 0, guidance_scale: float | None = None,
     ) -> None:  # fmt: skip
         self.network = network
         self.config = config
@@ -33,20 +34,21 @@ class DiffusionModel:
         self.num_classes = num_classes
         self.multiple_of = multiple_of
         self.label_dim = label_dim
+        self.guidance_scale = guidance_scale
 
     def __repr__(self) -> str:
         classes = f", {self.num_classes} classes" if self.num_classes is not None else ""
         return f"DiffusionModel({type(self.network).__name__}, {self.image_size} px{classes}, {self.config})"
 
     @classmethod
-    def from_unet(cls, unet: Any, config: DiffusionConfig) -> DiffusionModel:
+    def from_unet(cls, unet: Any, config: DiffusionConfig, guidance_scale: float | None = None) -> DiffusionModel:
         """A model from a :class:`~blended_core.adm.unet.UNet`; BlendedError if the variance does not fit its outputs."""
         if unet.config.learn_sigma != (config.variance == "learned_range"):
             predicts = "predicts a variance" if unet.config.learn_sigma else "predicts no variance"
             raise BlendedError(f"variance is {config.variance!r}, but the network {predicts}.")
         return cls(
             unet, config, unet.config.image_size, unet.config.num_classes, unet.config.downsampling,
-            4 * unet.config.model_channels,
+            4 * unet.config.model_channels, guidance_scale,
         )  # fmt: skip
 
     def predict(self, x_t: Tensor, index: int | Tensor, schedule: Schedule, labels: Tensor | None = None) -> Prediction:

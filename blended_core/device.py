@@ -15,6 +15,13 @@ from .errors import BlendedError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _present() -> str:
+    """The devices of this computer, as advice. The errors of torch about a device advise how to build torch, so they are not shown."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [f"cuda:{number}" for number in range(count)] + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
+    return f"use {', '.join(found[:-1])} or cpu" if len(found) > 1 else "use cpu, the only one"
+
+
 @dataclass(frozen=True)
 class DeviceContext:
     """Device, precision and memory layout of the networks.
@@ -42,10 +49,11 @@ class DeviceContext:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             chosen = torch.device(device)
-            torch.zeros(1, device=chosen)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise BlendedError(f"the device {device!r} cannot be used on this computer ({first}); use 'cpu'.", option="device") from None
+            torch.zeros(1, device=chosen).item()
+        except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError):
+            cpu_build = device.startswith("cuda") and not (torch.version.cuda or torch.version.hip)
+            why = ", because PyTorch was installed without CUDA" if cpu_build else ""
+            raise BlendedError(f"the device {device!r} cannot be used on this computer{why}; {_present()}.", option="device") from None
         if dtype != "auto" and dtype not in DTYPES:
             raise BlendedError(f"unknown precision {dtype!r}; known are auto, {', '.join(DTYPES)}.", option="dtype")
         if dtype != "auto":
@@ -58,7 +66,7 @@ class DeviceContext:
 
     def place(self, network: nn.Module) -> nn.Module:
         """Moves a network to the device, in this layout; frozen, in evaluation mode."""
-        network = network.to(self.device).eval().requires_grad_(False)
+        network = network.to(self.device).train(False).requires_grad_(False)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
     def put(self, tensor: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from .schedule import BETAS, CLEAN, Float64, Schedule, cached_schedule
 
 OBJECTIVES = ("eps", "v", "x0")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
+MAX_STEPS = 100_000
+"""Of a process; published ones have 4000 at most."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if self.schedule not in BETAS:
             raise BlendedError(f"unknown noise schedule {self.schedule!r}; known are {', '.join(BETAS)}.")
-        if self.steps < 1:
-            raise BlendedError(f"steps is {self.steps}; a diffusion process has at least 1.")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise BlendedError(f"steps is {self.steps}; a diffusion process has at least 1 and at most {MAX_STEPS}.")
         if self.objective not in OBJECTIVES:
             raise BlendedError(f"unknown objective {self.objective!r}; known are {', '.join(OBJECTIVES)}.")
         if self.variance not in VARIANCES:

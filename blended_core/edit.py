@@ -6,17 +6,16 @@ part after it.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .clip.model import ClipModel, Prompt
-from .diagnose import diagnose
+from .diagnose import diagnose, nothing_finite, options_without_effect
 from .errors import BlendedError, Note, OutOfMemoryError
 from .losses import Loss
 from .mask import EditMask
@@ -24,17 +23,18 @@ from .memory import run_in_parts
 from .options import PRESETS, EditOptions
 from .random import SeededRandom
 from .rank import Score, background_error, clip_distance, clip_distance_of_views, seam_energy
-from .region import PictureRegion, region_around
+from .region import PictureRegion, feather_notes, region_around
 from .result import Candidate, EditResult
-from .sample import Models, Step, edit_steps, final_image
+from .sample import Models, Step, edit_steps, final_image, with_scale
+from .timer import Timer
 
 RANKINGS = {"views": clip_distance_of_views, "corrected": clip_distance, "reference": reference.clip_distance}
 X0_INSTEAD_OF_NETWORK = Note(
     "Memory did not suffice for the gradient through the diffusion model; it was taken at x̂0, as the options allow.", option="gradient"
 )
 UNSCORED = "Pictures without a score come last, in the order in which they were made"
-LOWEST_VALUE, HIGHEST_VALUE = -0.25, 16.0
-"""Of a picture in 0..1, with room for overshoot and high dynamic range; beyond these it was given in −1..1 or in 0..255."""
+LOWEST_VALUE, HIGHEST_VALUE, HIGHEST_OF_MASK = -0.25, 16.0, 1.25
+"""Of a picture and a mask in 0..1, with room for overshoot and a picture of high dynamic range; beyond these they were given in −1..1 or 0..255."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +56,7 @@ def prepare(picture: Tensor, mask: EditMask, size: int, crop: str = "region", co
     """Cuts the region of an edit out of a picture and its mask.
 
     Args:
-        picture: [P, 3, H, W] in 0..1. mask: [P or 1, 1, H, W].
+        picture: [P, 3, H, W] in 0..1; the model sees values outside that range, NaN and Inf as the nearest value in it. mask: [P or 1, 1, H, W].
         size: side in pixels that the model edits.
         crop, context: as in :class:`~blended_core.options.EditOptions`.
 
@@ -64,7 +64,13 @@ def prepare(picture: Tensor, mask: EditMask, size: int, crop: str = "region", co
         BlendedError: if the mask is empty, or nothing of it is left at the model's size.
     """
     region = choose_region(mask, size, crop, context)
-    return PreparedEdit(region, region.cut(picture, size) * 2 - 1, region.cut_mask(mask, size))
+    return PreparedEdit(region, region.cut(visible(picture), size) * 2 - 1, region.cut_mask(mask, size))
+
+
+def visible(picture: Tensor) -> Tensor:
+    """A picture with its values limited to 0..1, and NaN as gray; the picture itself where that changes nothing."""
+    low, high = (float(v) for v in picture.aminmax())  # both NaN if one value is
+    return picture if low >= 0 and high <= 1 else picture.nan_to_num(0.5, 1.0, 0.0).clamp(0, 1)
 
 
 def choose_region(mask: EditMask, size: int, crop: str = "region", context: float = 1.6) -> PictureRegion:
@@ -105,33 +111,42 @@ def edit_picture(
     Raises:
         BlendedError: for a picture or mask of the wrong kind, size or value range, an empty mask, and anything in the options that is impossible.
     """
+    timer = Timer()
     options = options or PRESETS["best"]
     check_picture(picture, mask)
-    timer = _Timer()
     context = models.context
     with context.autograd():
         if isinstance(prompt, str):
             prompt = _encoded(prompt, models.clip)
+        notes: list[Note] = []
+        prompt = _without_zero_weights(prompt, notes)
+        options = replace(options, guidance=with_scale(options.guidance, models.ddpm))
         original = picture.detach().to("cpu", torch.float32).clone()
         used = EditMask.of(mask.detach().cpu(), options.mask_rule, options.invert_mask)
         prepared = prepare(original, used, models.ddpm.image_size, options.crop, options.context)
         source, region_mask = context.put(prepared.source), prepared.mask.with_values(context.put(prepared.mask.values))
+        notes += [*_picture_notes(original), *used.notes]
+        if options.keeps_background:
+            notes += feather_notes(used, prepared.region, options.feather)
+        background_pixels = used.outside_pixels
         timer.lap("prepare")
-        notes: list[Note] = []
         scorer = _Scorer(models, prompt, region_mask.for_clip(), options.ranking, notes)
+        notes += options_without_effect(options, models.ddpm, scorer.guided, bool(losses))
         result = EditResult([], original, used, prepared.region, options, scorer.distances(source)[0], notes, timer.seconds)
         timer.lap("score")
         if on_start is not None:
             on_start(result)
         random = SeededRandom(options.seed)
-        strongest_shift, broken = 0.0, 0
+        strongest_shift, broken, dropped = 0.0, 0, []
         for first in range(0, options.candidates, options.batch):
-            images = range(first, min(first + options.batch, options.candidates))
+            images = list(range(first, min(first + options.batch, options.candidates)))
             step = None
             for step in edit_steps(models, source, region_mask, prompt, options, random, images, losses):
                 strongest_shift, broken = max(strongest_shift, step.shift), broken + step.broken
                 if on_step is not None:
                     on_step(step)
+                if not _finite_rows(step.x).any():
+                    break
             if step is None:
                 continue
             edited = final_image(step, options)
@@ -139,32 +154,76 @@ def edit_picture(
             without_network = models.limits.applied(options.guidance).gradient != options.guidance.gradient
             if (scorer.guided or losses) and without_network and X0_INSTEAD_OF_NETWORK not in notes:
                 notes.append(X0_INSTEAD_OF_NETWORK)
-            distances = scorer.distances(edited)
+            finite = _finite_rows(edited) & _finite_rows(step.x)
+            dropped += [index for index, whole in zip(images, finite, strict=True) if not whole]
+            images, edited = [index for index, whole in zip(images, finite, strict=True) if whole], edited[finite]
+            if not images:
+                continue
+            distances = scorer.distances(_delivered(result, edited))
             timer.lap("score")
             for row, (index, distance) in enumerate(zip(images, distances, strict=True)):
-                candidate = Candidate(index, edited[row : row + 1].float().cpu(), Score(distance, None, 0.0, 0.0))
+                candidate = Candidate(index, edited[row : row + 1].float().cpu(), Score(distance, None, None, 0.0))
                 full = result.picture(candidate)
                 gain = None if distance is None or result.source_distance is None else result.source_distance - distance
-                candidate.score = Score(distance, gain, background_error(full, original, used), seam_energy(full, used))
+                error = background_error(full, original, used)
+                candidate.score = Score(distance, gain, error, seam_energy(full, used), background_pixels)
                 result.candidates.append(candidate)
                 timer.lap("paste and score")
                 if on_candidate is not None:
                     on_candidate(candidate, result)
                     timer.lap("write")
+        if dropped:
+            found = nothing_finite(dropped, options, strongest_shift, context.dtype, scorer.guided)
+            if not result.candidates:
+                raise BlendedError(f"no candidate is finite, so there is no result: {found}", option=found.options)
+            notes.append(Note(f"Candidate {', '.join(map(str, dropped))} was left out: {found}", option=found.options))
         result.rank()
-        not_finite = [str(c.index) for c in result.candidates if not c.edited.isfinite().all()]
-        if not_finite:
-            notes.append(Note(f"Candidate {', '.join(not_finite)} has NaN or Inf produced by the network; use fp32.", option="dtype"))
-        elif scorer.guided:
+        if scorer.guided:
 
             def unguided(index: int) -> float | None:
                 (last,) = deque(edit_steps(models, source, region_mask, None, options, random, [index], losses), maxlen=1)
-                return scorer.distances(final_image(last, options))[0]
+                return scorer.distances(_delivered(result, final_image(last, options)))[0]
 
             schedule = models.ddpm.config.respaced(options.steps)
-            notes += diagnose(result, region_mask, schedule, strongest_shift, broken, unguided)
+            notes += diagnose(result, region_mask, schedule, strongest_shift, broken, context.dtype, unguided)
         timer.lap("rank")
     return result
+
+
+def _finite_rows(batch: Tensor) -> Tensor:
+    """Whether each image of [B, C, H, W] has finite values only, bool [B]."""
+    return batch.isfinite().flatten(1).all(1)
+
+
+def _delivered(result: EditResult, edited: Tensor) -> Tensor:
+    """The region as the result will show it, [B, C, S, S] in −1..1. A feather or a soft mask mixes the edit with the original."""
+    if not result.options.keeps_background or not (result.options.feather or result.mask.soft):
+        return edited
+    score = Score(None, None, None, 0.0)
+    parts = [result.picture(Candidate(0, row[None].float().cpu(), score)) for row in edited]
+    cut = [result.region.cut(visible(part), edited.shape[-1]) * 2 - 1 for part in parts]
+    return torch.cat(cut).to(edited)
+
+
+def _without_zero_weights(prompt: Prompt | None, notes: list[Note]) -> Prompt | None:
+    """The texts of a prompt that guide, those with another weight than 0; None if there are none."""
+    if prompt is None or all(prompt.weights):
+        return prompt
+    texts = [repr(text) for text, weight in zip(prompt.texts, prompt.weights, strict=True) if not weight]
+    kept = [i for i, weight in enumerate(prompt.weights) if weight]
+    left = "" if kept else " No text is left, so the masked part is filled from its surroundings."
+    notes.append(Note(f"The weight of {', '.join(texts)} is 0, which has no effect.{left}", option="weights"))
+    if not kept:
+        return None
+    return Prompt(tuple(prompt.texts[i] for i in kept), tuple(prompt.weights[i] for i in kept), prompt.embeddings[kept])
+
+
+def _picture_notes(picture: Tensor) -> list[Note]:
+    """About values of a picture that are not finite."""
+    count = int((~picture.isfinite()).sum())
+    if not count:
+        return []
+    return [Note(f"{count} values of the picture are NaN or Inf. Outside the mask they stay; the model sees gray, black or white there.")]
 
 
 def check_picture(picture: Tensor, mask: Tensor) -> None:
@@ -184,13 +243,23 @@ def check_picture(picture: Tensor, mask: Tensor) -> None:
         raise BlendedError(
             f"the mask has shape {tuple(mask.shape)} and the picture {tuple(picture.shape)}; give a mask [1, 1, height, width] of the same size."
         )
-    for name, value in (("picture", picture), ("mask", mask)):
-        finite = value.detach().nan_to_num(0.0, 0.0, 0.0)
-        low, high = (float(v) for v in finite.aminmax()) if finite.numel() else (0.0, 0.0)
-        if low < LOWEST_VALUE:
-            raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in −1..1: ({name} + 1) / 2.")
-        if high > HIGHEST_VALUE:
-            raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in 0..255: {name} / 255.")
+    check_range(picture, "picture")
+    check_range(mask, "mask", HIGHEST_OF_MASK)
+
+
+def check_range(values: Tensor, name: str, highest: float = HIGHEST_VALUE) -> None:
+    """Raises BlendedError unless the finite values of a picture or a mask can be values in 0..1.
+
+    Room is left for overshoot, and up to ``highest`` for high dynamic range. Whole numbers above 1 are 8-bit values however small they are.
+    """
+    finite = values.detach()
+    if not bool(finite.isfinite().all()):
+        finite = finite.nan_to_num(0.0, 0.0, 0.0)
+    low, high = (float(v) for v in finite.aminmax()) if finite.numel() else (0.0, 0.0)
+    if low < LOWEST_VALUE:
+        raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in −1..1: ({name} + 1) / 2.")
+    if high > highest or (high > 1 and bool((finite == finite.round()).all())):
+        raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in 0..255: {name} / 255.")
 
 
 def _encoded(text: str, clip: ClipModel | None) -> Prompt | None:
@@ -235,17 +304,3 @@ class _Scorer:
         if fitted < at_once:
             limits.scored = fitted
         return [float(d) if d.isfinite() else None for d in scored]
-
-
-class _Timer:
-    """Seconds by the name of a part."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.clock = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Adds the time since the last lap to a part."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
-        self.clock = now

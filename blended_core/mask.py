@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import BlendedError
+from .errors import BlendedError, Note
 
 THRESHOLD = 0.5
+NEAR_BLACK = 8.5 / 255
+"""Values of a soft mask below this (8 of 255 and less) are outside: compression noise or the tail of a sigmoid, not a part to edit."""
 SOFT_FADE = 0.25
 """Below this value of a soft mask the paste fades the edit out, so that faint values at the edge of a mask leave no visible rim."""
 
@@ -43,11 +44,13 @@ class EditMask:
         values: [B, 1, H, W] float32 in 0..1; 0 is outside. Of a binary mask every value is 0 or 1.
         soft: whether values between 0 and 1 matter: a pixel is released the later, the lower its value.
         brightest: largest value of the mask that these were made from, for the error about an empty one.
+        near_black: share of the pixels that are nearly black and not 0. In a soft mask they are outside.
     """
 
     values: Tensor
     soft: bool = False
     brightest: float = 0.0
+    near_black: float = 0.0
 
     @classmethod
     def of(cls, mask: Tensor, rule: str = "binary", invert: bool = False) -> EditMask:
@@ -55,15 +58,21 @@ class EditMask:
 
         Args:
             mask: [B, 1, H, W] in 0..1, 1 = edit. NaN is never edited.
-            rule: 'binary' (at least 0.5), 'soft', or 'nonzero' (above 0).
+            rule: 'binary' (at least 0.5), 'soft' (above :data:`NEAR_BLACK`), or 'nonzero' (above 0, as in the reference code).
             invert: edit the outside instead.
         """
         brightest = float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0
-        if rule == "soft":
-            values = mask.to(torch.float32).clamp(0, 1)
-            return cls((1 - values if invert else values).nan_to_num(0.0), True, brightest)
-        inside = mask > 0 if rule == "nonzero" else mask >= THRESHOLD
-        return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, brightest)
+        if rule == "binary":
+            inside = mask >= THRESHOLD
+            return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, brightest)
+        values = mask.to(torch.float32).clamp(0, 1)
+        if rule == "nonzero":
+            inside = mask > 0
+            near = inside & (values < NEAR_BLACK)
+            return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, brightest, float(near.float().mean()))
+        values = (1 - values if invert else values).nan_to_num(0.0)
+        near = (values > 0) & (values < NEAR_BLACK)
+        return cls(values.masked_fill(near, 0.0), True, brightest, float(near.float().mean()))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -76,6 +85,23 @@ class EditMask:
     def inside(self) -> Tensor:
         """The pixels that may change, bool [B, 1, H, W]."""
         return self.values > 0
+
+    @property
+    def outside_pixels(self) -> int:
+        """Number of pixels that an edit may not change."""
+        return int((~self.inside).sum())
+
+    @property
+    def notes(self) -> list[Note]:
+        """What the user should know about the mask, for a run's notes."""
+        if not self.near_black:
+            return []
+        treated = "they count as outside" if self.soft else "the rule nonzero counts them as inside"
+        return [Note(f"{self.near_black:.2%} of the mask is nearly black (1 to 8 of 255); {treated}.", option="mask_rule")]
+
+    def intersected(self, other: EditMask) -> EditMask:
+        """What lies inside both masks; of soft masks the lower value."""
+        return replace(self, values=torch.minimum(self.values, other.values), soft=self.soft or other.soft)
 
     def rows(self, rows: Sequence[int] | slice) -> EditMask:
         """The masks of some images; a single one is the mask of all."""
@@ -109,7 +135,7 @@ class EditMask:
         inside = self.inside.flatten(0, 1).any(0)
         rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
         if not len(rows):
-            rule = "above 0" if self.soft else "0.5 or more (gray 128 of 255)"
+            rule = "above 0.033 (gray 8 of 255)" if self.soft else "0.5 or more (gray 128 of 255)"
             raise BlendedError(
                 f"the mask is empty: its brightest pixel is {self.brightest:.3g} and editing needs {rule}. Paint white where the picture should "
                 "change, or invert the mask if black was meant.",
@@ -120,17 +146,48 @@ class EditMask:
     def paste_weights(self, feather: int = 0) -> Tensor:
         """Share of the edit in the final paste, [B, 1, H, W] in 0..1; exactly 0 outside.
 
-        ``feather``: pixels over which the edit fades in, counted inward from the edge of the mask.
+        ``feather``: pixels over which the edit fades in, counted inward from the edge of the mask: a pixel at a distance of d pixels from the nearest
+        one outside has the share d / feather, at most 1. The edge of the picture is no edge of the mask.
         """
         weights = (self.values / SOFT_FADE).clamp(max=1.0)
         if feather > 0:
-            inside = self.for_clip()
-            window = 2 * feather + 1
-            padded = F.pad(inside, (feather,) * 4, mode="replicate")
-            # The share of a window that lies inside is about a half at a straight edge and 1 deeper than ``feather``.
-            share = F.avg_pool2d(F.avg_pool2d(padded, (1, window), 1), (window, 1), 1)
-            weights = weights * ((share - 0.5) * 2).clamp(1 / (feather + 1), 1.0) * inside
+            weights = weights * (distance_inward(self.inside, feather) / feather)
         return weights
+
+
+def from_labels(mask: Tensor) -> Tensor | None:
+    """A mask whose only values are 0 and 1/255 with 1 in place of 1/255: tools for segmentation write 0 and 1 in 8 bits. None for any other mask."""
+    highest = float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0
+    if not 0.5 < highest * 255 < 1.5:
+        return None
+    return (mask > 0.5 * highest).to(mask.dtype)
+
+
+def distance_inward(inside: Tensor, limit: int) -> Tensor:
+    """Euclidean distance of every pixel inside to the nearest pixel outside, in pixels, at most ``limit``; 0 outside.
+
+    Exact and separable: first along columns, then the lower envelope along rows (Felzenszwalb & Huttenlocher, "Distance Transforms of Sampled
+    Functions", 2012), which needs no more than ``limit`` neighbors.
+
+    Args:
+        inside: [B, 1, H, W] bool.
+        limit: in whole pixels, at least 1.
+
+    Returns:
+        [B, 1, H, W] float32.
+    """
+    height, width = inside.shape[-2:]
+    row = torch.arange(height, dtype=torch.int32, device=inside.device).view(-1, 1).expand(inside.shape)
+    above = row.masked_fill(inside, -limit - 1).cummax(2).values
+    below = row.masked_fill(inside, height + limit).flip(2).cummin(2).values.flip(2)
+    along_column = torch.minimum(row - above, below - row).clamp(max=limit).float().square()
+    nearest = along_column.clone()
+    for shift in range(1, min(limit, width - 1) + 1):
+        if shift**2 >= float(nearest.max()):
+            break
+        for to, of in ((slice(shift, None), slice(None, -shift)), (slice(None, -shift), slice(shift, None))):
+            nearest[..., to] = torch.minimum(nearest[..., to], along_column[..., of] + shift**2)
+    return nearest.sqrt()
 
 
 def blend(foreground: Tensor, background: Tensor, mask: Tensor) -> Tensor:

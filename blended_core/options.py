@@ -8,15 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from typing import Any
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
-from .errors import BlendedError
+from .errors import BlendedError, short_repr
 from .schedule import check_respacing
 
 MAX_SEED = 2**64 - 1
 REGION = "mask and region"
 MULTISTEP = "dpmpp-2m"
 """The sampler that needs x̂0 of the step before."""
+MOST = 100_000
+"""The largest count that an option takes where nothing sets a closer limit: more is a slip, and would run or allocate without end."""
+DEFAULT_SCALE = 1000.0
+"""Guidance scale of the reference code, for checkpoints that recommend none."""
+RECOMMENDED_AT = 256
+"""Image side in pixels that the guidance scale recommended by a checkpoint refers to, as ``reference_size``."""
+MOST_WEIGHT = 1e9
+"""The largest weight of a loss: far beyond useful ones, and far from where float32 overflows."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +77,22 @@ class Option:
     def allows(self, value: Any) -> bool:
         """Whether a value is one of the choices, or within the limits."""
         if self.choices:
-            return value in self.choices
+            return isinstance(value, str) and value in self.choices
         if self.low is None and self.high is None:
             return True
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not is_finite(value):
             return False
         if self.low is not None and (value < self.low or (self.above and value == self.low)):
             return False
         return self.high is None or value <= self.high
+
+
+def is_finite(number: Real | float) -> bool:
+    """Whether a number is neither NaN nor infinite, nor a whole number beyond the range of float."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def option(default: Any, help: str, **declaration: Any) -> Any:
@@ -88,13 +106,29 @@ def declared(kind: Any) -> dict[str, tuple[Option, Any]]:
 
 
 def validate(options: Any) -> None:
-    """Raises BlendedError, naming the option, if a value is none of the choices or outside the limits. None is valid where it is the default."""
-    for name, (declaration, default) in declared(options).items():
-        value = getattr(options, name)
-        if value is None and default is None:
-            continue
-        if not declaration.allows(value):
-            raise BlendedError(f"{name} is {value!r}; give {declaration.requirement(type(default) is int)}.", option=name)
+    """Raises BlendedError, naming the option, if a value is of another type, none of the choices, or outside the limits."""
+    kind: Any = type(options)
+    kinds_of = _kinds(kind)
+    for name, (declaration, _) in declared(options).items():
+        value, kinds = getattr(options, name), kinds_of[name]
+        if not any(_is_a(value, kind) for kind in kinds) or (value is not None and not declaration.allows(value)):
+            whole = int in kinds and str not in kinds
+            text = "a text" if kinds == (str,) and not declaration.choices else declaration.requirement(whole)
+            text = "true or false" if bool in kinds else text
+            raise BlendedError(f"{name} is {short_repr(value)}; give {text}.", option=name)
+
+
+@lru_cache
+def _kinds(kind: Any) -> dict[str, tuple[Any, ...]]:
+    """{name of a field: the types of its annotation}."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of the type of an annotation. Every real number is a float, also a whole one or one of numpy."""
+    if kind is float or kind is int:
+        return isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True)
@@ -105,19 +139,20 @@ class GuidanceOptions:
         BlendedError: if a value is outside its range.
     """
 
-    scale: float = option(
-        1000.0,
-        "Weight of the CLIP loss. Too low: the edit ignores the prompt. Too high: glaring colors and patterns that only CLIP recognizes.",
-        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
+    scale: float | None = option(
+        None,
+        "Weight of the CLIP loss. Too low: the edit ignores the prompt. Too high: glaring colors and patterns that only CLIP recognizes. By default, "
+        "and with -1 in ComfyUI, the scale that the checkpoint recommends (embedded: 3000), or 1000 if it recommends none.",
+        low=0.0, high=MOST_WEIGHT, limited_weight=True, node_low=-1.0, node_high=100000.0, step=10.0, flag="--guidance-scale", metavar="λ",
     )  # fmt: skip
     range_scale: float = option(
         50.0, "Weight of the range loss, which pulls values back into the valid range of an image.",
-        low=0.0, limited_weight=True, node_high=100000.0, step=10.0, metavar="λ",
+        low=0.0, high=MOST_WEIGHT, limited_weight=True, node_high=100000.0, step=10.0, metavar="λ",
     )  # fmt: skip
     background_scale: float = option(
         0.0,
         "Weight λ of the background loss of Algorithm 1. Blending does not need it. Above 0 an LPIPS network is loaded.",
-        low=0.0, node_high=1000000.0, step=100.0, flag="--lambda", metavar="λ",
+        low=0.0, high=MOST_WEIGHT, node_high=1000000.0, step=100.0, flag="--lambda", metavar="λ",
     )  # fmt: skip
     gradient: str = option(
         "x0",
@@ -141,28 +176,30 @@ class GuidanceOptions:
         "Form of the background loss. paper: per image. reference: averaged over the batch, with its own two weights.",
         choices=("paper", "reference"), flag="",
     )  # fmt: skip
-    lpips_scale: float = option(1000.0, "Weight of LPIPS in the reference code's background loss.", low=0.0, metavar="λ")
-    l2_scale: float = option(10000.0, "Weight of the squared error in the reference code's background loss.", low=0.0, metavar="λ")
+    lpips_scale: float = option(1000.0, "Weight of LPIPS in the reference code's background loss.", low=0.0, high=MOST_WEIGHT, metavar="λ")
+    l2_scale: float = option(
+        10000.0, "Weight of the squared error in the reference code's background loss.", low=0.0, high=MOST_WEIGHT, metavar="λ"
+    )
     views: int = option(
         8,
         "Augmented views that CLIP sees at each step. More views give cleaner shapes and take more time. 1 turns the augmentations off.",
-        low=1, node_high=256, metavar="N",
+        low=1, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
     symmetric_views: bool = option(True, "Shift views along both axes. The reference code shifts along the vertical axis only.", flag="")
     view_chunk: int = option(
         0,
         "Views that go through CLIP at once; 0: all. Lower values need less memory and give the same result.",
-        low=0, node_high=256, metavar="N",
+        low=0, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
     clamp: float | None = option(
         None,
         "Largest root mean square of the gradient of one image. By default, and with 0 in ComfyUI, there is no limit.",
-        low=0.0, above=True, node_low=0.0, node_high=1000.0, step=0.01, metavar="RMS",
+        low=0.0, high=MOST_WEIGHT, above=True, node_low=0.0, node_high=1000.0, step=0.01, metavar="RMS",
     )  # fmt: skip
     reference_size: int = option(
         256,
         "Image side that the weights of the losses refer to, so that one scale suits models of every size. 0: weights are used as they are.",
-        low=0, node_high=4096, step=64, metavar="PX", unit="pixels",
+        low=0, high=MOST, node_high=4096, step=64, metavar="PX", unit="pixels",
     )  # fmt: skip
     x0_if_needed: bool = option(
         False, "If memory runs out with gradient unet, continue with gradient x0 instead of failing. The result will differ."
@@ -180,7 +217,7 @@ class GuidanceOptions:
     early_views: int = option(
         0,
         "Views in the noisier half of the levels, where there is little to see yet; fewer are faster. 0: as many as views.",
-        low=0, node_high=256, metavar="N",
+        low=0, high=MOST, node_high=256, metavar="N",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -203,10 +240,28 @@ class GuidanceOptions:
             return replace(self, **limited) if self.needs_perceptual else None
         return replace(self, views=self.early_views) if self.early_views and share < 0.5 else self
 
+    def scale_for(self, recommended: float | None, image_size: int) -> float:
+        """The weight of the CLIP loss: the one given, else the one that a checkpoint recommends, else :data:`DEFAULT_SCALE`.
+
+        Args:
+            recommended: for losses that refer to images of :data:`RECOMMENDED_AT` pixels; None if the checkpoint recommends nothing.
+            image_size: side in pixels of the model.
+        """
+        if self.scale is not None:
+            return self.scale
+        if recommended is None:
+            return DEFAULT_SCALE
+        return recommended * ((self.reference_size or image_size) / RECOMMENDED_AT) ** 2
+
+    @property
+    def uses_clip(self) -> bool:
+        """Whether the CLIP loss takes part."""
+        return self.scale is None or self.scale > 0
+
     @property
     def has_losses(self) -> bool:
         """Whether the weight of any loss is above 0."""
-        return self.needs_perceptual or any(getattr(self, name) > 0 for name, (found, _) in declared(self).items() if found.limited_weight)
+        return self.needs_perceptual or self.uses_clip or self.range_scale > 0
 
     @property
     def needs_perceptual(self) -> bool:
@@ -261,9 +316,14 @@ class EditOptions:
         high=MAX_SEED,
         metavar="N",
     )
-    candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, node_high=256, metavar="N")
+    candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, high=MOST, node_high=256, metavar="N")
     batch: int = option(
-        4, "Candidates that are processed at once. Changes time and memory, not the random numbers.", low=1, node_high=64, metavar="N"
+        4,
+        "Candidates that are processed at once. Changes time and memory, not the random numbers.",
+        low=1,
+        high=MOST,
+        node_high=64,
+        metavar="N",
     )
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     background_level: str = option(
@@ -308,12 +368,12 @@ class EditOptions:
     context: float = option(
         1.6,
         "Side of the edited square, as a multiple of the longer side of the mask. A larger context fits the edit in better and leaves it fewer pixels.",
-        low=1.0, node_high=16.0, step=0.1, metavar="F", group=REGION,
+        low=1.0, high=1000.0, node_high=16.0, step=0.1, metavar="F", group=REGION,
     )  # fmt: skip
     feather: int = option(
         0,
         "Pixels over which the edit fades in, counted inward from the mask edge. The outside stays untouched.",
-        low=0, node_high=512, metavar="PX", unit="pixels", group=REGION,
+        low=0, high=MOST, node_high=512, metavar="PX", unit="pixels", group=REGION,
     )  # fmt: skip
     ranking: str = option(
         "views",
@@ -322,10 +382,13 @@ class EditOptions:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        steps: Any = self.steps
+        if isinstance(steps, int) and not isinstance(steps, bool):  # as a script may give it
+            object.__setattr__(self, "steps", str(steps))
         validate(self)
         if not isinstance(self.class_choice, int) and self.class_choice not in ("zero", "random"):
             raise BlendedError(
-                f"class_choice is {self.class_choice!r}; give 'zero', 'random' or the number of a class.", option="class_choice"
+                f"class_choice is {short_repr(self.class_choice)}; give 'zero', 'random' or the number of a class.", option="class_choice"
             )
         check_respacing(self.steps)
 

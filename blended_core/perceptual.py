@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from .device import DeviceContext
 from .errors import BlendedError
 from .toy.models import LPIPS
 from .weights.open import file_errors, open_weights
+from .weights.tensors import copy_finite
 
 BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 """Backbone → file name of its weights in torchvision."""
@@ -39,8 +39,7 @@ class Perceptual:
 
 def hub_folder() -> Path:
     """The folder of weights that torch.hub has downloaded."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub" / "checkpoints"
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def load_perceptual(context: DeviceContext, net: str = "auto", backbone: Path | None = None) -> Perceptual:
@@ -79,7 +78,7 @@ def _published(context: DeviceContext, net: str, backbone: Path | None) -> Perce
             raise BlendedError(f"it does not hold the weights of torchvision's {net} backbone; download {BACKBONES[net]} again.")
         with torch.no_grad():
             for name, parameter in zip(features, parameters, strict=True):
-                parameter.copy_(file.take(name))
+                parameter.copy_(copy_finite(file.take(name), name, torch.float32, channels_last=False))
     return Perceptual(context.place(network), net)
 
 

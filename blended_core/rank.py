@@ -32,14 +32,16 @@ class Score:
     Attributes:
         clip_distance: of the masked region to the prompt, by which the candidates are ranked; lower is better. None without a prompt.
         gain: the same distance of the source's region minus this one.
-        background_error: mean |difference| to the original outside the mask, in 0..1.
+        background_error: mean |difference| to the original outside the mask, in 0..1; None if no pixel is outside.
         seam_energy: how much more the picture changes across the edge of the mask than beside it, in 0..1.
+        background_pixels: number of pixels outside the mask, which the background error is about.
     """
 
     clip_distance: float | None
     gain: float | None
-    background_error: float
+    background_error: float | None
     seam_energy: float
+    background_pixels: int = 0
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain values."""
@@ -82,15 +84,15 @@ def clip_distance_of_views(
     return total / views
 
 
-def background_error(result: Tensor, original: Tensor, mask: EditMask) -> float:
-    """Mean |result − original| over the pixels outside the mask; pictures [1, C, H, W]; 0 if there are none."""
+def background_error(result: Tensor, original: Tensor, mask: EditMask) -> float | None:
+    """Mean |result − original| over the pixels outside the mask; pictures [1, C, H, W]; None if there are none."""
     rows = max(1, BAND_PIXELS // result.shape[-1])
     total, count = 0.0, 0
     for changed, kept, inside in zip(*(torch.split(tensor, rows, 2) for tensor in (result, original, mask.inside)), strict=True):
         outside = (~inside).expand_as(changed)
         total += float(torch.where(outside, (changed - kept).abs(), 0.0).sum(dtype=torch.float64))
         count += int(outside.sum())
-    return total / count if count else 0.0
+    return total / count if count else None
 
 
 def seam_energy(result: Tensor, mask: EditMask) -> float:

@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import BlendedError
-from .mask import THRESHOLD, Box, EditMask, final_paste
+from .errors import BlendedError, Note
+from .mask import THRESHOLD, Box, EditMask, distance_inward, final_paste
 
 SMALLEST = 4
 """A region is at least 1/SMALLEST of the model's side, however small the mask: beyond that enlarging shows CLIP a blur."""
 SNAP = 1.6
 """A region is widened to the model's own side, where nothing has to be resampled, if that is at most this factor away."""
+
+
+ASPECT_TOLERANCE = 0.02
+"""Relative difference of two aspect ratios up to which one picture is scaled to the size of the other."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,16 @@ def resize(picture: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.interpolate(picture, size=target, mode="bicubic", align_corners=False, antialias=True)
 
 
+def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two (height, width) have one aspect ratio, up to :data:`ASPECT_TOLERANCE` or the rounding of a scaled size to whole pixels."""
+
+    def rounding(one: tuple[int, int], two: tuple[int, int]) -> float:
+        return min(abs(one[0] - one[1] * two[0] / two[1]), abs(one[1] - one[0] * two[1] / two[0]))
+
+    ratio = size[1] * other[0] / (size[0] * other[1])
+    return min(rounding(size, other), rounding(other, size)) < 1 or abs(ratio - 1) <= ASPECT_TOLERANCE
+
+
 class PictureRegion(Protocol):
     """What an edit works on: a :class:`Region`, or the whole picture squashed to a square (:mod:`~blended_core.reference`)."""
 
@@ -195,3 +209,20 @@ def paste(
     out = original.expand(len(pasted), -1, -1, -1).clone()
     out[around.slices] = pasted
     return out
+
+
+def feather_notes(mask: EditMask, region: PictureRegion, feather: int) -> list[Note]:
+    """What the user should know about a feather, in the arguments of :func:`paste`: whether it is wider than the mask is deep."""
+    if not feather:
+        return []
+    around = region.inner().grown(feather + 1, region.width, region.height)
+    deepest = float(distance_inward(mask.inside[around.slices], feather).max())
+    if deepest >= feather:
+        return []
+    return [
+        Note(
+            f"The feather of {feather} pixels is wider than the mask, whose middle is {deepest:.0f} pixels from its edge: the result shows at most "
+            f"{deepest / feather:.0%} of the edit. Lower the feather, or widen the mask.",
+            option="feather",
+        )
+    ]

@@ -182,6 +182,11 @@ def sampler_of(options: EditOptions) -> DDPM | DDIM:
     return kind(options.eta, options.ddim_guidance == "matched")
 
 
+def with_scale(options: GuidanceOptions, model: DiffusionModel) -> GuidanceOptions:
+    """The options with the guidance scale that they mean for a model, where they give none."""
+    return replace(options, scale=options.scale_for(model.guidance_scale, model.image_size))
+
+
 def guidance_from(options: GuidanceOptions, models: Models, prompt: Prompt | None, losses: Sequence[Loss] = ()) -> Guidance:
     """The guidance that options describe, toward a prompt.
 
@@ -199,11 +204,10 @@ def guidance_from(options: GuidanceOptions, models: Models, prompt: Prompt | Non
             raise BlendedError(
                 "a prompt was given without a CLIP model to measure the distance to it; give Models(…, clip=…).", option="clip"
             )
-        if options.scale > 0:
+        scale = options.scale_for(models.ddpm.guidance_scale, models.ddpm.image_size)
+        if scale > 0:
             distance = DISTANCES[options.distance]
-            chosen.append(
-                ClipLoss(models.clip, prompt, options.scale, options.views, options.view_chunk, distance, options.symmetric_views)
-            )
+            chosen.append(ClipLoss(models.clip, prompt, scale, options.views, options.view_chunk, distance, options.symmetric_views))
         if options.needs_perceptual:
             if models.perceptual is None:
                 raise BlendedError("the background loss needs an LPIPS network; give Models(…, perceptual=…).", option="lpips")
@@ -278,7 +282,7 @@ def guided_step(
     description = GuidedWork(
         len(x), guidance, models.ddpm.network,
         guided=prompted or bool(losses),
-        views=prompted and guidance.scale > 0,
+        views=prompted and guidance.uses_clip,
         whole_batch=prompted and guidance.needs_perceptual and guidance.background_loss == "reference",
     )  # fmt: skip
     return concat_steps(run_within_memory(work, description, models.limits, models.context))

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BlendedError
+from .errors import BlendedError, short_repr
 
 Float64 = NDArray[np.float64]
 
@@ -76,14 +76,18 @@ def space_timesteps(steps: int, respacing: str | int) -> list[int]:
             kept = range(0, steps, stride)
             if len(kept) == count:
                 return list(kept)
-        raise BlendedError(f"no whole stride takes exactly {count} of {steps} steps; use {str(count)!r} instead.", option="steps")
+        raise BlendedError(
+            f"no whole stride takes exactly {short_repr(count)} of {steps} steps; use {short_repr(str(count))} instead.", option="steps"
+        )
     counts = [_count(part, text) for part in text.split(",")]
     kept_steps: list[int] = []
     start = 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
         if count > size:
-            raise BlendedError(f"respacing {text!r} takes {count} steps of a section of {size}; take at most {size}.", option="steps")
+            raise BlendedError(
+                f"respacing {short_repr(text)} takes {short_repr(count)} steps of a section of {size}; take at most {size}.", option="steps"
+            )
         stride_f = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
@@ -129,11 +133,11 @@ def _count(text: str, whole: str) -> int:
         count = int(text)
     except ValueError:
         raise BlendedError(
-            f"respacing {whole!r} has the wrong form; give a number (100), 'ddim25', 'logsnr20', or counts of sections ('50,25,10').",
+            f"respacing {short_repr(whole)} has the wrong form; give a number (100), 'ddim25', 'logsnr20', or counts of sections ('50,25,10').",
             option="steps",
         ) from None
     if count < 1:
-        raise BlendedError(f"respacing {whole!r} keeps {count} steps; keep at least 1.", option="steps")
+        raise BlendedError(f"respacing {short_repr(whole)} keeps {short_repr(count)} steps; keep at least 1.", option="steps")
     return count
 
 

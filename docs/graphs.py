@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from blended_core.toy.world import GUIDANCE_SCALE
+CHECKPOINTS_SCALE = -1.0
+"""The value of Guidance Options for the scale that the checkpoint recommends."""
+
 
 WIDTH = 300
 NOTE = ("#432", "#653")
@@ -41,22 +43,34 @@ class Column:
 
 @dataclass(frozen=True)
 class Graph:
-    """A workflow. ``before`` and ``after`` name the nodes whose pictures make the thumbnail, ``each`` how many of every one."""
+    """A workflow. Columns in a tuple stand one below the other.
+
+    ``before`` and ``after`` name the nodes whose pictures make the thumbnail, ``images_per_node`` how many of each. ``app`` lists what the App
+    mode of the page shows: (node, widget) for inputs and a node for an output.
+    """
 
     name: str
-    columns: tuple[Column, ...]
+    columns: tuple[Column | tuple[Column, ...], ...]
     before: str = ""
     after: tuple[str, ...] = ()
     images_per_node: int = 1
     overlap_free: bool = True
     colors: dict[str, str] = field(default_factory=lambda: GROUPS)
+    app: tuple[str | tuple[str, str], ...] = ()
+
+    def stacks(self) -> list[tuple[Column, ...]]:
+        """The columns from left to right, each from top to bottom."""
+        return [stack if isinstance(stack, tuple) else (stack,) for stack in self.columns]
+
+    def nodes(self) -> dict[str, Node]:
+        """All nodes by name."""
+        return {name: node for stack in self.stacks() for column in stack for name, node in column.nodes.items()}
 
     def links(self) -> list[tuple[str, str, str, str]]:
         """(from, output, to, input)."""
         return [
             (*wire.split(".", 1), name, socket)  # type: ignore[misc]
-            for column in self.columns
-            for name, node in column.nodes.items()
+            for name, node in self.nodes().items()
             for socket, wire in node.wires.items()
         ]
 
@@ -72,17 +86,15 @@ class Blueprint:
     description: str
 
 
-def read_me(text: str, width: int = 380, height: int = 320) -> Node:
-    """A note for who opens the template."""
-    return Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, color=NOTE)
+def note_column(text: str, width: int = 380, height: int = 320, below: tuple[Column, ...] = ()) -> tuple[Column, ...]:
+    """A column that begins with a note."""
+    return (
+        Column("", {"note": Node("MarkdownNote", values={"text": text}, title="Read me", width=width, height=height, color=NOTE)}),
+        *below,
+    )
 
 
-def note_column(text: str, width: int = 380, height: int = 320) -> Column:
-    """A column with nothing but words."""
-    return Column("", {"note": read_me(text, width, height)})
-
-
-def models(text: str | None, scale: float = GUIDANCE_SCALE, **options: Any) -> Column:
+def models(text: str | None, scale: float = CHECKPOINTS_SCALE, **options: Any) -> Column:
     """The embedded networks and a prompt."""
     nodes = {"ddpm": Node("BlendedLoadDDPM", height=236)}  # room for what it shows after a run
     if text is not None:
@@ -154,6 +166,7 @@ QUICK = Graph(
     ),
     before="before",
     after=("after",),
+    app=(("scene", "background"), ("prompt", "text"), ("sampler", "strength"), ("sampler", "seed"), ("sampler", "candidates"), "after"),
 )
 
 STEP_BY_STEP = Graph(
@@ -220,10 +233,10 @@ RANKED = Graph(
             "*Rank by CLIP* sorts images of **any** node. Here it ranks the same candidates by a prompt that describes the whole scene, without a mask.\n\n"
             "The ranking of CLIP is coarse. Compare the candidates yourself.",
             height=340,
+            below=(Column("Image", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),),
         ),
         models("a cat"),
-        Column("Image", {"scene": scene("meadow"), "before": preview("scene.image", "Before")}),
-        Column("Edit", {"sampler": sampler(candidates=12)}),
+        (Column("Edit", {"sampler": sampler(candidates=12)}), Column("Scores", {"scores": scores()})),
         Column(
             "Result",
             {
@@ -241,13 +254,12 @@ RANKED = Graph(
                 ),
                 "rank": Node("BlendedRankByCLIP", {"images": "sampler.images", "prompt": "other.prompt"}, {"keep": 4}),
                 "again": preview("rank.images", "Best four by the other prompt", 360),
-                "scores": scores(),
             },
         ),
     ),
     after=("after",),
     images_per_node=4,
-    colors={**GROUPS, "Ranked by another prompt": GROUPS["Models"]},
+    colors={**GROUPS, "Scores": GROUPS["Result"], "Ranked by another prompt": GROUPS["Models"]},
 )
 
 BACKGROUND = Graph(
@@ -325,12 +337,16 @@ SCRIBBLE = Graph(
             "Here core nodes paint the scribble, a red patch and a brown one. For your own image, use any paint program or the brush of the mask editor.\n\n"
             "A lower *strength* stays closer to the scribble.",
             height=300,
+            below=(
+                Column(
+                    "Image",
+                    {"scene": scene("meadow", seed=6), "mask": Node("MaskPreview", {"mask": "scene.mask"}, title="Mask", height=260)},
+                ),
+            ),
         ),
-        models("a mushroom"),
         Column(
             "Scribble",
             {
-                "scene": scene("meadow", seed=6),
                 "brown": Node("EmptyImage", values={"width": 40, "height": 80, "color": 0xE8D9C0}, title="Stem"),
                 "stem": Node(
                     "ImageCompositeMasked",
@@ -339,24 +355,21 @@ SCRIBBLE = Graph(
                     title="Paint the stem",
                 ),
                 "red": Node("EmptyImage", values={"width": 128, "height": 72, "color": 0xD03030}, title="Cap"),
-            },
-        ),
-        Column(
-            "Image",
-            {
                 "cap": Node(
                     "ImageCompositeMasked", {"destination": "stem.IMAGE", "source": "red.IMAGE"}, {"x": 64, "y": 62}, title="Paint the cap"
                 ),
-                "before": preview("cap.IMAGE", "Scribble", 300),
-                "mask": Node("MaskPreview", {"mask": "scene.mask"}, title="Mask", height=260),
             },
         ),
-        Column("Edit", {"sampler": sampler("cap.IMAGE", strength=0.6, candidates=4)}),
+        models("a mushroom"),
+        (
+            Column("Edit", {"sampler": sampler("cap.IMAGE", strength=0.6, candidates=4)}),
+            Column("Before", {"before": preview("cap.IMAGE", "Scribble", 300)}),
+        ),
         Column("Result", {"after": save("sampler.images", "scribble", 400), "scores": scores()}),
     ),
     before="before",
     after=("after",),
-    colors={**GROUPS, "Scribble": GROUPS["Image"]},
+    colors={**GROUPS, "Scribble": GROUPS["Image"], "Before": GROUPS["Image"]},
 )
 
 ALGORITHMS = Graph(
@@ -377,7 +390,9 @@ ALGORITHMS = Graph(
             {
                 "scene": scene("sunset", seed=1),
                 "with_lambda": Node(
-                    "BlendedGuidanceOptions", values={"scale": GUIDANCE_SCALE, "background_scale": 1000}, title="Guidance Options (λ 1000)"
+                    "BlendedGuidanceOptions",
+                    values={"scale": CHECKPOINTS_SCALE, "background_scale": 1000},
+                    title="Guidance Options (λ 1000)",
                 ),
             },
         ),
@@ -410,28 +425,29 @@ ALGORITHMS = Graph(
 CORE = Graph(
     "With core nodes",
     (
-        models("a sunflower"),
-        Column(
-            "Image",
-            {
-                "scene": scene("meadow", seed=8, width=192, height=128),
-                "scale": Node(
-                    "ImageScale",
-                    {"image": "scene.image"},
-                    {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"},
+        note_column(
+            "# With nodes of the ComfyUI core\n\nCore nodes scale up a wide image, and make, feather, place and grow the mask.\n\n"
+            "*mask_edges* is `soft`, so gray values set how freely a pixel may change: dark gray only at the last noise levels, light gray at "
+            "most levels. The sampler edits a square region around the mask at the size of the model and pastes it into the wide image.\n\n"
+            "At the end, *Image Composite Masked* puts the edit into a different image, with a soft edge. *Final Paste* would keep that "
+            "image bit-identical outside the mask.",
+            height=300,
+            below=(
+                Column(
+                    "Image",
+                    {
+                        "scene": scene("meadow", seed=8, width=192, height=128),
+                        "scale": Node(
+                            "ImageScale",
+                            {"image": "scene.image"},
+                            {"upscale_method": "lanczos", "width": 384, "height": 256, "crop": "disabled"},
+                        ),
+                        "before": preview("scale.IMAGE", "Before", 220),
+                    },
                 ),
-                "before": preview("scale.IMAGE", "Before", 260),
-                "note": read_me(
-                    "# With nodes of the ComfyUI core\n\nCore nodes scale up a wide image, and make, feather, place and grow the mask.\n\n"
-                    "*mask_edges* is `soft`, so gray values set how freely a pixel may change: dark gray only at the last noise levels, light gray at "
-                    "most levels. The sampler edits a square region around the mask at the size of the model and pastes it into the wide image.\n\n"
-                    "At the end, *Image Composite Masked* puts the edit into a different image, with a soft edge. *Final Paste* would keep that "
-                    "image bit-identical outside the mask.",
-                    width=WIDTH,
-                    height=310,
-                ),
-            },
+            ),
         ),
+        models("a sunflower"),
         Column(
             "Mask by core",
             {
@@ -442,37 +458,36 @@ CORE = Graph(
                     "MaskComposite", {"destination": "black.MASK", "source": "feather.MASK"}, {"x": 112, "y": 44, "operation": "add"}
                 ),
                 "grow": Node("GrowMask", {"mask": "paint.MASK"}, {"expand": 6}),
-                "mask": Node("MaskPreview", {"mask": "grow.MASK"}, title="Mask", height=250),
+                "mask": Node("MaskPreview", {"mask": "grow.MASK"}, title="Mask", height=210),
             },
         ),
-        Column(
-            "Edit",
-            {
-                "sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85),
-            },
+        (
+            Column("Edit", {"sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85)}),
+            Column("Another image", {"night": scene("night", seed=2, width=384, height=256)}),
         ),
-        Column(
-            "Result",
-            {
-                "best": Node("ImageFromBatch", {"image": "sampler.images"}, {"batch_index": 0, "length": 1}, title="The best"),
-                "after": save("best.IMAGE", "core", 280),
-            },
-        ),
-        Column(
-            "On another image",
-            {
-                "night": scene("night", seed=2, width=384, height=256),
-                "composite": Node(
-                    "ImageCompositeMasked",
-                    {"destination": "night.image", "source": "best.IMAGE", "mask": "grow.MASK"},
-                ),
-                "on_night": preview("composite.IMAGE", "On another image", 260),
-            },
+        (
+            Column(
+                "Result",
+                {
+                    "best": Node("ImageFromBatch", {"image": "sampler.images"}, {"batch_index": 0, "length": 1}, title="The best"),
+                    "after": save("best.IMAGE", "core", 280),
+                },
+            ),
+            Column(
+                "On another image",
+                {
+                    "composite": Node(
+                        "ImageCompositeMasked",
+                        {"destination": "night.image", "source": "best.IMAGE", "mask": "grow.MASK"},
+                    ),
+                    "on_night": preview("composite.IMAGE", "On another image", 260),
+                },
+            ),
         ),
     ),
     before="before",
     after=("after",),
-    colors={**GROUPS, "Mask by core": GROUPS["Image"], "On another image": GROUPS["Result"]},
+    colors={**GROUPS, "Mask by core": GROUPS["Image"], "Another image": GROUPS["Result"], "On another image": GROUPS["Result"]},
 )
 
 OWN = Graph(
@@ -486,7 +501,7 @@ OWN = Graph(
             "3. **Photo**: drop or paste it on the empty canvas. A *Load Image* node appears. Connect its IMAGE and MASK in place of those of "
             "*Demo Scene*, to the sampler and to *Before*.\n"
             "4. **Mask**: right-click *Load Image*, choose *Open in MaskEditor*, and paint where the image may change.\n"
-            f"5. **Guidance**: set *scale* to 1000 ({GUIDANCE_SCALE:.0f} is for the embedded models) and *steps* to 100.\n\n"
+            "5. **Steps**: set *steps* to 100. The *scale* -1 is the one that the checkpoint recommends, or 1000.\n\n"
             "| goal | change |\n|---|---|\n| a larger change | raise strength |\n| a closer match to the prompt | raise scale and views; make more candidates |\n"
             "| less memory | batch 1, view_chunk 2 |\n| less time | preset fast, steps 0, options unconnected |",
             width=460,
@@ -522,12 +537,8 @@ NODE_SCREENSHOTS = {
 }
 
 
-def source_graph(*columns: Column, name: str) -> Graph:
-    """The graph that a blueprint is cut out of."""
-    return Graph(name, columns)
-
-
 SETTINGS = (
+    ("prompt", "text", "prompt"),
     ("ddpm", "checkpoint", "checkpoint"),
     ("clip", "weights", "clip"),
     ("options", "scale", "guidance_scale"),
@@ -536,65 +547,56 @@ SETTINGS = (
     ("sampler", "seed", "seed"),
     ("sampler", "candidates", "candidates"),
 )
+RESULTS = (("sampler", "images", "images"), ("sampler", "scores", "scores"))
+NEW_SEEDS = "randomize"
+"""The page applies the inner node's *control after generate* to the seed of the outer one."""
+
+
+def blueprint(
+    name: str,
+    description: str,
+    *columns: Column,
+    mask: tuple[str, str] = ("sampler", "mask"),
+    more: tuple[tuple[str, str, str], ...] = (),
+) -> Blueprint:
+    """A blueprint with the inputs that all have, in one order: image, mask, the settings, and then its own. ``mask``: (inner node, label)."""
+    graph = Graph(name, columns)
+    return Blueprint(
+        graph,
+        inside=tuple(n for n in graph.nodes() if n != "scene"),
+        inputs=(("sampler", "image", "image"), (mask[0], "mask", mask[1]), *SETTINGS, *more),
+        outputs=RESULTS,
+        description=description,
+    )
+
 
 BLUEPRINTS = (
-    Blueprint(
-        source_graph(
-            models("an apple"),
-            Column("Image", {"scene": scene("lake")}),
-            Column("Edit", {"sampler": sampler()}),
-            name="Edit by Prompt (Blended Diffusion)",
-        ),
-        inside=("ddpm", "clip", "prompt", "options", "sampler"),
-        inputs=(
-            ("sampler", "image", "image"),
-            ("sampler", "mask", "mask"),
-            ("prompt", "text", "prompt"),
-            *SETTINGS,
-        ),
-        outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
-        description="Edits the white part of the mask from a prompt. Every other pixel stays unchanged. Returns the candidates best first.",
+    blueprint(
+        "Edit by Prompt (Blended Diffusion)",
+        "Edits the white part of the mask from a prompt. Every other pixel stays unchanged. Returns the candidates best first.",
+        models("an apple"),
+        Column("Image", {"scene": scene("lake")}),
+        Column("Edit", {"sampler": sampler(control_after_generate=NEW_SEEDS)}),
     ),
-    Blueprint(
-        source_graph(
-            models("a lake", scale=1500.0),
-            Column("Image", {"scene": scene("desert", object_name="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
-            Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0)}),
-            name="Replace Background (Blended Diffusion)",
-        ),
-        inside=("ddpm", "clip", "prompt", "options", "invert", "sampler"),
-        inputs=(
-            ("sampler", "image", "image"),
-            ("invert", "mask", "object_mask"),
-            ("prompt", "text", "prompt"),
-            *SETTINGS,
-        ),
-        outputs=(("sampler", "images", "images"), ("sampler", "scores", "scores")),
-        description="Replaces everything outside the mask from a prompt. The masked object stays bit-identical.",
+    blueprint(
+        "Replace Background (Blended Diffusion)",
+        "Replaces everything outside the mask from a prompt. The masked object stays bit-identical.",
+        models("a lake", scale=1500.0),
+        Column("Image", {"scene": scene("desert", object_name="cactus"), "invert": Node("InvertMask", {"mask": "scene.mask"})}),
+        Column("Edit", {"sampler": sampler(mask="invert.MASK", strength=1.0, control_after_generate=NEW_SEEDS)}),
+        mask=("invert", "object_mask"),
     ),
-    Blueprint(
-        source_graph(
-            models(""),
-            Column(
-                "Image",
-                {"scene": scene("meadow", object_name="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
-            ),
-            Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0)}),
-            name="Remove Object (Blended Diffusion)",
+    blueprint(
+        "Remove Object (Blended Diffusion)",
+        "Fills in the masked part from its surroundings. A prompt that describes what is behind the object is optional and helps. Every other pixel "
+        "stays unchanged.",
+        models(""),
+        Column(
+            "Image",
+            {"scene": scene("meadow", object_name="mushroom"), "grow": Node("GrowMask", {"mask": "scene.mask"}, {"expand": 6})},
         ),
-        inside=("ddpm", "clip", "prompt", "options", "grow", "sampler"),
-        inputs=(
-            ("sampler", "image", "image"),
-            ("grow", "mask", "mask"),
-            ("prompt", "text", "what_is_behind"),
-            ("grow", "expand", "grow_mask"),
-            ("ddpm", "checkpoint", "checkpoint"),
-            ("clip", "weights", "clip"),
-            ("sampler", "steps", "steps"),
-            ("sampler", "seed", "seed"),
-            ("sampler", "candidates", "candidates"),
-        ),
-        outputs=(("sampler", "images", "images"),),
-        description="Fills in the masked part from its surroundings. A text that describes what is behind the object is optional and helps. Every other pixel stays unchanged.",
+        Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0, control_after_generate=NEW_SEEDS)}),
+        mask=("grow", "mask"),
+        more=(("grow", "expand", "grow_mask"),),
     ),
 )

@@ -37,7 +37,7 @@ def node_inputs() -> set[str]:
 
 def shown(value: Any) -> str:
     """A value as code, whole numbers without a fraction."""
-    return "–" if value is None else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    return "–" if value is None or value == "" else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def values_of(declaration: Option, default: Any) -> str:

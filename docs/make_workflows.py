@@ -1,7 +1,8 @@
 """Makes ``workflows/`` and ``subgraphs/``: ``uv run python -m docs.make_workflows [NAME…]``. Requires ComfyUI and Chromium.
 
 The graphs are defined in docs/graphs.py. The page of ComfyUI builds, saves, reloads and runs each of them; the thumbnail shows the results.
-``--shots DIR`` saves a screenshot after each run. ``--url`` uses a running server.
+``--shots DIR`` saves a screenshot after each run. ``--url`` uses a running server. ``--packages`` needs neither: it writes the version of the pack
+into the present files, and ``node_list.json``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import tempfile
 import time
 import urllib.parse
@@ -29,8 +31,12 @@ ROOT = Path(__file__).parent.parent
 THUMBNAIL = 512
 SHOWN_IN_README = {"Six nodes step by step": "six_nodes.png", "Many results ranked": "ranked.png"}
 INSET = 168
+GAP = 76
+"""Between two nodes of a column, in units of the canvas: a title (30), and up to 34 that a node is higher in the Vue renderer."""
+PAGE_ONLY = {"MarkdownNote"}
+"""Node types that no package brings."""
 
-BUILD = """async ({columns, nodes, links, groups}) => {
+BUILD = """async ({stacks, nodes, links, groups, gap}) => {
   const app = window.app, LG = window.LiteGraph, made = {};
   await app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0}, true, true, null);
   const set = (node, name, value) => {
@@ -56,19 +62,24 @@ BUILD = """async ({columns, nodes, links, groups}) => {
   }
   await new Promise(r => setTimeout(r, 300));
   let x = 0;
-  for (const [title, names] of columns) {
-    const width = Math.max(...names.map(n => nodes[n].width));
-    let y = 0;
-    for (const name of names) {
-      const node = made[name], least = node.computeSize()[1];
-      node.setSize([width, Math.max(least, nodes[name].height)]);
-      node.pos = [x, y];
-      y += node.size[1] + 60;
-    }
-    if (title) {
-      const group = new LG.LGraphGroup(title);
-      group.pos = [x - 20, -80]; group.size = [width + 40, y + 40]; group.color = groups[title] ?? '#3f5159';
-      app.graph.add(group);
+  for (const stack of stacks) {
+    const width = Math.max(...stack.flatMap(([, names]) => names.map(n => nodes[n].width)));
+    let top = 0;
+    for (const [title, names] of stack) {
+      let y = top, end = top;
+      for (const name of names) {
+        const node = made[name], least = node.computeSize()[1];
+        node.setSize([width, Math.max(least, nodes[name].height)]);
+        node.pos = [x, y];
+        end = y + node.size[1];
+        y = end + gap;
+      }
+      if (title) {
+        const group = new LG.LGraphGroup(title);
+        group.pos = [x - 20, top - 80]; group.size = [width + 40, end - top + 120]; group.color = groups[title] ?? '#3f5159';
+        app.graph.add(group);
+      }
+      top = end + (title ? 140 : 100);
     }
     x += width + 80;
   }
@@ -80,20 +91,16 @@ CONVERT_TO_SUBGRAPH = """async ({inside, inputs, outputs, title, description}) =
   const app = window.app, rest = () => new Promise(r => setTimeout(r, 300));
   const {subgraph, node} = app.graph.convertToSubgraph(new Set(inside.map(id => app.graph.getNodeById(id))));
   await rest();
-  const socket = (id, name) => { const inner = subgraph.getNodeById(id); return [inner, inner.inputs.find(i => i.name === name)]; };
-  // The page exposes some widgets automatically, in its own order.
-  for (const outer of [...subgraph.inputs]) if (!inputs.some(([id, name]) => outer.linkIds.includes(socket(id, name)[1].link) && !socket(id, name)[1].widget))
-    subgraph.removeInput(outer);
+  // The page exposes what was connected and some widgets, in its own order.
+  for (const outer of [...subgraph.inputs]) subgraph.removeInput(outer);
+  for (const outer of [...subgraph.outputs]) subgraph.removeOutput(outer);
   for (const [id, name, label] of inputs) {
-    const [inner, input] = socket(id, name), outer = subgraph.inputs.find(i => i.linkIds.includes(input.link));
-    if (outer) subgraph.renameInput(outer, label);
-    else subgraph.addInput(label, String(input.type)).connect(input, inner);
+    const inner = subgraph.getNodeById(id), input = inner.inputs.find(i => i.name === name);
+    subgraph.addInput(label, String(input.type)).connect(input, inner);
   }
   for (const [id, name, label] of outputs) {
     const inner = subgraph.getNodeById(id), output = inner.outputs.find(o => o.name === name);
-    const outer = subgraph.outputs.find(o => o.linkIds.some(l => (output.links ?? []).includes(l)));
-    if (outer) subgraph.renameOutput(outer, label);
-    else subgraph.addOutput(label, String(output.type)).connect(output, inner);
+    subgraph.addOutput(label, String(output.type)).connect(output, inner);
   }
   subgraph.name = node.title = title;
   subgraph.description = description;
@@ -114,18 +121,69 @@ def without_machine_data(workflow: dict[str, Any]) -> dict[str, Any]:
     return workflow
 
 
+def name_packages(workflow: dict[str, Any], core: str | None = None) -> None:
+    """Names the package and its version in every node, as ComfyUI-Manager does in the page. ``core``: a new version of ComfyUI."""
+    for graph in (workflow, *workflow.get("definitions", {}).get("subgraphs", [])):
+        subgraphs = {s["id"] for s in workflow.get("definitions", {}).get("subgraphs", [])}
+        for node in graph["nodes"]:
+            if node["type"].startswith("Blended"):
+                node["properties"] |= {"cnr_id": package("name"), "ver": package("version")}
+            elif core is not None and node["type"] not in PAGE_ONLY | subgraphs:
+                node["properties"] |= {"cnr_id": "comfy-core", "ver": core}
+
+
+def package(key: str) -> str:
+    """The name or the version of the project."""
+    found = re.search(rf'^{key} = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def write_workflow(workflow: dict[str, Any], path: Path) -> None:
+    """Writes a template or a blueprint."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def write_packages() -> None:
+    """Writes the version of the pack into the templates and blueprints, and ``node_list.json``, which ComfyUI-Manager reads."""
+    for path in sorted((*(ROOT / "workflows").glob("*.json"), *(ROOT / "subgraphs").glob("*.json"))):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        name_packages(workflow)
+        write_workflow(workflow, path)
+    texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    nodes = {name: texts[name]["description"] for name in sorted(texts)}
+    (ROOT / "node_list.json").write_text(json.dumps(nodes, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def core_version(url: str) -> str:
+    """The version of a running ComfyUI."""
+    with urllib.request.urlopen(f"{url}/system_stats", timeout=60) as answer:
+        return str(json.loads(answer.read())["system"]["comfyui_version"])
+
+
+def app_mode(graph: Graph, ids: dict[str, int]) -> dict[str, Any]:
+    """What the App mode of the page shows of a graph, as the page saves it. Empty if the graph has none."""
+    if not graph.app:
+        return {}
+    inputs = [[str(ids[entry[0]]), entry[1]] for entry in graph.app if isinstance(entry, tuple)]
+    outputs = [str(ids[entry]) for entry in graph.app if isinstance(entry, str)]
+    return {"linearMode": False, "linearData": {"inputs": inputs, "outputs": outputs}}
+
+
 def build(page: Page, graph: Graph) -> dict[str, int]:
     """Builds the graph in the page. Returns name → node id."""
     spec = {
-        "columns": [[column.title, list(column.nodes)] for column in graph.columns],
+        "stacks": [[[column.title, list(column.nodes)] for column in stack] for stack in graph.stacks()],
         "nodes": {
             name: {
                 "type": n.type, "title": n.title, "values": n.values, "width": n.width, "height": n.height, "color": n.color,
             }
-            for column in graph.columns for name, n in column.nodes.items()
+            for name, n in graph.nodes().items()
         },
         "links": graph.links(),
         "groups": graph.colors,
+        "gap": GAP,
     }  # fmt: skip
     ids = dict(page.page.evaluate(BUILD, spec))
     if graph.overlap_free and (over := page.overlaps()):
@@ -204,6 +262,8 @@ def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
     ids = build(page, graph)
     page.fit()
     workflow = without_machine_data(page.workflow())
+    workflow["extra"] |= app_mode(graph, ids)
+    name_packages(workflow, core_version(page.url))
     page.load(workflow, graph.name)
     page.fit()
     if wrong := page.wrong() + page.shown():
@@ -225,7 +285,7 @@ def make_template(page: Page, graph: Graph, shots: Path | None) -> None:
     folder.mkdir(exist_ok=True)
     after = [picture for name in graph.after for picture in output_images(page, ids, name)[: graph.images_per_node]]
     thumbnail(after, output_images(page, ids, graph.before)[0] if graph.before else None, folder / f"{graph.name}.jpg")
-    (folder / f"{graph.name}.json").write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_workflow(workflow, folder / f"{graph.name}.json")
     print(f"{graph.name}: {len(workflow['nodes'])} nodes, {end['previews']} previews")
 
 
@@ -245,9 +305,8 @@ def make_blueprint(page: Page, blueprint: Blueprint, shots: Path | None) -> None
     workflow = without_machine_data(page.workflow())
     workflow["extra"] = {}
     workflow["definitions"]["subgraphs"][0]["category"] = "Blended Diffusion"
-    folder = ROOT / "subgraphs"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{graph.name}.json").write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    name_packages(workflow, core_version(page.url))
+    write_workflow(workflow, ROOT / "subgraphs" / f"{graph.name}.json")
     print(f"blueprint {graph.name}: {len(workflow['definitions']['subgraphs'][0]['nodes'])} nodes")
 
 
@@ -272,7 +331,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="templates and blueprints to make (default: all)")
     parser.add_argument("--url", help="address of a running ComfyUI with the pack")
     parser.add_argument("--shots", type=Path, help="folder for screenshots")
+    parser.add_argument("--packages", action="store_true", help="write only the version of the pack and node_list.json")
     args = parser.parse_args()
+    if args.packages:
+        write_packages()
+        return
     with server(args.url) as url:
         for graph in TEMPLATES:
             if not args.names or graph.name in args.names:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
 from ..blended_core.adm.load import may_be_checkpoint
-from ..blended_core.errors import BlendedError
+from ..blended_core.errors import BlendedError, one_line
 
 DDPM_FOLDER, CLIP_FOLDER = "ddpm", "open_clip"
 EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
@@ -23,12 +24,25 @@ def register_folders() -> None:
 
 
 def list_files(folder: str) -> list[str]:
-    """Names of the files in a model folder; in models/ddpm only those that can be a diffusion model."""
-    names: list[str] = folder_paths.get_filename_list(folder)
-    if folder != DDPM_FOLDER:
-        return names
-    paths = {name: folder_paths.get_full_path(folder, name) for name in names}
-    return [name for name, path in paths.items() if path is not None and _may_be_checkpoint(path, file_version(Path(path)))]
+    """Names of the files in a model folder; in models/ddpm only those that can be a diffusion model.
+
+    Never raises: the schema of a node depends on it, and without schemas ComfyUI refuses every workflow. A file that cannot be judged is listed; the
+    error follows when it is loaded.
+    """
+    try:
+        names: list[str] = folder_paths.get_filename_list(folder)
+    except Exception as error:
+        logging.warning("Blended Diffusion: the folder models/%s cannot be listed: %s", folder, error)
+        return []
+    return [name for name in names if folder != DDPM_FOLDER or _is_listed(name)]
+
+
+def _is_listed(name: str) -> bool:
+    try:
+        path = folder_paths.get_full_path(DDPM_FOLDER, name)
+        return path is not None and _may_be_checkpoint(path, file_version(Path(path)))
+    except Exception:  # deleted in this moment, in a folder without permission, …
+        return True
 
 
 @lru_cache(maxsize=4096)
@@ -43,8 +57,12 @@ def first_path(folder: str) -> Path:
 
 
 def find_file(folder: str, name: str) -> Path:
-    """The path of a listed file. Raises BlendedError, naming the directory, if the file no longer exists."""
-    found = folder_paths.get_full_path(folder, name)
+    """The path of a file inside a model folder. Raises BlendedError, naming the directory, if it no longer exists.
+
+    The answer to a name that leads out of the folder is the same, whether there is such a file or not.
+    """
+    outside = any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath))
+    found = None if outside else folder_paths.get_full_path(folder, name)
     if found is None:
         raise BlendedError(f"{name!r} is not in {first_path(folder)}; put the file there and press R to refresh, or choose another file.")
     return Path(found)
@@ -55,7 +73,7 @@ def check_file(folder: str, name: str) -> bool | str:
     try:
         return find_file(folder, name).is_file()
     except BlendedError as error:
-        return str(error)
+        return one_line(error)
 
 
 def file_version(*paths: Path) -> str:

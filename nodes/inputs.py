@@ -63,7 +63,7 @@ def respacing() -> io.String.Input:
 def parse_class(text: str) -> str | int:
     """'zero', 'random' or the number of a class; empty: 'zero'."""
     word = text.strip().lower() or "zero"
-    return int(word) if word.isdecimal() else word
+    return int(word) if word.isdecimal() and len(word) <= 20 else word  # Python refuses to read thousands of digits
 
 
 def row_indices(count: int, rows: int, name: str) -> list[int]:

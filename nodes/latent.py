@@ -9,6 +9,7 @@ refused with an error. The candidates' numbers travel in ComfyUI's own ``batch_i
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blended_core.diffusion import DiffusionConfig
-from ..blended_core.errors import BlendedError
+from ..blended_core.edit import HIGHEST_OF_MASK, check_range
+from ..blended_core.errors import BlendedError, BlendedWarning, Note
 from ..blended_core.mask import EditMask
-from ..blended_core.region import PictureRegion
+from ..blended_core.region import PictureRegion, same_aspect
 from ..blended_core.schedule import CLEAN, Schedule
 
 KEY = "blended_diffusion"
+START_NODE = "Noise Background (start)"
 
 Latent = dict[str, Any]
 
@@ -50,6 +53,7 @@ class EditState:
         sources: the regions of the source images [N, 3, S, S] in −1..1.
         masks: the masks of the source images [N or 1, 1, H, W], as the edit uses them, or None.
         rows: fingerprint → row.
+        area: ``masks`` in the frame of the samples [N or 1, 1, S, S].
     """
 
     process: DiffusionConfig
@@ -62,6 +66,7 @@ class EditState:
     sources: Tensor
     masks: EditMask | None
     rows: Mapping[str, Row] = field(default_factory=dict)
+    area: EditMask | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -141,26 +146,85 @@ class NoisyImages:
         """:meth:`rows_of` for masks."""
         return mask.with_values(self.rows_of(mask.values, name))
 
-    def region_mask(self, mask: Tensor | None) -> EditMask | None:
-        """The mask in the frame of the samples [1 or B, 1, S, S]: ``mask`` if given, else the LATENT's ``noise_mask``, else None.
+    def full_mask(self, given: Tensor | None, node: str = "this node") -> EditMask | None:
+        """The mask of the edit in the frame of the source images [1 or B, 1, H, W], or None if there is none.
+
+        An edit has one mask: what lies inside all that were given, each compared at the size of the source images. Steps, blending and the final paste
+        use this one.
 
         Args:
-            mask: [M, 1, H, W] in the frame of the whole image; a mask of another size is stretched over it. A ``noise_mask`` of the samples' size
-                is already in their frame, and one of another size is stretched over the samples, as KSampler does it.
+            given: a MASK at this node [M, 1, H, W] in the frame of the source images.
+            node: its name.
+
+        Raises:
+            BlendedError: if nothing lies inside all masks of a row.
         """
-        region, size, soft = self.state.region, self.state.size, self.state.soft
-        if mask is not None:
-            return self.mask_rows(region.cut_mask(fit_mask(mask, (region.height, region.width), soft), size), "masks")
+        size = (self.state.region.height, self.state.region.width)
+        masks: dict[str, EditMask] = {}
+        if self.state.masks is not None:
+            masks[f"the mask of {START_NODE}"] = self.mask_rows(self.state.masks, "masks")
+        if (noise_mask := self._foreign_noise_mask()) is not None:
+            masks["the noise mask that the LATENT carries"] = self.mask_rows(self._in_picture(noise_mask, size), "noise masks")
+        if given is not None:
+            masks[f"the mask at {node}"] = self.mask_rows(fit_mask(given, size, self.state.soft), "masks")
+        used: EditMask | None = None
+        for mask in masks.values():
+            used = mask if used is None else used.intersected(mask)
+        if used is not None and len(masks) == 1 and self.state.masks is None:
+            used.box()  # an empty mask is an error
+        if used is not None and len(masks) > 1 and not bool(used.inside.flatten(1).any(1).all()):
+            names = list(masks)
+            raise BlendedError(
+                f"{', '.join(names[:-1])} and {names[-1]} do not overlap, so nothing would be edited. Connect one mask to {START_NODE} alone, or masks "
+                "that overlap: what lies inside all of them is edited."
+            )
+        return used
+
+    def region_mask(self, given: Tensor | None, node: str = "this node") -> EditMask | None:
+        """:meth:`full_mask` in the frame of the samples [1 or B, 1, S, S]."""
+        if given is None and self.state.area is not None and self._foreign_noise_mask() is None:
+            return self.mask_rows(self.state.area, "masks")
+        mask = self.full_mask(given, node)
+        return None if mask is None else self.state.region.cut_mask(mask, self.state.size)
+
+    def seen_mask(self, given: Tensor | None, node: str) -> EditMask | None:
+        """The part that CLIP sees, in the frame of the samples: ``given`` where there is one, which may be larger than the mask of the edit.
+
+        Raises:
+            BlendedError: if it does not overlap the mask of the edit.
+        """
+        if given is None:
+            return self.region_mask(None, node)
+        self.full_mask(given, node)
+        size = (self.state.region.height, self.state.region.width)
+        return self.mask_rows(self.state.region.cut_mask(fit_mask(given, size, self.state.soft), self.state.size), "masks")
+
+    def _foreign_noise_mask(self) -> Tensor | None:
+        """The LATENT's noise mask [M, 1, h, w], if it is not the one that Noise Background gave it."""
         if (noise_mask := self.latent.get("noise_mask")) is None:
             return None
-        used = EditMask.of(as_mask_batch(noise_mask), mask_rule(soft))
-        if tuple(used.values.shape[-2:]) == (region.height, region.width) != (size, size):
-            return self.mask_rows(region.cut_mask(used, size), "noise masks")
-        return self.mask_rows(fit_mask(used.values, (size, size), soft), "noise masks")
+        values, area = as_mask_batch(noise_mask), self.state.area
+        if area is not None and values.shape[-2:] == area.values.shape[-2:]:
+            own = self.mask_rows(area, "masks").values
+            if len(own) in (1, len(values)) and torch.equal(values, own.expand_as(values)):
+                return None
+        return values
 
-    def at(self, level: int, samples: Tensor, previous: Tensor | None = None) -> Latent:
-        """The LATENT with other samples, at another level; ``previous``: as the attribute."""
-        return pack(samples, replace(self.state, level=level), self.images, self.candidates, self.latent, previous)
+    def _in_picture(self, noise_mask: Tensor, size: tuple[int, int]) -> EditMask:
+        """A noise mask in the frame of the source images.
+
+        One of their size is in their frame already. Any other covers the samples, as KSampler takes it.
+        """
+        region, soft = self.state.region, self.state.soft
+        if tuple(noise_mask.shape[-2:]) != size:
+            covering = stretch_mask(noise_mask, (self.state.size, self.state.size))
+            noise_mask = region.put_back(covering, covering.new_zeros(1, 1, *size)).clamp(0, 1)
+        return EditMask.of(noise_mask, mask_rule(soft))
+
+    def at(self, level: int, samples: Tensor, mask: EditMask | None = None, previous: Tensor | None = None) -> Latent:
+        """The LATENT with other samples, at another level; ``mask``: also with another noise mask; ``previous``: as the attribute."""
+        base = self.latent if mask is None else {**self.latent, "noise_mask": mask.values}
+        return pack(samples, replace(self.state, level=level), self.images, self.candidates, base, previous)
 
 
 def pack(
@@ -249,10 +313,12 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def as_mask_batch(mask: Tensor) -> Tensor:
-    """A MASK or noise mask of any rank as [M, 1, H, W] float32 on the CPU."""
+    """A MASK or noise mask of any rank as [M, 1, H, W] float32 on the CPU; BlendedError if its values cannot be values in 0..1."""
     if mask.ndim < 2:
         raise BlendedError(f"the mask has shape {shape_of(mask)}; a MASK is [batch, height, width].")
-    return mask.detach().reshape(-1, 1, *mask.shape[-2:]).to("cpu", torch.float32)
+    values = mask.detach().reshape(-1, 1, *mask.shape[-2:]).to("cpu", torch.float32)
+    check_range(values, "MASK", HIGHEST_OF_MASK)
+    return values
 
 
 def mask_rule(soft: bool) -> str:
@@ -265,6 +331,44 @@ def stretch_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
     return mask if tuple(mask.shape[-2:]) == tuple(size) else F.interpolate(mask, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def fit_mask(mask: Tensor, size: Sequence[int], soft: bool) -> EditMask:
-    """The mask as the edit uses it, stretched to (height, width)."""
-    return EditMask.of(stretch_mask(mask, size), mask_rule(soft))
+def check_stretched(mask: Tensor, stretched: Tensor, rule: str) -> None:
+    """Raises BlendedError, with the peak of the mask as it was given, if nothing is inside after it was stretched."""
+    if EditMask.of(stretched, rule).inside.any():
+        return
+    EditMask.of(mask, rule).box()
+    raise BlendedError(
+        f"nothing is left of the MASK of {mask.shape[-1]}×{mask.shape[-2]} when it is stretched to the image's {stretched.shape[-1]}×"
+        f"{stretched.shape[-2]}, because what it marks is too thin; give a MASK of the size of the image."
+    )
+
+
+def scale_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """:func:`stretch_mask` for a mask that covers an image of (height, width). Raises BlendedError if its aspect ratio is another one."""
+    height, width = mask.shape[-2:]
+    if not same_aspect((height, width), size):
+        raise BlendedError(
+            f"the mask is {width}×{height} and the image {size[1]}×{size[0]}, a different aspect ratio; connect a mask that was drawn over this image."
+        )
+    return stretch_mask(mask, size)
+
+
+def fit_mask(mask: Tensor, size: tuple[int, int], soft: bool) -> EditMask:
+    """The mask as the edit uses it, scaled to (height, width).
+
+    Raises:
+        BlendedError: if its aspect ratio is another one, or nothing of it is inside.
+
+    Warns:
+        BlendedWarning: if it is soft and has pixels that are nearly black.
+    """
+    scaled = scale_mask(mask, size)
+    check_stretched(mask, scaled, mask_rule(soft))
+    used = EditMask.of(scaled, mask_rule(soft))
+    for note in used.notes:
+        warn(note)
+    return used
+
+
+def warn(note: Note) -> None:
+    """Writes a note to ComfyUI's log, through the scope of the node."""
+    warnings.warn(BlendedWarning(note, option=note.options), stacklevel=3)

@@ -10,14 +10,13 @@ from comfy_api.latest import io
 from ..blended_core.adm.describe import summary
 from ..blended_core.adm.load import load_checkpoint
 from ..blended_core.adm.probe import ProbeOptions
-from ..blended_core.clip.files import architecture_of
-from ..blended_core.clip.model import load_clip
+from ..blended_core.clip.model import load_clip, load_clip_file, load_clip_tag
 from ..blended_core.device import DTYPES
 from ..blended_core.errors import BlendedError
 from . import inputs
 from .folders import CLIP_FOLDER, DDPM_FOLDER, check_file, file_version, find_file, first_path, list_files
 from .memory import LoadedCLIP, LoadedDDPM, device_context, manage, offload_context, probe_context
-from .runtime import Progress, library_scope, show_text
+from .runtime import Progress, keeps_text, library_scope, shown_text
 
 DDPM, CLIP = "Load DDPM", "Load CLIP (open_clip)"
 EMBEDDED = "embedded"
@@ -46,7 +45,14 @@ class LoadDDPM(io.ComfyNode):
                 "Loads a pixel-space diffusion model (ADM, “guided-diffusion”), which makes the edit. Put checkpoints into models/ddpm. “embedded” is a "
                 "small 64-pixel model of a toy world that is part of the pack."
             ),
-            search_aliases=["guided diffusion", "ADM", "diffusion checkpoint", "blended diffusion model", "openai diffusion"],
+            search_aliases=[
+                "guided diffusion",
+                "ADM",
+                "diffusion checkpoint",
+                "blended diffusion model",
+                "openai diffusion",
+                "pixel diffusion",
+            ],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
@@ -71,8 +77,15 @@ class LoadDDPM(io.ComfyNode):
                     advanced=True,
                     tooltip="Settings of the checkpoint that replace the detected ones, one per line: num_heads = 4. Leave it empty unless results are noise.",
                 ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Set of weights in the checkpoint, if it holds several, such as model or ema. Empty: averaged weights if there are any.",
+                ),
             ],
-            hidden=[io.Hidden.unique_id],
+            **keeps_text(),
             outputs=[
                 inputs.DDPM.Output(
                     "ddpm", display_name="ddpm", tooltip="The diffusion model, for the sampler, Noise Background or CLIP Guidance Step."
@@ -93,7 +106,7 @@ class LoadDDPM(io.ComfyNode):
         return checkpoint == EMBEDDED or check_file(DDPM_FOLDER, checkpoint)
 
     @classmethod
-    def execute(cls, checkpoint: str, precision: str = "auto", overrides: str = "") -> io.NodeOutput:
+    def execute(cls, checkpoint: str, precision: str = "auto", overrides: str = "", weights: str = "") -> io.NodeOutput:
         with library_scope(DDPM):
             path: Path | str = EMBEDDED if checkpoint == EMBEDDED else find_file(DDPM_FOLDER, checkpoint)
             context = device_context(precision)
@@ -101,9 +114,8 @@ class LoadDDPM(io.ComfyNode):
                 context=lambda: probe_context(context, Path(path)),
                 on_forward=lambda done, expected: Progress(expected).update(done),
             )
-            loaded = load_checkpoint(offload_context(context), path, parse_overrides(overrides), probe=probe)
-            show_text(cls.hidden.unique_id, summary(loaded.detection))
-            return io.NodeOutput(LoadedDDPM(loaded.model, manage(loaded.model.network), context))
+            loaded = load_checkpoint(offload_context(context), path, parse_overrides(overrides), probe=probe, weights=weights)
+            return io.NodeOutput(LoadedDDPM(loaded.model, manage(loaded.model.network), context), ui=shown_text(summary(loaded.detection)))
 
 
 def parse_overrides(text: str) -> dict[str, str]:
@@ -164,9 +176,12 @@ class LoadCLIP(io.ComfyNode):
     @classmethod
     def execute(cls, weights: str, architecture: str = "", other_tag: str = "") -> io.NodeOutput:
         with library_scope(CLIP):
-            name = other_tag.strip() or weights.removesuffix(DOWNLOADED)
-            if not other_tag.strip() and weights != EMBEDDED and not weights.endswith(DOWNLOADED):
-                path = find_file(CLIP_FOLDER, weights)
-                name = f"{architecture.strip() or architecture_of(path)}:{path}"
-            clip = load_clip(offload_context(device_context("fp32")), name, folder=first_path(CLIP_FOLDER))
+            context = offload_context(device_context("fp32"))
+            tag = other_tag.strip() or (weights.removesuffix(DOWNLOADED) if weights.endswith(DOWNLOADED) else "")
+            if tag and tag != EMBEDDED:
+                clip = load_clip_tag(context, tag, folder=first_path(CLIP_FOLDER))
+            elif tag or weights == EMBEDDED:
+                clip = load_clip(context)
+            else:
+                clip = load_clip_file(context, find_file(CLIP_FOLDER, weights), architecture.strip())
             return io.NodeOutput(LoadedCLIP(clip, manage(clip.model)))

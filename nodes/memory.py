@@ -176,7 +176,7 @@ def edit_models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPer
 def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, options: GuidanceOptions | None, itemsize: int) -> int:
     """Estimate, rather too high than too low, of the bytes that a step on ``pixels`` pixels needs in addition to the weights."""
     options = options or GuidanceOptions()
-    guided = clip is not None and options.scale > 0
+    guided = clip is not None and options.uses_clip
     backward = clip is not None and options.gradient == "unet" and options.has_losses
     width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
     backward_bytes = BACKWARD_BYTES_PER_PIXEL[itemsize] * (1 if works_on(mm.get_torch_device()) else 2)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..blended_core.errors import BlendedError
-from ..blended_core.mask import EditMask, final_paste
-from ..blended_core.region import paste, resize
+from ..blended_core.errors import BlendedError, Note
+from ..blended_core.mask import final_paste
+from ..blended_core.region import feather_notes, paste, resize, same_aspect
 from . import inputs
 from .images import from_image, from_optional_mask, to_image
 from .inputs import edit_option, row_indices
-from .latent import Latent, NoisyImages, fit_mask, mask_rule, unpack
+from .latent import START_NODE, Latent, fit_mask, unpack, warn
 from .runtime import library_scope
 
 NAME = "Final Paste"
@@ -76,28 +76,39 @@ def paste_latent(latent: Latent, original: Tensor, mask: Tensor | None, feather:
     if not state.clean:
         raise BlendedError(f"the LATENT at {NAME} is still noisy ({state}); denoise it with a Denoise Loop first.")
     state.check_size(original, "original")
-    used = fit_mask(mask, original.shape[-2:], state.soft) if mask is not None else state.masks or full_noise_mask(noisy)
+    used = noisy.full_mask(mask, NAME)
     if used is None:
-        raise BlendedError(f"{NAME} has no mask; connect a MASK to Noise Background (start) or to this node.")
+        raise BlendedError(f"{NAME} has no mask; connect a MASK to {START_NODE} or to this node.")
+    finite = noisy.samples.isfinite().flatten(1).all(1)
+    if not bool(finite.any()):
+        raise BlendedError(
+            f"the LATENT at {NAME} has NaN or Inf in all of its {len(noisy)} rows, so there is no result; lower the guidance scale, or use fp32.",
+            option=("scale", "dtype"),
+        )
     rows = list(noisy.images) if len(original) == len(state.sources) else row_indices(len(original), len(noisy), "originals")
-    return paste(noisy.samples, original[rows], noisy.mask_rows(used, "masks"), state.region, feather), rows
-
-
-def full_noise_mask(noisy: NoisyImages) -> EditMask | None:
-    """A noise mask that another node set, in the frame of the source image."""
-    mask, region = noisy.region_mask(None), noisy.state.region
-    if mask is None:
-        return None
-    full = region.put_back(mask.values, mask.values.new_zeros(len(mask), 1, region.height, region.width)).clamp(0, 1)
-    return EditMask.of(full, mask_rule(mask.soft))
+    kept = finite.nonzero().flatten().tolist()
+    if len(kept) < len(noisy):
+        warn(Note(f"{len(noisy) - len(kept)} of {len(noisy)} rows have NaN or Inf and were left out.", option=("scale", "dtype")))
+    rows, masks = [rows[i] for i in kept], noisy.mask_rows(used, "masks").rows(kept)
+    for note in feather_notes(masks, state.region, feather):
+        warn(note)
+    return paste(noisy.samples[kept], original[rows], masks, state.region, feather), rows
 
 
 def paste_image(edited: Tensor, original: Tensor, mask: Tensor | None, soft: bool, feather: int) -> tuple[Tensor, list[int]]:
     """As :func:`paste_latent`, of an edited IMAGE."""
     if mask is None:
         raise BlendedError(f"{NAME} got an IMAGE and no mask; connect a MASK that is white where the edit should be taken.")
-    size = original.shape[-2:]
-    full = resize(from_image(edited, "edited IMAGE")[0], (size[0], size[1]))
+    height, width = original.shape[-2:]
+    size = (height, width)
+    image, _ = from_image(edited, "edited IMAGE")
+    if not same_aspect((image.shape[-2], image.shape[-1]), size):
+        raise BlendedError(
+            f"the edited IMAGE is {image.shape[-1]}×{image.shape[-2]} and the original {width}×{height}, a different aspect ratio; connect an edited "
+            "IMAGE of the whole original. (The output “x̂0” of Blended Diffusion Sampler and CLIP Guidance Step shows the region alone: connect the "
+            "output “images” of the sampler, or the LATENT of Denoise Loop End.)"
+        )
+    full = resize(image, size)
     masks = fit_mask(mask, size, soft)
     rows = max(len(full), len(original), len(masks))
     image_of, masks = row_indices(len(original), rows, "originals"), masks.rows(row_indices(len(masks), rows, "masks"))

@@ -16,6 +16,8 @@ from .runtime import library_scope
 
 ENCODE, OPTIONS = "Encode Prompt", "Guidance Options"
 DEFAULTS = GuidanceOptions()
+AUTOMATIC_SCALE = -1.0
+"""Stands for the scale that the checkpoint recommends. 0 turns the CLIP loss off, as it always did in saved workflows."""
 
 
 class EncodePrompt(io.ComfyNode):
@@ -31,7 +33,7 @@ class EncodePrompt(io.ComfyNode):
                 "Encodes a text with CLIP. Chain several nodes to combine texts. With an empty text the masked part is filled in from its surroundings "
                 "(object removal)."
             ),
-            search_aliases=["prompt", "text encode", "CLIP text", "open clip text"],
+            search_aliases=["prompt", "negative prompt", "text encode", "CLIP text", "open clip text"],
             inputs=[
                 inputs.CLIP.Input(
                     "clip",
@@ -102,7 +104,7 @@ class GuidanceOptionsNode(io.ComfyNode):
             ),
             search_aliases=["guidance scale", "CLIP guidance settings", "augmentations", "cutouts", "lambda"],
             inputs=[
-                option("scale"),
+                option("scale", default=AUTOMATIC_SCALE),
                 option("views"),
                 option("gradient"),
                 option("distance", advanced=True),
@@ -125,7 +127,7 @@ class GuidanceOptionsNode(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        scale: float = DEFAULTS.scale,
+        scale: float = AUTOMATIC_SCALE,
         views: int = DEFAULTS.views,
         gradient: str = DEFAULTS.gradient,
         distance: str = DEFAULTS.distance,
@@ -142,7 +144,7 @@ class GuidanceOptionsNode(io.ComfyNode):
     ) -> io.NodeOutput:
         with library_scope(OPTIONS):
             options = GuidanceOptions(
-                scale=scale, views=views, gradient=gradient, distance=distance, clip_input=clip_input, range_scale=range_scale,
+                scale=None if scale < 0 else scale, views=views, gradient=gradient, distance=distance, clip_input=clip_input, range_scale=range_scale,
                 background_scale=background_scale, clamp=clamp or None, view_chunk=view_chunk, reference_size=reference_size, start=guide_from,
                 end=guide_to, early_views=early_views, x0_if_needed=x0_if_needed,
             )  # fmt: skip

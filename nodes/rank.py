@@ -17,6 +17,9 @@ from .memory import LoadedPrompt, load_to_device
 from .runtime import Progress, format_score, library_scope
 
 NAME = "Rank by CLIP"
+ONE_LIST = (
+    "Join single images with Batch Images (or Image Batch) first; a node that is called once per item of a list ranks each item alone."
+)
 
 
 class RankByCLIP(io.ComfyNode):
@@ -51,7 +54,8 @@ class RankByCLIP(io.ComfyNode):
                 raise BlendedError("Rank by CLIP needs a prompt with text; enter one in Encode Prompt.")
             rgb, _ = from_image(images)
             given = from_optional_mask(mask)
-            masks = EditMask(rgb.new_ones(1, 1, *rgb.shape[-2:])) if given is None else fit_mask(given, rgb.shape[-2:], False)
+            height, width = rgb.shape[-2:]
+            masks = EditMask(rgb.new_ones(1, 1, height, width)) if given is None else fit_mask(given, (height, width), False)
             inputs.row_indices(len(masks), len(rgb), "masks")
             progress = Progress(len(rgb))
             distances: list[float | None] = []
@@ -71,4 +75,6 @@ class RankByCLIP(io.ComfyNode):
                 progress.update(i + 1)
             order = ranking(distances)[: keep or None]
             table = "\n".join(f"{rank}. image {i + 1}: CLIP distance {format_score(distances[i])}" for rank, i in enumerate(order, 1))
+            if len(rgb) == 1:
+                table += f"\nOnly one image was given, so there is nothing to rank. {ONE_LIST}"
             return io.NodeOutput(images[order], table)

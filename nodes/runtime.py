@@ -6,17 +6,18 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
 from PIL import Image
-from server import PromptServer
 from torch import Tensor
 
-from ..blended_core.errors import BlendedError, BlendedWarning, with_controls
+from ..blended_core.errors import BlendedError, BlendedWarning, one_line, with_controls
 
 GUIDANCE_INPUTS = (
     "scale", "views", "gradient", "distance", "clip_input", "range_scale", "background_scale", "clamp", "view_chunk", "reference_size",
@@ -35,8 +36,9 @@ INPUTS: dict[str, dict[str, str]] = {
     },
     "Final Paste": {"feather": "feather", "mask_rule": "soft_mask"},
     "Guidance Options": {**{name: name for name in GUIDANCE_INPUTS}, "start": "guide_from", "end": "guide_to"},
-    "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides"},
+    "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides", "ddpm_weights": "weights"},
     "Load CLIP (open_clip)": {"clip": "weights"},
+    "Encode Prompt": {"weights": "weight"},
     "Demo Scene": {"seed": "seed"},
 }  # fmt: skip
 """Display name of a node → option of the library → input of that node. Where several nodes have an input for an option, a message on a node
@@ -60,7 +62,7 @@ def library_scope(node: str) -> Iterator[None]:
     """The scope in which a node calls the library; ``node`` is its display name.
 
     Leaves ComfyUI's inference mode, whose tensors cannot take part in autograd. Warnings of the library go to ComfyUI's log. Errors and warnings
-    name the inputs that they are about.
+    name the inputs that they are about, and are one printable line each.
     """
     try:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
@@ -77,6 +79,10 @@ def library_scope(node: str) -> Iterator[None]:
             yield
     except BlendedError as error:
         raise BlendedError(with_inputs(error, node)) from None
+    except Exception as error:
+        # ComfyUI logs these too, and shows them on the page.
+        error.args = tuple(one_line(value) if isinstance(value, str) else value for value in error.args)
+        raise
 
 
 class Progress:
@@ -105,10 +111,18 @@ def enlarge(image: Image.Image, min_side: int = 256) -> Image.Image:
     return image if factor <= 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def show_text(node_id: str, text: str) -> None:
-    """Shows text on a node in the web page."""
-    if PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+def keeps_text() -> dict[str, bool]:
+    """Arguments of the Schema of a node that returns :func:`shown_text`: ComfyUI sends the text again while the node is cached.
+
+    Empty for a ComfyUI that does not know the argument (0.14). There, a page that was reloaded shows the text after the node runs again.
+    """
+    name = "has_intermediate_output"
+    return {name: True} if name in {field.name for field in fields(io.Schema)} else {}
+
+
+def shown_text(text: str) -> ui.PreviewText:
+    """The ``ui`` of a NodeOutput that shows text on the node (``web/show_text.js``), in the page of the client that runs it."""
+    return ui.PreviewText("\n".join(one_line(line) for line in text.split("\n")))
 
 
 def format_score(value: float | None) -> str:

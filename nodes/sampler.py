@@ -17,7 +17,7 @@ from ..blended_core.sample import Models, Step
 from . import inputs
 from .images import from_image, from_mask, sample_to_image, to_image
 from .inputs import edit_option, row_indices
-from .latent import stretch_mask
+from .latent import check_stretched, scale_mask
 from .memory import LoadedDDPM, LoadedGuidance, LoadedPrompt, edit_models, load_managed_perceptual, load_to_device
 from .runtime import Progress, format_score, library_scope, with_inputs
 
@@ -38,7 +38,22 @@ class BlendedSampler(io.ComfyNode):
                 "Edits the masked part of an image from a prompt and leaves every other pixel unchanged. Makes several candidates, pastes them into "
                 "the image at its own size, and returns them best first. Without a prompt it removes what the mask covers."
             ),
-            search_aliases=["inpaint", "blended diffusion", "local edit", "object removal", "text-driven editing", "CLIP guided diffusion"],
+            search_aliases=[
+                "inpaint",
+                "outpaint",
+                "edit image",
+                "erase",
+                "fill",
+                "generative fill",
+                "object removal",
+                "remove object",
+                "replace background",
+                "local edit",
+                "text-driven editing",
+                "blended diffusion",
+                "pixel diffusion",
+                "CLIP guided diffusion",
+            ],
             inputs=[
                 inputs.DDPM.Input("ddpm", tooltip="The diffusion model, from Load DDPM."),
                 io.Image.Input(
@@ -46,7 +61,7 @@ class BlendedSampler(io.ComfyNode):
                 ),
                 io.Mask.Input(
                     "mask",
-                    tooltip="White: edit. One mask for all images, or one per image. A mask of another size is stretched over the image.",
+                    tooltip="White: edit. One mask for all images, or one per image. A mask of another size is scaled to the image; its aspect ratio must be the same.",
                 ),
                 inputs.PROMPT.Input(
                     "prompt",
@@ -165,7 +180,7 @@ class BlendedSampler(io.ComfyNode):
                 for candidate in result.candidates
             ]
             regions = [sample_to_image(candidate.edited) for result in results for candidate in result.candidates]
-            return io.NodeOutput(torch.cat(images), torch.cat(regions), scores(results))
+            return io.NodeOutput(torch.cat(images), torch.cat(regions), scores(results, prompt is not None))
 
 
 def resolve_options(name: str, changes: dict[str, Any], guidance: LoadedGuidance | None) -> EditOptions:
@@ -200,18 +215,23 @@ def edit_all(models: Models, images: Tensor, masks: Tensor, prompt: Prompt | Non
     progress = EditProgress(len(images))
     results = []
     for image, mask in zip(images, masks, strict=True):
-        stretched = stretch_mask(mask[None], image.shape[-2:])
-        results.append(edit_picture(image[None], stretched, prompt, models, options, progress.on_step, on_start=progress.on_start))
+        height, width = image.shape[-2:]
+        scaled = scale_mask(mask[None], (height, width))
+        if not options.invert_mask:
+            check_stretched(mask[None], scaled, options.mask_rule)
+        results.append(edit_picture(image[None], scaled, prompt, models, options, progress.on_step, on_start=progress.on_start))
     return results
 
 
-def scores(results: list[EditResult]) -> str:
-    """A table of the candidates of each image, and the notes of the edits."""
+def scores(results: list[EditResult], prompted: bool) -> str:
+    """A table of the candidates of each image, and the notes of the edits; ``prompted``: whether there was a prompt."""
     parts = []
     for number, result in enumerate(results, 1):
         lines = [f"Image {number}"] if len(results) > 1 else []
         if result.source_distance is not None:
             lines.append(f"source image: CLIP distance {format_score(result.source_distance)}")
+        if not prompted:
+            lines.append("no prompt: filled from the surroundings")
         lines += [score_line(candidate) for candidate in result.candidates]
         parts.append("\n".join(lines + [with_inputs(note, NAME) for note in result.notes]))
     return "\n\n".join(parts)

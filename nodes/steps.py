@@ -15,7 +15,7 @@ from ..blended_core.errors import BlendedError
 from ..blended_core.mask import EditMask, blend
 from ..blended_core.options import MULTISTEP, EditOptions, GuidanceOptions
 from ..blended_core.random import SeededRandom
-from ..blended_core.sample import guided_step, noise_background
+from ..blended_core.sample import guided_step, noise_background, with_scale
 from . import inputs
 from .images import from_image, from_optional_mask, sample_to_image, to_intermediate
 from .inputs import edit_option, row_indices
@@ -107,7 +107,8 @@ def start_edit(
         steps=respacing.strip() or str(steps), strength=strength, seed=seed, context=context, mask_rule=mask_rule(soft_mask)
     )
     given = from_optional_mask(mask)
-    masks = None if given is None else fit_mask(given, image.shape[-2:], soft_mask)
+    height, width = image.shape[-2:]
+    masks = None if given is None else fit_mask(given, (height, width), soft_mask)
     if masks is not None and len(image) == 1:
         image = image.expand(len(masks), -1, -1, -1)
     used = EditMask(image.new_ones(1, 1, *image.shape[-2:]), soft_mask) if masks is None else masks
@@ -116,7 +117,10 @@ def start_edit(
     prepared = prepare(image, used, size, context=context)
     schedule = ddpm.model.config.respaced(options.steps)
     level = schedule.start_index(strength)
-    state = EditState(ddpm.model.config, options.steps, level, level, seed, prepared.region, soft_mask, prepared.source, masks)
+    area = None if masks is None else prepared.mask
+    state = EditState(
+        ddpm.model.config, options.steps, level, level, seed, prepared.region, soft_mask, prepared.source, masks, area=area
+    )  # fmt: skip
     image_of = [i for i in range(len(image)) for _ in range(batch)]
     candidates = [i for _ in range(len(image)) for i in range(batch)]
     x = noise_background(prepared.source[image_of], level, schedule, SeededRandom(seed), candidates, "start")
@@ -195,12 +199,12 @@ class CLIPGuidanceStep(io.ComfyNode):
             if state.clean:
                 raise BlendedError(f"{STEP} got a clean LATENT, which has no noise to remove; connect it to Final Paste.")
             check_process(state, ddpm)
-            guidance = options.options if options is not None else GuidanceOptions()
+            guidance = with_scale(options.options if options is not None else GuidanceOptions(), ddpm.model)
             edit = EditOptions(
                 steps=state.respacing, seed=state.seed, sampler=sampler, eta=eta, ddim_guidance=ddim_guidance, guidance=guidance,
                 class_choice=inputs.parse_class(class_choice), mask_rule=mask_rule(state.soft),
             )  # fmt: skip
-            given = noisy.region_mask(from_optional_mask(mask))
+            given = noisy.seen_mask(from_optional_mask(mask), STEP)
             if prompt is not None and not len(prompt.prompt):
                 prompt = None
             if given is None and prompt is not None:
@@ -223,7 +227,7 @@ class CLIPGuidanceStep(io.ComfyNode):
             x0 = to_intermediate(step.x0)
             progress.update(done + 1, blend(x0, sources.to(x0), area.to(x0)))
             carried = x0 if sampler == MULTISTEP else None
-            return io.NodeOutput(noisy.at(state.level - 1, to_intermediate(step.x), carried), sample_to_image(x0))
+            return io.NodeOutput(noisy.at(state.level - 1, to_intermediate(step.x), previous=carried), sample_to_image(x0))
 
 
 def check_process(state: EditState, ddpm: LoadedDDPM) -> None:
@@ -284,13 +288,16 @@ class BlendLatents(io.ComfyNode):
                 )
             front, back = unpack(foreground, f"{BLEND} (foreground)"), unpack(background, f"{BLEND} (background)")
             check_same_level(front, back)
-            state, area = front.state, front.region_mask(from_optional_mask(mask))
+            given = from_optional_mask(mask)
+            state, area = front.state, front.region_mask(given, BLEND)
             if area is None:
                 raise BlendedError(f"{BLEND} has no mask; connect a MASK to Noise Background (start) or to this node.")
             row_indices(len(back), len(front), "background rows")
             weights = area.at_level(state.level + 1, state.start).to(front.samples)
+            # Final Paste needs the mask at full size: what the samples show of it is too coarse.
+            carried = None if given is None else front.full_mask(given, BLEND)
             blended = to_intermediate(blend(front.samples, back.samples, weights))
-            return io.NodeOutput(front.at(state.level, blended, front.previous))
+            return io.NodeOutput(front.at(state.level, blended, carried, front.previous))
 
 
 def plain_blend(foreground: Latent, background: Latent, mask: Tensor | None) -> Latent:

@@ -22,7 +22,9 @@ from PIL import Image
 FOLDER = Path(__file__).parent / "behavior"
 PICTURES, SCORES = FOLDER / "pictures.npz", FOLDER / "scores.json"
 STEP_LOOP = "step_loop"
-SHORT = ("--steps", "8", "--candidates", "2", "--batch", "2", "--seed", "3")
+OWN_SCALE = ("--steps", "8", "--candidates", "2", "--batch", "2", "--seed", "3")
+"""Of an edit with the guidance scale that the checkpoint recommends."""
+SHORT = (*OWN_SCALE, "--guidance-scale", "1000")
 PROMPT = ("--prompt", "a pumpkin")
 
 EDITS: dict[str, tuple[str, ...]] = {
@@ -46,6 +48,8 @@ EDITS: dict[str, tuple[str, ...]] = {
     "class_zero": (*PROMPT, *SHORT, "--ddpm", "classes"),
     "class_random": (*PROMPT, *SHORT, "--ddpm", "classes", "--class", "random"),
     "class_three": (*PROMPT, *SHORT, "--ddpm", "classes", "--class", "3"),
+    "own_scale": (*PROMPT, *OWN_SCALE),
+    "own_scale_official": (*PROMPT, *OWN_SCALE, "--preset", "official", "--views", "4"),
 }
 """The arguments of each edit, beside picture, mask and output; 'classes' stands for a small class-conditional network of random weights."""
 
@@ -119,6 +123,8 @@ def recorded() -> tuple[dict[str, NDArray[np.uint8]], dict[str, list[dict[str, A
 def difference(name: str, pictures: NDArray[np.uint8], scores: list[dict[str, Any]]) -> tuple[int, float]:
     """The largest difference of a pixel, in 1/255, and of a score, to the fixture; infinity where one is missing or the ranks differ."""
     known, known_scores = recorded()
+    if name not in known:
+        return 255, math.inf
     pixel = int(np.abs(known[name].astype(int) - pictures.astype(int)).max())
     worst = 0.0
     for before, now in zip(known_scores[name], scores, strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from blended_core.adm import cache
 from blended_core.clip.model import ClipModel
 from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
@@ -32,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Decisions of the probe are kept for this run alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(cache, "user_cache_path", lambda *_, **__: folder)
         yield
 
 

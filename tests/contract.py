@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,26 @@ def wrong_controls(schemas: list[Any]) -> list[str]:
     return out
 
 
+def messages(hostile: list[str]) -> list[str]:
+    """What reaches ComfyUI's log and its page for warnings, errors and texts of a node that contain these texts."""
+    runtime, errors = (importlib.import_module(f"{NAME}.{module}") for module in ("nodes.runtime", "blended_core.errors"))
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    for text in hostile:
+        for error in (errors.BlendedError(text, "seed"), RuntimeError(text)):
+            try:
+                with runtime.library_scope("Demo Scene"):
+                    warnings.warn(errors.BlendedWarning(text, "seed"), stacklevel=1)
+                    seen.extend(runtime.shown_text(f"a table\n{text}").as_dict()["text"][0].split("\n"))
+                    raise error
+            except (ValueError, RuntimeError) as raised:
+                seen.append(str(raised))
+    logging.getLogger().removeHandler(handler)
+    return seen
+
+
 def main() -> None:
     """Checks every node of the pack."""
 
@@ -91,7 +113,8 @@ def main() -> None:
                 if not isinstance(option, str):
                     function = getattr(sys.modules[node.__module__], {"start": "start_edit", "match": "match_level"}[option.key])
                     found += differences(f"{schema.node_id} ({option.key})", option.inputs, function, {"image"})
-    print(json.dumps({"nodes": names, "differences": found, "controls": wrong_controls(schemas)}))
+    said = messages(json.loads(sys.stdin.read() or "[]"))
+    print(json.dumps({"nodes": names, "differences": found, "controls": wrong_controls(schemas), "messages": said}))
 
 
 if __name__ == "__main__":

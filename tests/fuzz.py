@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -30,10 +31,13 @@ SETTINGS |= {"use_new_attention_order": False}
 
 
 def originals(folder: Path) -> list[Path]:
-    """One network in every file format."""
+    """One network in every file format, and in a compressed file, which is refused."""
     state = {k: v.half() for k, v in tiny_unet(channel_mult=(1,), attention_downsampling=()).state_dict().items()}
     save_file(state, folder / "a.safetensors")
     torch.save(state, folder / "zip.pt")
+    with zipfile.ZipFile(folder / "zip.pt") as whole, zipfile.ZipFile(folder / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in whole.namelist():
+            packed.writestr(entry, whole.read(entry))
     torch.save({"ema": state, "step": 3}, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     return sorted(folder.iterdir())
 

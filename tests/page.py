@@ -31,6 +31,9 @@ SETTINGS: dict[str, Any] = {
     "Comfy.Canvas.MouseWheelScroll": "panning",
 }
 
+VUE = {"Comfy.VueNodes.Enabled": True}
+SEARCH = ".comfy-vue-node-search-container input, [role=dialog] input[role=combobox]"
+
 READY = """() => window.app?.graph && window.app.canvas && window.app.extensionManager && window.app.vueAppReady !== false
   && Object.keys(window.LiteGraph?.registered_node_types ?? {}).some(type => type.startsWith('Blended'))"""
 
@@ -86,6 +89,17 @@ OVERLAPS = """() => {
   const out = [];
   boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
     if (a.x < b.x + b.w && b.x < a.x + a.w && a.y < b.y + b.h && b.y < a.y + a.h) out.push(`${a.name} over ${b.name}`); }));
+  return out;
+}"""
+
+# In the renderer that draws nodes as HTML (Nodes 2.0) a node is as high as its parts, not as its saved size.
+TOUCHING = """least => {
+  const scale = window.app.canvas.ds.scale, out = [];
+  const boxes = [...document.querySelectorAll('[data-node-id]')].map(e => [window.app.graph.getNodeById(e.dataset.nodeId)?.title, e.getBoundingClientRect()]);
+  if (boxes.length !== window.app.graph.nodes.length) return [`${boxes.length} of ${window.app.graph.nodes.length} nodes are drawn`];
+  boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
+    const across = Math.max(p.left, q.left) - Math.min(p.right, q.right), down = Math.max(p.top, q.top) - Math.min(p.bottom, q.bottom);
+    if (Math.max(across, down) / scale < least) out.push(`${a} and ${b}: ${Math.round(Math.max(across, down) / scale)}`); }));
   return out;
 }"""
 
@@ -151,7 +165,7 @@ class Page:
         self.clear()
         width, height = self.page.viewport_size["width"], self.page.viewport_size["height"]
         self.page.mouse.dblclick(width // 2, height // 2)
-        box = self.page.wait_for_selector(".comfy-vue-node-search-container input, [role=dialog] input[role=combobox]")
+        box = self.page.wait_for_selector(SEARCH)
         box.type(words, delay=10)
         self.wait(1.5)
         box.press("Enter")
@@ -179,6 +193,33 @@ class Page:
     def overlaps(self) -> list[str]:
         """Nodes that lie over each other."""
         return list(self.page.evaluate(OVERLAPS))
+
+    def touching(self, least: float = 8) -> list[str]:
+        """Nodes with less space than ``least`` units of the canvas between them; for a page with the Vue renderer (:data:`VUE`)."""
+        return list(self.page.evaluate(TOUCHING, least))
+
+    def draws_text(self) -> bool:
+        """Whether the zoom is large enough for the canvas to draw titles and texts."""
+        return not self.page.evaluate("() => window.app.canvas.low_quality")
+
+    def scale(self) -> float:
+        """The zoom."""
+        return float(self.page.evaluate("() => window.app.canvas.ds.scale"))
+
+    def found(self, words: str) -> str:
+        """The text of the results when these words are typed into the search for nodes."""
+        self.clear()
+        width, height = self.page.viewport_size["width"], self.page.viewport_size["height"]
+        self.page.mouse.dblclick(width // 2, height // 2)
+        box = self.page.wait_for_selector(SEARCH)
+        box.type(words, delay=10)
+        self.wait(1.5)
+        text = self.page.evaluate(
+            "() => [...document.querySelectorAll('[role=option], [data-testid=result-item]')].map(e => e.innerText).join('|')"
+        )
+        self.page.keyboard.press("Escape")
+        self.wait(0.3)
+        return str(text)
 
     def workflow(self) -> dict[str, Any]:
         """The graph as the page saves it."""

@@ -27,16 +27,20 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
+OTHER_CORES = tuple(map(Path, filter(None, os.environ.get("COMFYUI_PATHS", "").split(os.pathsep))))
+"""Folders of other versions of ComfyUI."""
+OTHER_FRONTENDS = tuple(map(Path, filter(None, os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep))))
+"""Folders with an index.html of other versions of the page (``static`` of comfyui-frontend-package)."""
 ABSENT = "no ComfyUI was found by COMFYUI_PATH or in the home folder, so the pack was not tried in one"
 
 needs_comfyui = pytest.mark.skipif(not (COMFYUI / "main.py").is_file(), reason=ABSENT)
 Prompt = dict[str, dict[str, Any]]
 
 
-def interpreter() -> str:
+def interpreter(comfyui: Path = COMFYUI) -> str:
     """ComfyUI's own Python where it has an environment, else this one."""
     for name in (".venv", "venv"):
-        python = COMFYUI / name / "bin" / "python"
+        python = comfyui / name / "bin" / "python"
         if python.exists():
             return str(python)
     return sys.executable
@@ -152,7 +156,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *options: str) -> Iterator[Server]:
+def started(folder: Path, *options: str, comfyui: Path = COMFYUI) -> Iterator[Server]:
     """ComfyUI on a free port, with the pack linked into it."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -163,10 +167,11 @@ def started(folder: Path, *options: str) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder / "server.log"
-    command = [interpreter(), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder)]
+    command = [interpreter(comfyui), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder)]
     command += ["--database-url", f"sqlite:///{folder}/user/comfyui.db", "--disable-api-nodes", "--preview-method", "auto", *options]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=COMFYUI, stdout=stream, stderr=subprocess.STDOUT, env=environment())
+        own_cache = {**environment(), "XDG_CACHE_HOME": str(folder / "cache")}
+        process = subprocess.Popen(command, cwd=comfyui, stdout=stream, stderr=subprocess.STDOUT, env=own_cache)
         try:
             server = Server(folder, port, log, process.pid)
             for _ in range(600):

@@ -18,14 +18,15 @@ from torch import Tensor
 from blended_core.cli import edit as edit_command
 from blended_core.cli import main
 from blended_core.denoiser import DiffusionModel
+from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
 from blended_core.io.images import to_uint8
-from blended_core.mask import EditMask, final_paste
+from blended_core.mask import EditMask, distance_inward, final_paste
 from blended_core.options import preset
 from blended_core.rank import background_error, seam_energy
-from blended_core.region import paste, region_around
+from blended_core.region import Region, feather_notes, paste, region_around
 
 from . import tiny
 
@@ -70,13 +71,13 @@ def masks(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> Tensor:
 
 
 def outside(mask: Tensor, soft: bool, invert: bool = False) -> Tensor:
-    """Which pixels must not change, said a second time and differently: a NaN is never edited."""
+    """Which pixels must not change, said a second time and differently: a NaN is never edited, and 8 of 255 is black in a soft mask."""
     values = mask.double().numpy()
     if invert:
         values = 1 - values
         # 1 − m is rounded nowhere near a half, and ≥ 0.5 inverted is < 0.5.
-        return torch.from_numpy(~(values > 0) if soft else ~(values > 0.5))
-    return torch.from_numpy(~(values > 0) if soft else ~(values >= 0.5))
+        return torch.from_numpy(~(values * 255 > 8.5) if soft else ~(values > 0.5))
+    return torch.from_numpy(~(values * 255 > 8.5) if soft else ~(values >= 0.5))
 
 
 def rule_of(soft: bool) -> str:
@@ -123,10 +124,10 @@ def test_the_threshold_lies_between_127_and_128() -> None:
     mask = torch.tensor([127 / 255, 128 / 255, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), float("nan")]).view(1, 1, 1, 5)
     original, edited = torch.zeros(1, 3, 1, 5), torch.ones(1, 3, 1, 5)
     assert final_paste(edited, original, EditMask.of(mask))[0, 0, 0].tolist() == [0, 1, 1, 0, 0]
-    soft = torch.tensor([0.0, 1e-30, 1 / 255, 1.0, float("nan")]).view(1, 1, 1, 5)
+    soft = torch.tensor([1e-30, 8 / 255, 9 / 255, 1.0, float("nan")]).view(1, 1, 1, 5)
     result = final_paste(edited, original, EditMask.of(soft, "soft"))[0, 0, 0].tolist()
-    assert result[0] == result[4] == 0
-    assert 0 < result[2] < 0.02
+    assert result[0] == result[1] == result[4] == 0
+    assert 0 < result[2] < 0.2
     assert result[3] == 1
 
 
@@ -148,9 +149,63 @@ def test_feather_fades_inward_only(feather: int) -> None:
     assert (weights[mask == 0] == 0).all()
     assert (weights[mask == 1] > 0).all()
     middle = weights[0, 0, 20, 5:35]
-    depth = middle[: feather + 1]
-    assert (depth.diff() > 0).all(), "the weight must rise from the edge inward"
+    depth = middle[:feather]
+    assert depth.tolist() == pytest.approx([(i + 1) / feather for i in range(feather)]), "the weight rises with the distance from the edge"
     assert (middle[feather:-feather] == 1).all(), "beyond the feather the edit is whole"
+
+
+def distance_by_hand(inside: Tensor) -> Tensor:
+    """The distance of every pixel inside to the nearest one outside, pair by pair; infinity if there is none outside."""
+    points = (
+        torch.stack(torch.meshgrid(torch.arange(inside.shape[2]), torch.arange(inside.shape[3]), indexing="ij"), -1).reshape(-1, 2).double()
+    )
+    out = torch.cdist(points, points[~inside.flatten()]).amin(1) if not inside.all() else torch.full((len(points),), torch.inf).double()
+    return out.view(inside.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=masks(), limit=st.sampled_from([1, 2, 5, 100]))
+def test_the_distance_inward_is_exact(mask: Tensor, limit: int) -> None:
+    inside = (mask >= 0.5)[..., :40, :40]
+    found = distance_inward(inside, limit)
+    assert torch.allclose(found.double(), distance_by_hand(inside).clamp(max=limit), atol=1e-5)
+
+
+def test_a_feather_leaves_what_its_distance_says() -> None:
+    """A window average gave a line of 10 pixels 0.18 at a feather of 8, and the middle of a mask of 43×46 pixels 0.03 at 32."""
+    line = torch.zeros(1, 1, 60, 80)
+    line[..., 25:35, :] = 1
+    assert float(EditMask.of(line).paste_weights(8).max()) == pytest.approx(5 / 8)
+    rows, columns = torch.meshgrid(torch.arange(100.0), torch.arange(100.0), indexing="ij")
+    ellipse = ((((columns - 50) / 21.5) ** 2 + ((rows - 50) / 23) ** 2) <= 1).float()[None, None]
+    used = EditMask.of(ellipse)
+    assert 0.6 < float(used.paste_weights(32).max()) < 0.75
+    (note,) = feather_notes(used, Region(0, 0, 100, 100, 100), 32)
+    assert "at most 67% of the edit" in note and note.options == ("feather",)
+    assert (
+        feather_notes(used, Region(0, 0, 100, 100, 100), 20)
+        == []
+        == feather_notes(EditMask.of(torch.ones(1, 1, 9, 9)), Region(0, 0, 9, 9, 9), 50)
+    )
+    assert (EditMask.of(torch.ones(1, 1, 9, 9)).paste_weights(50) == 1).all(), "the edge of the picture is no edge of the mask"
+
+
+@pytest.mark.parametrize("floor", [1, 3, 8])
+@pytest.mark.parametrize("invert", [False, True])
+def test_a_soft_mask_with_a_floor_edits_what_it_would_without(floor: int, invert: bool) -> None:
+    """Noise of JPEG or the tail of a sigmoid: the same region and the same pixels as on a black ground, with a note."""
+    clean = torch.zeros(1, 1, 128, 512)
+    clean[..., 40:80, 200:250] = 0.9
+    noisy = torch.maximum(clean, torch.full_like(clean, floor / 255))
+    used, without = (EditMask.of(1 - mask if invert else mask, "soft", invert) for mask in (noisy, clean))
+    assert torch.equal(used.values, without.values)
+    assert region_around(used, 64) == region_around(without, 64)
+    assert used.outside_pixels == clean.numel() - 40 * 50
+    (note,) = used.notes
+    assert "96.95% of the mask is nearly black (1 to 8 of 255); they count as outside." in note and without.notes == []
+    official = EditMask.of(noisy, "nonzero")
+    assert official.outside_pixels == 0 and "counts them as inside" in official.notes[0]
+    assert EditMask.of(noisy).notes == [], "a binary mask has no use for grays"
 
 
 SOURCE_256 = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)[None]
@@ -201,7 +256,7 @@ def test_what_is_computed_around_the_mask_is_what_the_whole_picture_gives(
     region = region_around(used, size, context)
     whole = final_paste(region.put_back((edited + 1) / 2, original), original, used, feather)
     assert torch.equal(paste(edited, original, used, region, feather), whole)
-    assert seam_energy(whole[:1], used) == pytest.approx(seam_of_everything(whole[0], ((mask > 0) if soft else (mask >= 0.5))[0, 0]))
+    assert seam_energy(whole[:1], used) == pytest.approx(seam_of_everything(whole[0], ~outside(mask, soft)[0, 0]))
 
 
 def test_the_background_error_of_a_large_picture_is_summed_in_bands() -> None:
@@ -210,7 +265,7 @@ def test_the_background_error_of_a_large_picture_is_summed_in_bands() -> None:
     mask = EditMask.of((torch.rand(1, 1, 300, 2100, generator=generator) > 0.7).float())
     outside = (mask.values == 0).expand_as(a)
     assert background_error(a, b, mask) == pytest.approx(float((a - b)[outside].abs().double().mean()), rel=1e-9)
-    assert background_error(a, b, EditMask.of(torch.ones(1, 1, 300, 2100))) == 0
+    assert background_error(a, b, EditMask.of(torch.ones(1, 1, 300, 2100))) is None, "no pixel was compared"
     broken = torch.where(outside, a, torch.nan)
     assert background_error(broken, a, mask) == 0
 
@@ -254,7 +309,8 @@ def test_an_edit_never_touches_the_outside(
     for candidate in result.candidates:
         pasted = result.picture(candidate)
         assert untouched(pasted, picture.float(), keep)
-        assert candidate.score.background_error == 0.0
+        assert candidate.score.background_error == (0.0 if keep.any() else None)
+        assert candidate.score.background_pixels == int(keep.sum())
         assert pasted.isfinite().all() and float(pasted.min()) >= 0 and float(pasted.max()) <= 1
     assert tiny.same_bits(picture, before[0]) and tiny.same_bits(mask, before[1]), "an input was written to"
     changed = result.picture(result.candidates[0]) != picture.float()
@@ -272,18 +328,62 @@ def test_any_gray_counts_in_official() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_network_leaves_the_outside_alone(value: float) -> None:
-    """Half precision that overflows gives NaN everywhere; the background must not notice, nor its error."""
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_without_a_finite_candidate_is_an_error(value: float, half: bool) -> None:
     broken = DiffusionModel(tiny.Network(lambda x, _: torch.full_like(x, value)), DiffusionConfig(variance="fixed_small"), 16)
     mask = torch.zeros(1, 1, 20, 33)
     mask[..., 3:9, 5:20] = 1
+    models = replace(MODELS, ddpm=broken, context=DeviceContext(dtype=torch.float16 if half else torch.float32))
+    seen: list[Any] = []
+    options = preset("best", steps="3", candidates=2, views=1, feather=2)
+    with pytest.raises(BlendedError, match=r"no candidate is finite.*NaN or Inf in 2 of 2") as raised:
+        edit_picture(tiny.random_picture(20, 33), mask, PROMPT, models, options, on_candidate=lambda *given: seen.append(given))
+    assert not seen, "a candidate that is not finite is not handed out"
+    assert raised.value.options == (("dtype",) if half else ("ddpm", "overrides"))
+    assert ("use fp32" in str(raised.value)) is half
+
+
+def test_a_guidance_scale_out_of_all_proportion_is_named() -> None:
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 3:12, 3:12] = 1
+    with pytest.raises(BlendedError, match=r"no candidate is finite.*lower the guidance scale, now 1e\+30") as raised:
+        edit_picture(tiny.random_picture(16, 16), mask, PROMPT, MODELS, preset("best", steps="6", candidates=2, views=1, scale=1e30))
+    assert raised.value.options == ("scale",)
+
+
+def test_candidates_that_are_not_finite_are_left_out_with_a_note() -> None:
+    """The network breaks for one of two candidates; the outside of the other stays."""
+
+    def network(x: Tensor, _: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[1:2] = float("nan")
+        return out
+
+    model = DiffusionModel(tiny.Network(network), DiffusionConfig(variance="fixed_small"), 16)
+    mask = torch.zeros(1, 1, 20, 33)
+    mask[..., 3:9, 5:20] = 1
     picture = tiny.random_picture(20, 33)
-    result = edit_picture(picture, mask, PROMPT, replace(MODELS, ddpm=broken), preset("best", steps="3", candidates=2, views=1, feather=1))
-    for candidate in result.candidates:
-        assert untouched(result.picture(candidate), picture, mask == 0)
-        assert candidate.score.background_error == 0.0
-        assert candidate.score.clip_distance is None
-    assert len(result.notes) == 1 and "NaN or Inf produced by the network" in result.notes[0] and result.notes[0].options == ("dtype",)
+    result = edit_picture(picture, mask, None, replace(MODELS, ddpm=model), preset("best", steps="3", candidates=2, batch=2))
+    assert [candidate.index for candidate in result.candidates] == [0]
+    assert untouched(result.picture(result.candidates[0]), picture, mask == 0)
+    (note,) = result.notes
+    assert note.startswith("Candidate 1 was left out: NaN or Inf in 1 of 2") and "half" not in note and "fp32" not in note
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(0, 0), (10, 16)])
+def test_one_value_that_is_not_finite_spoils_nothing_else(value: float, where: tuple[int, int]) -> None:
+    """Outside the mask it stays as it is; the edit is as finite as that of a picture without it."""
+    picture, mask = tiny.random_picture(24, 33), torch.zeros(1, 1, 24, 33)
+    mask[..., 6:18, 8:24] = 1
+    picture[0, 1, where[0], where[1]] = value
+    result = edit_picture(picture, mask, None, MODELS, preset("best", steps="3", candidates=1))
+    pasted = result.picture(result.candidates[0])
+    assert untouched(pasted, picture, mask == 0)
+    assert pasted[(mask == 1).expand_as(pasted)].isfinite().all()
+    assert [str(note) for note in result.notes] == [
+        "1 values of the picture are NaN or Inf. Outside the mask they stay; the model sees gray, black or white there."
+    ]
 
 
 def test_background_error_sees_one_changed_bit() -> None:

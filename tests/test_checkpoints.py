@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blended_core.adm.detect import detect, find_prefix
+from blended_core.adm.convert import convert
+from blended_core.adm.detect import detect, network_sets
 from blended_core.adm.load import inspect_checkpoint, load_checkpoint, load_ddpm
 from blended_core.adm.settings import read_settings
 from blended_core.adm.unet import UNet, UNetConfig
@@ -29,6 +31,7 @@ from blended_core.cli import main
 from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
+from blended_core.toy.world import GUIDANCE_SCALE
 
 from .families import FAMILIES, ODD, PREFIXES, hollow_file, same, table, whole_file
 
@@ -170,9 +173,9 @@ def test_averaged_weights_take_precedence() -> None:
         (["schema.", "x."], "x."),  # «ema» only as a word
         (["module.model.", "model."], "model."),
     ):
-        assert find_prefix({p + k: v for p in others for k, v in shapes.items()}) == best
+        assert network_sets({p + k: v for p in others for k, v in shapes.items()})[0].prefix == best
     both = {**shapes, **{"ema." + k: v for k, v in shapes.items() if not k.startswith("output_blocks")}}
-    assert find_prefix(both) == ""  # an averaged encoder is not a complete network
+    assert network_sets(both)[0].prefix == ""  # an averaged encoder is not a complete network
 
 
 def test_overrides_precede_metadata_and_metadata_precedes_a_sidecar() -> None:
@@ -236,6 +239,10 @@ def test_flags_of_guided_diffusion_are_understood() -> None:
         ({"resblock_updown": True}, "resblock_updown"),
         ({"image_size": None}, "image_size"),
         ({"steps": float("inf")}, "steps"),
+        ({"guidance_scale": 0}, "guidance_scale to 0; it must be a number above 0"),
+        ({"guidance_scale": "nan"}, "guidance_scale"),
+        ({"guidance_scale": 1e30}, "guidance_scale"),
+        ({"guidance_scale": True}, "guidance_scale"),
     ],
 )
 def test_a_wrong_setting_gives_an_error_that_names_it(given: dict[str, Any], says: str) -> None:
@@ -327,6 +334,21 @@ def test_damaged_tables_of_shapes_give_a_blended_error() -> None:
             detect({key: base[key]})
 
 
+def test_numbers_in_names_do_not_take_memory() -> None:
+    base = table(TINY)
+    ends = {f"output_blocks.{400 * i}.1.conv.weight": (64, 64, 3, 3) for i in range(2000)}
+    deep = {f"output_blocks.{i}.1.conv.weight": (64, 64, 3, 3) for i in range(1, 1000, 2)} | {
+        f"output_blocks.{i}.0.in_layers.0.weight": (64,) for i in range(1000)
+    }
+    for surplus in (ends, deep, {"output_blocks.999999.1.conv.weight": (1,)}):
+        tracemalloc.start()
+        with pytest.raises(BlendedError, match="do not divide into"):
+            detect({**base, **surplus})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 50e6, peak
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +416,63 @@ def test_a_state_dict_is_found_in_every_container_of_torch_save(form: str, zippe
     assert torch.equal(output(checkpoint.model.network), expected(state))
 
 
+def two_sets(kind: str) -> tuple[dict[str, Any], str]:
+    """(what a training saves with the state under 'model' and another one as its average, name of the average)."""
+    state, average = weights(), weights(seed=1)
+    dotted = {"net_EMA": "", "netEMA": "", "ModelEMA": "module.", "averaged_model": "module.", "swa_model": "module."}
+    if kind in dotted:
+        inner = dotted[kind]
+        return {
+            "model": state,
+            kind: {f"{inner}{k}": v for k, v in average.items()} | {"n_averaged": torch.tensor(3)},
+        }, f"{kind}.{inner}".rstrip(".")
+    if kind == "LitEma":
+        lit = {f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in average.items()}
+        own = {f"model.diffusion_model.{k}": v for k, v in state.items()}
+        buffers = {
+            "betas": torch.ones(1000),
+            "logvar": torch.zeros(1000),
+            "model_ema.decay": torch.tensor(0.9),
+            "model_ema.num_updates": torch.tensor(3),
+        }
+        return {"state_dict": {**own, **lit, **buffers}}, "state_dict.model_ema"
+    assert kind == "torch_ema"
+    shadow = {"decay": 0.999, "num_updates": 5, "shadow_params": list(average.values()), "collected_params": None}
+    return {"model": {**state, "betas": torch.ones(10)}, "ema": shadow}, "ema.shadow_params"
+
+
+@pytest.mark.parametrize("kind", ["LitEma", "torch_ema", "net_EMA", "netEMA", "ModelEMA", "averaged_model", "swa_model"])
+def test_averaged_weights_are_found_listed_and_preferred(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, name = two_sets(kind)
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    best = load_checkpoint(CPU, path, TINY_SETTINGS)
+    assert [(s.name, s.averaged) for s in best.detection.sets] == [(name, True), (best.detection.sets[1].name, False)]
+    assert torch.equal(output(best.model.network), expected(weights(seed=1)))
+    trained = load_checkpoint(CPU, path, TINY_SETTINGS, weights="model")
+    assert torch.equal(output(trained.model.network), expected(weights())) and not trained.detection.weights.averaged
+    assert load_checkpoint(CPU, path, TINY_SETTINGS, weights=name).detection == best.detection
+    settings = [f"--set={key}={value}" for key, value in TINY_SETTINGS.items()]
+    assert main(["inspect", str(path), *settings]) == 0
+    out = capsys.readouterr().out
+    assert f"  {name} (averaged), " in out and re.search(rf"{name} .*, used\n", out) and out.count(", used") == 1
+    assert main(["inspect", str(path), *settings, "--weights", "model", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["weights"]
+    assert [(s["name"], s["averaged"], s["used"]) for s in told] == [(name, True, False), (trained.detection.weights.name, False, True)]
+    assert main(["convert", str(path), str(tmp_path / "x.safetensors"), *settings, "--weights", "model"]) == 0
+    assert torch.equal(output(load_ddpm(CPU, tmp_path / "x.safetensors").network), expected(weights()))
+    capsys.readouterr()
+    assert main(["inspect", str(path), *settings, "--weights", "nothing"]) == 2
+    assert re.search(r"no set of weights named 'nothing'; it holds .*\(averaged\).*\(--weights\)\.", capsys.readouterr().err)
+
+
+def test_averages_without_the_network_they_belong_to_say_so() -> None:
+    lists = {f"ema.shadow_params.{i}": shape for i, shape in enumerate(table(TINY).values())}
+    for shapes in (lists, {f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in table(TINY).items()}):
+        with pytest.raises(BlendedError, match="averaged weights whose names were left out"):
+            detect(shapes)
+
+
 def test_the_format_is_determined_from_the_content(tmp_path: Path) -> None:
     save_file(weights(), tmp_path / "renamed.ckpt")
     torch.save(weights(), tmp_path / "renamed.pth")
@@ -415,6 +494,21 @@ def test_a_sidecar_and_overrides_are_used(tmp_path: Path) -> None:
         sidecar.write_text(text)
         with pytest.raises(BlendedError, match=f"model.v2.pt.*{says}"):
             load_ddpm(CPU, path)
+
+
+def test_a_checkpoint_can_recommend_a_guidance_scale(tmp_path: Path) -> None:
+    """In its metadata or a sidecar, or by override; conversion keeps it; 'inspect' shows it."""
+    plain = tmp_path / "plain.pt"
+    torch.save(weights(), plain)
+    assert load_ddpm(DeviceContext(), plain, TINY_SETTINGS).guidance_scale is None
+    assert load_ddpm(DeviceContext(), plain, {**TINY_SETTINGS, "guidance_scale": "250"}).guidance_scale == 250
+    plain.with_suffix(".json").write_text(json.dumps({**TINY_SETTINGS, "guidance_scale": 400}))
+    loaded = load_checkpoint(DeviceContext(), plain)
+    assert loaded.model.guidance_scale == 400 and loaded.detection.settings["guidance_scale"] == (400, "sidecar")
+    convert(loaded.model, tmp_path / "converted.safetensors")
+    again = load_checkpoint(DeviceContext(), tmp_path / "converted.safetensors")
+    assert again.model.guidance_scale == 400 and again.detection.settings["guidance_scale"] == (400, "metadata")
+    assert inspect_checkpoint().guidance_scale == GUIDANCE_SCALE == load_ddpm(DeviceContext()).guidance_scale
 
 
 def test_the_embedded_model_states_its_settings() -> None:
@@ -440,7 +534,8 @@ def test_every_name_and_shape_must_match(tmp_path: Path) -> None:
     state = weights()
     for change, says in (
         ({"output_blocks.0.0.out_layers.3.bias": None}, "missing: output_blocks.0.0.out_layers.3.bias"),
-        ({"betas": torch.ones(1000)}, "surplus: betas"),
+        ({"input_blocks.0.0.scales": torch.ones(1000)}, "surplus: input_blocks.0.0.scales"),
+        ({"cond.weight": torch.ones(8, 8)}, "surplus: cond.weight"),
         ({"time_embed.2.weight": torch.ones(128, 64)}, r"time_embed.2.weight \(128, 64\) instead of \(128, 128\)"),
         ({k: None for k in state if k.endswith(".bias")}, "and [0-9]+ more"),
         ({"out.2.weight": None}, "out.2.weight is missing"),
@@ -449,6 +544,19 @@ def test_every_name_and_shape_must_match(tmp_path: Path) -> None:
         refused(path, says)
         with pytest.raises(BlendedError, match=says):
             inspect_checkpoint(path, TINY_SETTINGS)
+
+
+def test_what_a_file_counts_beside_the_weights_does_not_damage_it(tmp_path: Path) -> None:
+    beside = {
+        "betas": torch.ones(1000),
+        "num_batches_tracked": torch.tensor(3),
+        "out.0.num_batches_tracked": torch.tensor(3),
+        "step": torch.ones(1),
+    }
+    torch.save({**weights(), **beside}, tmp_path / "model.pt")
+    save_file({**weights(), **beside}, tmp_path / "model.safetensors")
+    for path in sorted(tmp_path.iterdir()):
+        assert torch.equal(output(load_ddpm(CPU, path, TINY_SETTINGS).network), expected(weights()))
 
 
 def test_values_must_be_finite_and_in_the_range_of_the_precision(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shlex
 import signal
 import warnings
@@ -18,17 +19,17 @@ from PIL import Image
 
 from blended_core import edit as edit_module
 from blended_core.cli import edit as cli
-from blended_core.cli import main
-from blended_core.cli.edit import options_of_arguments
+from blended_core.cli import main, process
 from blended_core.cli.messages import message_of
-from blended_core.cli.parser import build_parser, flag_of
+from blended_core.cli.parser import HEADINGS, build_parser, flag_of
 from blended_core.cli.report_input import request_of_report
+from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError, BlendedWarning
-from blended_core.io import results
+from blended_core.io import folder, results
 from blended_core.io.contact_sheet import contact_sheet
-from blended_core.io.images import write_png
+from blended_core.io.images import write_picture
 from blended_core.io.request import Request
-from blended_core.options import EditOptions, GuidanceOptions, declared
+from blended_core.options import PRESETS, EditOptions, GuidanceOptions, declared
 from blended_core.sample import Models, Step
 from blended_core.toy.models import CLIP, DDPM
 from blended_core.toy.world import Placed, Scene, render
@@ -191,6 +192,7 @@ def test_a_report_without_newer_options_is_repeated_with_their_old_values(tmp_pa
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, *ddim, "--ddim-guidance", "score", "--out", first) == 0
     report = report_of(first)
     del report["request"]["options"]["ddim_guidance"], report["request"]["options"]["guidance"]["reference_size"]
+    del report["request"]["ddpm_weights"]
     (first / "report.json").write_text(json.dumps(report), "utf-8")
     assert run("edit", "--from", first / "report.json", "--out", again) == 0
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, *ddim, "--out", as_now) == 0
@@ -219,12 +221,85 @@ def test_a_conversion_of_the_picture_is_printed_and_reported(tmp_path: Path, inp
 
 
 def test_an_option_without_effect_gives_a_note(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
-    assert run("edit", *inputs, "--prompt", "", *SMALL, "--eta", "1", "--class", "3", "--out", tmp_path / "out") == 0
+    added = ["--eta", "1", "--class", "3", "--lpips", "alex", "--checkpointing"]
+    assert run("edit", *inputs, "--prompt", "", *SMALL, *added, "--out", tmp_path / "out") == 0
     notes = capsys.readouterr().err
-    assert "--eta 1 has no effect on the sampler ddpm" in notes and "--class 3 has no effect" in notes
+    assert "eta 1 has no effect: only the sampler ddim uses it (--eta)." in notes
+    assert "class_choice 3 has no effect: the diffusion model is not class-conditional (--class)." in notes
+    assert "views 2 has no effect: there is no prompt (--views)." in notes
+    assert "(--lpips)" in notes and "(--checkpointing)" in notes
+    assert [note for note in report_of(tmp_path / "out")["notes"] if "--eta" in note], "the report has them too"
     for arguments in (["--sampler", "ddim", "--eta", "1"], ["--preset", "official"]):
         assert run("edit", *inputs, "--prompt", "", *SMALL, *arguments, "--overwrite", "--out", tmp_path / "out") == 0
-        assert "has no effect" not in capsys.readouterr().err
+        notes = capsys.readouterr().err
+        assert "eta" not in notes and "class_choice" not in notes
+
+
+def test_the_report_states_the_guidance_scale_of_the_checkpoint(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def models(request: Request) -> Models:
+        found = tiny.tiny_models()
+        found.ddpm.guidance_scale = 2500.0
+        return found
+
+    monkeypatch.setattr(cli, "load_models", models)
+    for arguments, scale in (([], 2500), (["--guidance-scale", "1000"], 1000), (["--reference-size", "64"], 2500 / 16)):
+        out = tmp_path / f"{scale:g}"
+        assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", out) == 0
+        assert report_of(out)["request"]["options"]["guidance"]["scale"] == scale
+        assert report_of(out)["networks"]["ddpm"]["guidance_scale"] == 2500
+    assert run("edit", "--from", tmp_path / "2500" / "report.json", "--out", tmp_path / "again") == 0
+    assert report_of(tmp_path / "again")["candidates"] == report_of(tmp_path / "2500")["candidates"]
+
+
+def test_the_weight_0_of_a_prompt_is_noted(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    texts = ["--prompt", "tree", "--prompt", "cat", "--prompt-weight"]
+    assert run("edit", *inputs, *texts, "1", "--prompt-weight", "0", *SMALL, "--out", tmp_path / "one") == 0
+    assert "The weight of 'cat' is 0, which has no effect (--prompt-weight)." in capsys.readouterr().err
+    assert run("edit", *inputs, *texts, "0", "--prompt-weight", "0", *SMALL, "--out", tmp_path / "none") == 0
+    assert "No text is left, so the masked part is filled from its surroundings" in capsys.readouterr().err
+    assert [c["clip_distance"] for c in report_of(tmp_path / "none")["candidates"]] == [None, None]
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "alone") == 0
+    alone, one = (report_of(tmp_path / name)["candidates"] for name in ("alone", "one"))
+    assert [c["clip_distance"] for c in alone] == [c["clip_distance"] for c in one]
+
+
+def test_a_run_that_gives_only_nan_fails_and_leaves_no_picture(
+    tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any
+) -> None:
+    arguments = ["--prompt", "tree", *SMALL, "--guidance-scale", "1e30", "--out", tmp_path / "out"]
+    text = failed(capsys, "edit", *inputs, *arguments)
+    assert "no candidate is finite" in text and "lower the guidance scale, now 1e+30 (--guidance-scale)." in text
+    assert not files_in(tmp_path / "out") if (tmp_path / "out").exists() else True
+
+
+def test_nearly_opaque_pixels_keep_their_alpha_under_a_soft_mask(
+    tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any
+) -> None:
+    """An alpha of 254 is a mask of 1/255 everywhere, which made the region the whole picture and every pixel opaque."""
+    pixels_of = np.dstack([pixels(Path(inputs[0])), np.full((HEIGHT, WIDTH), 254, np.uint8)])
+    pixels_of[20:40, 30:50, 3] = 0
+    Image.fromarray(pixels_of).save(tmp_path / "alpha.png")
+    out = tmp_path / "out"
+    assert run("edit", tmp_path / "alpha.png", "--prompt", "", *SMALL, "--soft-mask", "--out", out) == 0
+    assert "of the mask is nearly black (1 to 8 of 255); they count as outside" in capsys.readouterr().err
+    result = pixels(out / report_of(out)["candidates"][0]["file"])
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[20:40, 30:50] = True
+    assert (result[~inside] == pixels_of[~inside]).all() and (result[inside, 3] == 255).all()
+    assert report_of(out)["region"]["side"] < HEIGHT and report_of(out)["candidates"][0]["background_pixels"] == (~inside).sum()
+
+
+def test_the_background_error_says_what_it_compared(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    assert run("edit", *inputs, "--prompt", "", *SMALL, "--out", tmp_path / "out") == 0
+    outside = WIDTH * HEIGHT - 40 * 35
+    assert f"at {outside:,} of {WIDTH * HEIGHT:,} pixels" in capsys.readouterr().out
+    white = tmp_path / "white.png"
+    Image.new("L", (WIDTH, HEIGHT), 255).save(white)
+    assert run("edit", inputs[0], "--mask", white, "--prompt", "", *SMALL, "--out", tmp_path / "whole") == 0
+    assert f"at 0 of {WIDTH * HEIGHT:,} pixels" in capsys.readouterr().out
+    assert {c["background_error"] for c in report_of(tmp_path / "whole")["candidates"]} == {None}
 
 
 def test_skip_counts_the_steps_of_the_preset() -> None:
@@ -269,7 +344,8 @@ def test_a_file_name_that_is_not_utf_8_is_escaped(tmp_path: Path) -> None:
 
 def test_a_result_names_no_folders(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
     weights = tmp_path / "clip.pt"
-    weights.write_bytes(b"x")
+    for file in (weights, tmp_path / "model.pt"):
+        file.write_bytes(b"x")
     arguments = ["--ddpm", tmp_path / "model.pt", "--clip", f"ViT-B-16:{weights}"]
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, *arguments, "--out", tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / report_of(tmp_path / "out")["candidates"][0]["file"]) as image:
@@ -312,7 +388,7 @@ def test_a_request_is_the_same_after_a_report() -> None:
     values = json.loads(json.dumps(REQUEST.to_dict()))
     assert Request.from_dict(values) == REQUEST
     assert list(values) == [
-        "command", "image", "mask", "prompts", "weights", "ddpm", "overrides", "clip", "lpips", "options", "device", "dtype",
+        "command", "image", "mask", "prompts", "weights", "ddpm", "ddpm_weights", "overrides", "clip", "lpips", "options", "device", "dtype",
         "checkpointing", "threads",
     ]  # fmt: skip
 
@@ -484,6 +560,22 @@ def test_results_are_replaced_only_with_overwrite(tmp_path: Path, inputs: list[s
     )
 
 
+@pytest.mark.parametrize("name", ["report.json", "contact_sheet.png", "source.png", "mask.png", "candidates/01_candidate_00.png"])
+def test_nothing_is_replaced_without_overwrite(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, name: str) -> None:
+    """Neither results of either command, nor a file of somebody's own that has the name of a result."""
+    out = tmp_path / "out"
+    mine = out / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    edit, demo = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out", out], ["demo", "--out", out, "--candidates", "1"]
+    for arguments in [demo] if name in ("source.png", "mask.png") else [edit, demo]:
+        assert f"({Path(name).name}); choose another --out, or add --overwrite." in failed(capsys, *arguments)
+        assert files_in(out) == [name] and mine.read_text() == "mine"
+    assert run(*demo, "--overwrite") == 0
+    assert not mine.exists() or mine.read_bytes() != b"mine"
+    assert "already holds the results of a run" in failed(capsys, *demo)
+
+
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_run_does_not_replace_its_inputs(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any, place: int) -> None:
     """An edit of an edit, into the same folder."""
@@ -525,7 +617,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt", "tree", "--skip", "4"], "--skip is 4 of 4 steps"),
     (["--prompt", "tree", "--class", "dog"], "class_choice is 'dog'; give 'zero', 'random' or the number of a class (--class)."),
     (["--prompt", "tree", "--set", "heads"], "--set 'heads' is not understood"),
-    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a number of at least 1 (--threads)."),
+    (["--prompt", "tree", "--threads", "0"], "threads is 0; give a whole number of at least 1 and at most 1024 (--threads)."),
     (
         ["--prompt", "tree", "--prompt-weight", "1", "--prompt-weight", "2"],
         "1 prompts were given with 2 weights; give one weight for each prompt (--prompt-weight).",
@@ -661,9 +753,9 @@ def test_ctrl_c_during_writing_keeps_the_earlier_results(
         written.append(path)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write_png(path, *rest)
+        write_picture(path, *rest)
 
-    monkeypatch.setattr(results, "write_png", interrupted)
+    monkeypatch.setattr(results, "write_picture", interrupted)
     assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", tmp_path / "out") == 130
     report = report_of(tmp_path / "out")
     assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]
@@ -686,6 +778,108 @@ def test_an_error_keeps_finished_results(
     assert files_in(out) == sorted(["contact_sheet.png", "report.json", *(c["file"] for c in report["candidates"])])
 
 
+class SmallDisk:
+    """A disk with room for some bytes more: beyond them, the beginning of a file is written, and then an error is raised."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room = room
+        write, unlink = Path.write_bytes, Path.unlink
+
+        def write_bytes(path: Path, data: bytes) -> int:
+            written = write(path, data[: max(0, self.room)])
+            self.room -= written
+            if written < len(data):
+                raise OSError(28, "No space left on device")
+            return written
+
+        def remove(path: Path, missing_ok: bool = False) -> None:
+            self.room += path.stat().st_size if path.exists() else 0
+            unlink(path, missing_ok=missing_ok)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        monkeypatch.setattr(Path, "unlink", remove)
+
+
+def test_a_full_disk_names_the_file_and_what_is_finished(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--candidates", "3"]
+    assert run(*arguments, "--out", whole) == 0
+    one = max(path.stat().st_size for path in (whole / "candidates").iterdir())
+    candidates = out / "candidates"
+
+    with monkeypatch.context() as patch:  # not even a report fits: noticed before networks are loaded
+        patch.setattr(cli, "load_models", lambda request: pytest.fail("the disk was not checked before"))
+        SmallDisk(patch, 1000)
+        assert f"{out} cannot be written (No space left on device); choose another" in failed(capsys, *arguments, "--out", out)
+    with monkeypatch.context() as patch:  # a report, but no candidate
+        SmallDisk(patch, folder.RESERVE_BYTES + one // 2)
+        said = failed(capsys, *arguments, "--out", out)
+        assert f"No space left on device: {candidates / 'candidate_00.png'}. None of 3 candidates was finished." in said
+        assert not out.exists()
+    with monkeypatch.context() as patch:  # one candidate
+        SmallDisk(patch, folder.RESERVE_BYTES + one + one // 2)
+        said = failed(capsys, *arguments, "--out", out)
+        assert f"No space left on device: {candidates / 'candidate_01.png'}. 1 of 3 candidates are in {candidates}." in said
+        report = report_of(out)
+        assert report["interrupted"] and [c["candidate"] for c in report["candidates"]] == [0]
+        assert "1 of 3 candidates were finished. The reason: No space left on device" in report["notes"][-1]
+    with monkeypatch.context() as patch:  # somebody else takes the room of the report; the old report describes other files
+        disk = SmallDisk(patch, folder.RESERVE_BYTES + 3 * one)
+        patch.setattr(results, "free_reserve", lambda _: setattr(disk, "room", -one))
+        said = failed(capsys, *arguments, "--out", out, "--overwrite")
+        assert f"3 of 3 candidates are in {candidates}, but not the report.json: No space left on device: {out / 'report.json'}." in said
+        assert len(files_in(out)) == 3 and {name.rpartition("_")[2] for name in files_in(candidates)} == {"00.png", "01.png", "02.png"}
+    assert "already holds the results of a run, or files of the same names" in failed(capsys, *arguments, "--out", out)
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_networks_are_loaded(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def read_only(_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(cli, "load_models", lambda request: pytest.fail("the folder was not checked before"))
+    arguments = ["edit", *inputs, "--prompt", "tree", *SMALL, "--out"]
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (Not a directory)" in failed(capsys, *arguments, tmp_path / "file" / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "candidates").write_text("")
+    assert "cannot be written (Permission denied)" in failed(capsys, *arguments, tmp_path / "out")
+    (tmp_path / "out" / "candidates").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, "access", lambda *_: False)  # a test may run as root, who may write everywhere
+        assert f"{tmp_path / 'out'} cannot be written (Permission denied); choose another" in failed(capsys, *arguments, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.FileLock, "acquire", read_only)
+        assert "cannot be written (Read-only file system)" in failed(capsys, *arguments, tmp_path / "out")
+    assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", process.STOP_SIGNALS)
+def test_sigterm_and_sighup_keep_finished_results(
+    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals
+) -> None:
+    edit_picture = cli.edit_picture
+
+    def stopped(picture: Any, mask: Any, prompt: Any, models: Any, options: Any, on_step: Any, *rest: Any) -> Any:
+        def stop(step: Step) -> None:
+            on_step(step)
+            if 1 in step.images:
+                signal.raise_signal(number)
+
+        return edit_picture(picture, mask, prompt, models, options, stop, *rest)
+
+    monkeypatch.setattr(cli, "edit_picture", stopped)
+    out, before = tmp_path / "out", signal.getsignal(number)
+    assert run("edit", *inputs, "--prompt", "tree", *SMALL, "--out", out) == 130
+    report = report_of(out)
+    assert report["interrupted"] is True and [c["candidate"] for c in report["candidates"]] == [0]
+    assert report["notes"][-1] == f"Stopped early, 1 of 2 candidates were finished. The reason: {number.name}."
+    assert signal.getsignal(number) == before and "stopped after" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("broken", ["contact_sheet", "animation"])
 def test_the_report_is_written_even_if_the_sheet_fails(
     tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, broken: str
@@ -697,7 +891,7 @@ def test_the_report_is_written_even_if_the_sheet_fails(
     out = tmp_path / "out"
     out.mkdir()
     (out / "contact_sheet.png").write_text("of an earlier run")
-    said = failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--animate", "--out", out)
+    said = failed(capsys, "edit", *inputs, "--prompt", "tree", *SMALL, "--animate", "--overwrite", "--out", out)
     assert "cannot draw" in said and "the results and report.json are in" in said
     report = report_of(out)
     assert report["interrupted"] is False
@@ -742,9 +936,72 @@ def test_a_failed_demo_keeps_the_earlier_one(
     assert run("demo", "--out", out, "--candidates", "2") == 0
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     interrupt_at(monkeypatch, 0, error)
-    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") != 0
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake", "--overwrite") != 0
     assert {name: (out / name).read_bytes() for name in files_in(out)} == before
     monkeypatch.undo()
     monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
-    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake") == 0
+    assert run("demo", "--out", out, "--candidates", "2", "--seed", "5", "--background", "lake", "--overwrite") == 0
     assert sha256(out / "source.png") == report_of(out)["inputs"]["image"] != json.loads(before["report.json"])["inputs"]["image"]
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The help text of a command line, its lines joined."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, "--help")
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_help_of_edit_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str], preset: str) -> None:
+    text = help_of(capsys, "edit", "--preset", preset)
+    assert text == help_of(capsys, "edit", f"--preset={preset}") and f"those of the preset {preset}." in text
+    shown = {}
+    for kind, options in ((EditOptions, PRESETS[preset]), (GuidanceOptions, PRESETS[preset].guidance)):
+        for name, (declaration, _) in declared(kind).items():
+            value = getattr(options, name)
+            if (flag := flag_of(name, declaration)) and not isinstance(value, bool) and value is not None:
+                own = text[text.index(f" {flag} ") :]
+                shown[name] = re.search(r"Default: (\S+)\.(?: |$)", own).group(1)  # type: ignore[union-attr]
+                assert shown[name] == (f"{value:g}" if isinstance(value, float) else str(value)), name
+    assert len(shown) > 25
+    assert help_of(capsys, "edit") == help_of(capsys, "edit", "--preset", "best")
+
+
+def test_the_help_of_edit_is_grouped_and_has_examples_that_can_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {
+        name: parser for action in build_parser()._actions if isinstance(action.choices, dict) for name, parser in action.choices.items()
+    }
+    for name, parser in commands.items():
+        assert all(action.help for action in parser._actions), f"an argument of {name} without a text"
+    groups = [group for group in commands["edit"]._action_groups if group._group_actions]
+    assert [group.title for group in groups] == ["general", *HEADINGS]
+    assert all(3 <= len(group._group_actions) <= 20 or group.title == "general" for group in groups)
+    examples = [line.strip() for line in str(commands["edit"].epilog).splitlines() if line.startswith("    blended-diffusion")]
+    assert len(examples) >= 4
+    for line in examples:
+        assert build_parser().parse_args(shlex.split(line)[1:]).command == "edit"
+        assert " ".join(line.split()) in help_of(capsys, "edit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["edit", "cat.png", "mask.png"], "unknown argument mask.png; did you mean --mask mask.png?"),
+        (["edit", "cat.png", "my mask.png"], "did you mean --mask 'my mask.png'?"),
+        (["edit", "cat.png", "--prompt", "x", "mask.png"], "did you mean --mask mask.png?"),
+        (["edit", "cat.png", "corgi"], "did you mean --prompt corgi?"),
+        (["edit", "cat.png", "--prompt", "a", "red", "apple"], "put quotes around a text with spaces"),
+        (["edit", "cat.png", "--guidence-scale", "3"], "did you mean --guidance-scale?"),
+        (["edit", "cat.png", "--maks=x.png"], "did you mean --mask?"),
+        (["demo", "--sed", "3"], "did you mean --seed?"),
+        (["inspect", "a.pt", "b.pt"], "inspect: error: unknown argument b.pt"),
+    ],
+)  # fmt: skip
+def test_an_unknown_argument_says_what_may_have_been_meant(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .server import COMFYUI, FOLDERS, ROOT, interpreter, needs_comfyui
+from .server import COMFYUI, FOLDERS, ROOT, Server, interpreter, needs_comfyui
 
 pytestmark = needs_comfyui
 
@@ -29,3 +31,40 @@ def test_the_pack_is_loaded_without_complaint(tmp_path: Path) -> None:
         seconds.append(float(line.split("seconds")[0].split()[-1]))
     assert min(seconds) <= 0.3
     assert "blended diffusion-1.0 module for custom nodes" not in said  # the warning that drops a pack
+
+
+@pytest.mark.slow
+def test_the_text_of_a_node_goes_to_the_client_that_runs_it_and_is_sent_again_while_it_is_cached(comfyui: Server) -> None:
+    import websocket
+
+    prompt = {
+        "ddpm": {"class_type": "BlendedLoadDDPM", "inputs": {"checkpoint": "embedded", "overrides": "num_heads = 1"}},
+        "scene": {"class_type": "BlendedDemoScene", "inputs": {"width": 64, "height": 64}},
+        "start": {
+            "class_type": "BlendedNoiseBackground",
+            "inputs": {
+                "image": ["scene", 0], "mode": "start", "mode.ddpm": ["ddpm", 0], "mode.steps": 2, "mode.strength": 1.0, "mode.seed": 0, "mode.batch": 1,
+            },
+        },
+        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["start", 0], "filename_prefix": "text"}},
+    }  # fmt: skip
+    told: list[str] = []
+
+    def listen(kind: str, data: dict[str, Any]) -> None:
+        if kind == "executed" and data["node"] == "ddpm":
+            told.extend(data["output"]["text"])
+
+    other = websocket.create_connection(f"ws://127.0.0.1:{comfyui.port}/ws?clientId=somebody-else", timeout=2)
+    with contextlib.closing(other):
+        first = comfyui.run(prompt, listen)
+        heard = []
+        with contextlib.suppress(websocket.WebSocketTimeoutException):
+            while True:
+                heard.append(other.recv())
+    assert first.error is None and "ddpm" in first.executed
+    assert len(told) == 1 and "64 px" in told[0] and first.outputs["ddpm"]["text"] == told
+    assert heard and not any(b"64 px" in (m if isinstance(m, bytes) else m.encode()) for m in heard), "the text went to another client"
+    again = comfyui.run(prompt, listen)  # as a page does that was reloaded
+    assert "ddpm" in again.cached and "ddpm" not in again.executed
+    if "has_intermediate_output" in comfyui.get("/object_info/BlendedLoadDDPM")["BlendedLoadDDPM"]:  # this ComfyUI can send it again
+        assert told == told[:1] * 2 and again.outputs["ddpm"]["text"] == told[:1]

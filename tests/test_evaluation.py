@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from blended_core.cli import main
-from blended_core.cli.edit import options_of_arguments
 from blended_core.cli.parser import build_parser
+from blended_core.cli.request import options_of_arguments
 from blended_core.errors import BlendedError
 from blended_core.evaluation import metrics, plots
 from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
-from blended_core.evaluation.metrics import ROWS, STEPS, as_table, pairs, rank_auc, summary
+from blended_core.evaluation.metrics import as_table, pairs, rank_auc, summary
+from blended_core.evaluation.rows import ROWS, STEPS
 from blended_core.io.atomic import sha256
 from blended_core.options import PRESETS
 from blended_core.sample import Models
@@ -269,7 +270,7 @@ def test_the_command_writes_table_plot_and_contact_sheets(
     for arguments_of_error, message in (
         (["--only", "better"], "unknown row better; known are best, paper"),
         (["--pairs", "0"], "--pairs is 0"),
-        (["--threads", "-1"], "--threads is -1"),
+        (["--threads", "-1"], "threads is -1; give a number of at least 1 and at most 1024 (--threads)"),
         (["--out", str(out / "evaluation.json")], "is a file; name a folder"),
     ):
         assert main(["evaluate", "--device", "cpu", *arguments_of_error]) == 2
@@ -283,6 +284,22 @@ def test_the_message_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(metrics, "evaluate", stopped)
     assert main(["evaluate", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
     assert f"kept in {tmp_path / 'out'}, and the same command continues" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_an_evaluation_with_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, on_pair: Any, **__: Any) -> None:
+        on_pair("best", pairs(1)[0], False)
+        raise OSError(28, "No space left on device", str(tmp_path / "out" / "pairs" / "best" / "001.json"))
+
+    monkeypatch.setattr(metrics, "evaluate", full)
+    assert main(["evaluate", "--only", "best", "--pairs", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"No space left on device: {tmp_path / 'out' / 'pairs' / 'best' / '001.json'}. 1 of 2 pairs are finished in {tmp_path / 'out'}"
+        in said
+    )
 
 
 def test_contact_sheets_frame_accepted_candidates(tmp_path: Path, models: Models) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import random
 import struct
+import subprocess
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +18,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import EpsImagePlugin, ExifTags, Image, ImageCms, ImageDraw, ImageFilter, PngImagePlugin, features
 
+from blended_core.cli.report_input import request_of_report
 from blended_core.errors import BlendedError
 from blended_core.io import images as pictures
 from blended_core.io.atomic import write_bytes
-from blended_core.io.images import mask_from_alpha, read_mask, read_picture, to_uint8, write_png
+from blended_core.io.images import for_format, mask_from_alpha, read_mask, read_picture, to_uint8, write_picture, write_png
+from blended_core.mask import EditMask, from_labels
+from blended_core.toy.world import Placed, Scene, render
+
+from .fuzz import mutated
 
 Array = NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -215,7 +225,7 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(stored[orientation](upright)))
-    for name, options in (("photo.jpg", {"quality": 100}), ("photo.png", {})):
+    for name, options in (("photo.jpg", {"quality": 100}), ("photo.png", {}), ("photo.tiff", {}), ("photo.webp", {"lossless": True})):
         picture = read_picture(saved(tmp_path / name, image, exif=exif, **options))
         assert picture.rgb.shape == upright.shape
         assert np.abs(picture.rgb.astype(int) - upright).max() <= 8
@@ -292,6 +302,131 @@ def test_the_transparent_part_is_the_mask() -> None:
             mask_from_alpha(pictures.Picture(RGB, alpha))
 
 
+# --- values of more than 8 bits ---------------------------------------------------------------------------------------
+
+SPOILERS = [1.02, 5.0, 300.0, 1e30, -3.0, np.inf, -np.inf, np.nan]
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_one_pixel_does_not_set_the_scale_of_all(tmp_path: Path, white: int, spoiler: float) -> None:
+    values = (RNG.random((HEIGHT, WIDTH)) * white).astype(np.float32)
+    expected = (values.astype(np.float64) / white * 255).round()
+    values[3, 4] = spoiler * white
+    others = np.ones_like(values, bool)
+    others[3, 4] = False
+    path = saved(tmp_path / "f.tiff", Image.fromarray(values))
+    picture, notes = read_picture(path), []  # type: tuple[pictures.Picture, list[str]]
+    mask = read_mask(path, (WIDTH, HEIGHT), notes)[0, 0].numpy() * 255
+    assert np.array_equal(picture.rgb[..., 0][others], expected[others]) and np.allclose(mask[others], expected[others])
+    assert picture.rgb[3, 4, 0] == round(float(mask[3, 4])) == (255 if spoiler > 0 else 0), "NaN and what is below 0 is black"
+    told = f"1 of the {values.size} values of f.tiff are NaN, Inf or outside of 0..{white}, which its values were taken as"
+    assert told in picture.notes[1] and told in notes[0]
+
+
+def test_the_range_of_floating_point_values_is_that_of_most(tmp_path: Path) -> None:
+    def read(values: Array) -> Array:
+        return read_picture(saved(tmp_path / "f.tiff", Image.fromarray(values.astype(np.float32)))).rgb[..., 0]
+
+    ramp = np.linspace(0, 1, 1000).reshape(20, 50)
+    highlights = ramp.copy()
+    highlights[:, 40:] += 9  # a fifth is brighter than white, as in a photo of high dynamic range
+    assert np.array_equal(read(highlights)[:, :40], read(ramp)[:, :40]) and (read(highlights)[:, 40:] == 255).all()
+    for white in (255, 65535):
+        assert np.array_equal(read(ramp * white), read(ramp))
+    assert read(np.zeros((4, 4))).max() == 0
+
+
+def test_one_pixel_does_not_set_the_scale_of_a_mask_of_whole_numbers(tmp_path: Path) -> None:
+    values = np.zeros((HEIGHT, WIDTH), np.uint16)
+    values[2:9, 3:12] = 255
+    values[4, 4] = 300
+    mask = read_mask(saved(tmp_path / "m.png", Image.fromarray(values * 1)), (WIDTH, HEIGHT), [])
+    assert torch.equal(mask[0, 0] > 0, torch.from_numpy(values > 0)) and float(mask[0, 0, 5, 5]) == 1
+    values[4, 4] = 255
+    mask = read_mask(saved(tmp_path / "m.png", Image.fromarray(values * 257)), (WIDTH, HEIGHT), [])
+    assert torch.equal(mask[0, 0], torch.from_numpy(values > 0).float())
+
+
+# --- masks that are not what they should be ---------------------------------------------------------------------------
+
+
+def peak_and_notes(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> tuple[str, list[str]]:
+    """(the error about an empty mask, or ''; the notes)."""
+    notes: list[str] = []
+    try:
+        EditMask.of(read_mask(path, size, notes)).box()
+    except BlendedError as error:
+        return str(error), notes
+    return "", notes
+
+
+@pytest.mark.parametrize(("color", "peak"), [((255, 0, 0), "0.298"), ((0, 0, 255), "0.114"), ((127, 127, 127), "0.498"), ((0, 0, 0), "0")])
+def test_an_empty_mask_is_told_with_its_real_peak(tmp_path: Path, color: tuple[int, int, int], peak: str) -> None:
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    image.paste(color, (3, 2, 9, 8))
+    error, notes = peak_and_notes(saved(tmp_path / "m.png", image))
+    assert f"its brightest pixel is {peak} " in error
+    colored = len(set(color)) > 1
+    assert notes == (
+        ["the mask m.png is in color and counts by its brightness: of white, red has 30 %, green 59 % and blue 11 %. Paint in white."]
+        if colored
+        else []
+    )
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "I;16", "I", "F"])
+def test_a_mask_of_0_and_1_is_black_and_white(tmp_path: Path, kind: str) -> None:
+    values = np.zeros((HEIGHT, WIDTH), {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(kind, np.uint8))
+    values[2:7, 3:9] = 1
+    image = Image.fromarray(values)
+    if kind == "P":
+        image.putpalette([i // 3 for i in range(768)])
+    error, notes = peak_and_notes(saved(tmp_path / "m.tiff", image))
+    assert error == ""
+    assert torch.equal(read_mask(tmp_path / "m.tiff", (WIDTH, HEIGHT))[0, 0], torch.from_numpy(values > 0).float())
+    assert notes == ([] if kind == "F" else ["the mask m.tiff has the values 0 and 1 only; 1 is taken as white."])
+
+
+def test_a_photo_given_as_mask_gets_a_note(tmp_path: Path) -> None:
+    photo = render(Scene("lake", (Placed("cat", 0.3, 0.5, 0.6),), 3), 96, 64)
+    for name in ("photo.png", "photo.jpg"):
+        _, notes = peak_and_notes(saved(tmp_path / name, Image.fromarray(photo)), (96, 64))
+        assert notes == [
+            f"the mask {name} looks like a photo, not like a mask; it counts by its brightness. White should mark what may change."
+        ]
+    brush = Image.new("RGB", (96, 64))
+    ImageDraw.Draw(brush).ellipse((20, 10, 70, 50), fill=(255, 40, 40))
+    for name in ("brush.png", "brush.jpg"):
+        _, notes = peak_and_notes(saved(tmp_path / name, brush.filter(ImageFilter.GaussianBlur(3))), (96, 64))
+        assert not any("photo" in note for note in notes), "a painted and compressed mask with soft edges is none"
+
+
+def test_of_a_clipspace_picture_the_transparent_part_is_the_mask(tmp_path: Path) -> None:
+    photo = render(Scene("lake", (Placed("cat", 0.3, 0.5, 0.6),), 3), 96, 64)
+    alpha = np.full((64, 96), 255, np.uint8)
+    alpha[10:30, 20:60] = 0
+    notes: list[str] = []
+    path = saved(tmp_path / "clipspace-painted-masked.png", Image.fromarray(np.dstack([photo, alpha])))
+    assert torch.equal(read_mask(path, (96, 64), notes)[0, 0], torch.from_numpy(alpha == 0).float())
+    assert len(notes) == 1 and "its transparent part is the mask" in notes[0]
+
+
+def test_a_mask_that_is_lost_when_it_is_scaled_says_so(tmp_path: Path) -> None:
+    line = np.zeros((400, 400), np.uint8)
+    line[201] = 255
+    error, notes = peak_and_notes(saved(tmp_path / "m.png", Image.fromarray(line)), (100, 100))
+    assert error and notes[-1].startswith("the brightest pixel of the mask, 1, was lost when it was scaled; 0 is left.")
+
+
+def test_the_values_0_and_1_of_a_mask_tensor() -> None:
+    values = (torch.rand(2, 1, 5, 5) > 0.5).float()
+    found = from_labels(values / 255)
+    assert found is not None and torch.equal(found, values)
+    for other in (values, values * 0, values * 2 / 255, torch.full((1, 1, 2, 2), float("nan"))):
+        assert from_labels(other) is None
+
+
 # --- what cannot be read ----------------------------------------------------------------------------------------------
 
 
@@ -327,6 +462,147 @@ def test_a_picture_with_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(BlendedError, match="more pixels"):
         read_picture(path)
+
+
+@pytest.mark.parametrize("name", ["scene.png", "scene.jpg", "scene.eps"])
+@pytest.mark.parametrize(
+    "head", [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, 200) + bytes(18) + b"%!PS-Adobe-3.0 EPSF-3.0\n"]
+)
+def test_no_program_runs_while_a_postscript_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, head: bytes) -> None:
+    started: list[Any] = []
+
+    def start(*command: Any, **_: Any) -> Any:
+        started.append(command)
+        raise OSError("not in this test")
+
+    for module, function in ((subprocess, "Popen"), (os, "system"), (os, "fork"), (os, "posix_spawn"), (os, "popen")):
+        monkeypatch.setattr(module, function, start, raising=False)
+    path = tmp_path / name
+    path.write_bytes(head + b"%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n" + bytes(400))
+    with pytest.raises(BlendedError, match=r"is a PostScript file, which is a program, not a picture of pixels; give PNG, JPEG"):
+        read_picture(path)
+    with pytest.raises(BlendedError, match="is a PostScript file"):
+        read_mask(path, (100, 100))
+    assert started == []
+    EpsImagePlugin.gs_binary = None
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        image.load()
+    assert started, "without a list of formats Pillow looks for Ghostscript"
+
+
+def test_every_picture_is_opened_with_a_list_of_formats() -> None:
+    root = Path(__file__).parent.parent
+    calls = [line for folder in ("blended_core", "nodes") for file in (root / folder).rglob("*.py") for line in file.read_text("utf-8").splitlines()
+             if "Image.open(" in line]  # fmt: skip
+    assert len(calls) >= 3 and all("formats=" in line for line in calls), calls
+
+
+def test_other_kinds_of_file_are_named(tmp_path: Path) -> None:
+    for head, words in (
+        (b"%PDF-1.7", "is a PDF file"),
+        (b"<svg xmlns", "is an SVG file"),
+        (b"\0\0\0\x18ftypheic", "perhaps HEIC"),
+        (b"", "is empty"),
+    ):
+        (tmp_path / "x.png").write_bytes(head + bytes(40 if head else 0))
+        with pytest.raises(BlendedError, match=words):
+            read_picture(tmp_path / "x.png")
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    pipe, places = (
+        tmp_path / "pipe.png",
+        [(tmp_path, "is a folder"), (tmp_path / ("x" * 300 + ".png"), "cannot be opened"), (tmp_path / "a\0b", "cannot")],
+    )
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(pipe)
+        places.append((pipe, "is a device, a pipe or a socket"))
+    if Path("/dev/zero").exists():
+        places.append((Path("/dev/zero"), "is a device, a pipe or a socket"))
+    said: list[str] = []
+
+    def read_all() -> None:
+        for path, _ in places:
+            for read in (lambda: read_picture(path), lambda: read_mask(path, (4, 4)), lambda: request_of_report(path)):  # noqa: B023
+                with contextlib.suppress(BlendedError):
+                    read()
+                    said.append("nothing was refused")
+                try:
+                    read()
+                except BlendedError as error:
+                    said.append(str(error))
+
+    # In a thread: a read of the pipe would never return.
+    reader = threading.Thread(target=read_all, daemon=True)
+    reader.start()
+    reader.join(60)
+    assert not reader.is_alive() and len(said) == 3 * len(places)
+    for i, (_, words) in enumerate(places):
+        assert all(words in text and len(text) < 300 and text.isprintable() for text in said[3 * i : 3 * i + 3]), said[3 * i : 3 * i + 3]
+
+
+def encodings() -> dict[str, bytes]:
+    """A small picture in every format, with metadata where it has any."""
+    flat = np.zeros((24, 20, 4), np.uint8)
+    flat[4:12, 3:15] = (200, 90, 30, 255)
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "Maker", 6
+    image = Image.fromarray(flat)
+    floating = Image.fromarray(np.linspace(0, 1, 480, dtype=np.float32).reshape(24, 20))
+    kinds: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+        "png": (image, "PNG", {"exif": exif, "dpi": (300, 300), "icc_profile": b"a profile"}),
+        "jpg": (image.convert("RGB"), "JPEG", {"exif": exif, "comment": b"hello"}),
+        "webp": (image, "WEBP", {"exif": exif}),
+        "tiff": (image.convert("RGB"), "TIFF", {"exif": exif}),
+        "float.tiff": (floating, "TIFF", {}),
+    }
+    if features.check("avif"):
+        kinds["avif"] = (image, "AVIF", {"exif": exif})
+    out = {}
+    for name, (picture, kind, options) in kinds.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        out[name] = buffer.getvalue()
+    return out
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what is damaged
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff", "float.tiff", "avif"])
+def test_a_thousand_damaged_files_are_read_or_refused_with_a_sentence(tmp_path: Path, kind: str) -> None:
+    whole = encodings().get(kind)
+    if whole is None:
+        pytest.skip("this Pillow cannot write AVIF files")
+    rng, told = random.Random(kind), {"read": 0, "refused": 0}
+    path = tmp_path / f"x.{kind}"
+    for number in range(1000):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            picture = read_picture(path)
+            if number % 10 == 0:
+                write_picture(tmp_path / "out.png", for_format(picture, "png"))
+            read_mask(path, picture.size, [])
+            told["read"] += 1
+        except BlendedError as error:
+            assert str(error).endswith(".") and len(str(error)) < 500 and str(error).isprintable(), error
+            told["refused"] += 1
+    assert min(told.values()) > 10, told
+
+
+def test_a_tiff_without_dimensions_and_a_damaged_avif_are_refused(tmp_path: Path) -> None:
+    tiff = bytearray(encodings()["tiff"])
+    start = struct.unpack_from("<I", tiff, 4)[0]
+    for i in range(struct.unpack_from("<H", tiff, start)[0]):
+        at = start + 2 + 12 * i
+        if struct.unpack_from("<H", tiff, at)[0] in (256, 257):
+            struct.pack_into("<H", tiff, at, 60000 + i)
+    files = {"x.tiff": bytes(tiff)}
+    if "avif" in encodings():
+        avif = encodings()["avif"]
+        files |= {"cut.avif": avif[: len(avif) // 2], "flipped.avif": avif[:-60] + bytes(255 - b for b in avif[-60:])}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(BlendedError, match=rf"the picture .*{name} "):
+            read_picture(tmp_path / name)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -368,3 +644,126 @@ def test_files_are_written_completely_or_not_at_all(tmp_path: Path, monkeypatch:
         write_bytes(path, b"newer")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["a.bin"], "nothing half is left behind"
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+
+
+def photo_with_metadata(path: Path) -> Path:
+    """A picture that its EXIF data turns, with everything that its format can hold."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "Maker", 6
+    exif[0x8769] = {0x829A: (1, 250), 0xA002: WIDTH, 0xA003: HEIGHT}
+    exif[0x8825] = {1: "N"}
+    options: dict[str, Any] = {"exif": exif.tobytes(), "dpi": (300, 300), "icc_profile": PROFILE, "xmp": b'<x tiff:Orientation="6"/>'}
+    if path.suffix == ".png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("Title", "a λ tree")
+        text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+        text.add(b"gAMA", struct.pack(">I", 45455))
+        text.add(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))
+        options |= {"pnginfo": text}
+    elif path.suffix == ".jpg":
+        options |= {"comment": b"a comment", "quality": 100, "subsampling": 0}
+    elif path.suffix == ".webp":
+        options |= {"lossless": True}
+    return saved(path, Image.fromarray(RGB), **options)
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("target", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("source", ["png", "jpg", "webp", "tiff"])
+def test_metadata_is_kept_in_every_format(tmp_path: Path, source: str, target: str) -> None:
+    picture = for_format(read_picture(photo_with_metadata(tmp_path / f"s.{source}")), target)
+    assert picture.size == (HEIGHT, WIDTH), "it was turned"
+    out = tmp_path / f"o.{target}"
+    write_picture(out, picture, target, {"blended-diffusion": '{"prompt": "λ"}'})
+    with Image.open(out) as image:
+        exif = image.getexif()
+        assert exif[0x010F] == "Maker" and exif.get(0x0112, 1) == 1
+        inner = exif.get_ifd(0x8769)
+        assert inner[0x829A] == (1, 250) and (inner[0xA002], inner[0xA003]) == image.size
+        assert exif.get_ifd(0x8825)[1] == "N" and image.info["icc_profile"] == PROFILE
+        if target == "png":
+            assert image.text["blended-diffusion"] == '{"prompt": "λ"}'
+        else:
+            assert inner[0x9286] == b"ASCII\0\0\0blended-diffusion: " + b'{"prompt": "\\u03bb"}'
+        if source == target == "png":
+            assert image.text["Title"] == "a λ tree" and image.info["gamma"] == 0.45455
+            assert image.info["chromaticity"] == (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+        if source == target == "jpg":
+            assert image.info["comment"] == b"a comment"
+    again = read_picture(out)
+    assert np.array_equal(again.rgb, picture.rgb) == (target != "jpg") and again.notes == []
+    if source != "webp" and target != "webp":
+        assert again.metadata.dpi == pytest.approx((300, 300), abs=0.01)
+    if source != "tiff":
+        assert again.metadata.xmp == b'<x tiff:Orientation="1"/>'
+    assert ("jpg files are lossy" in " ".join(picture.notes)) == (target == "jpg")
+    assert ("cannot hold the text entries and the gamma" in " ".join(picture.notes)) == (source == "png" and target != "png")
+
+
+def test_the_resolution_survives_in_webp_as_exif_data(tmp_path: Path) -> None:
+    picture = for_format(read_picture(saved(tmp_path / "s.png", Image.fromarray(RGB), dpi=(300, 150))), "webp")
+    write_picture(tmp_path / "o.webp", picture, "webp")
+    with Image.open(tmp_path / "o.webp") as image:
+        assert [round(float(image.getexif()[tag])) for tag in (0x011A, 0x011B, 0x0128)] == [300, 150, 2]
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp", "tiff"])
+def test_the_options_of_an_earlier_edit_are_replaced_and_a_persons_comment_is_not(tmp_path: Path, format: str) -> None:
+    def about(path: Path) -> str:
+        with Image.open(path) as image:
+            return image.text["blended-diffusion"] if format == "png" else str(image.getexif().get_ifd(0x8769)[0x9286])
+
+    write_picture(tmp_path / "a", pictures.Picture(RGB), format, {"blended-diffusion": "first"})
+    write_picture(tmp_path / "b", for_format(read_picture(tmp_path / "a"), format), format, {"blended-diffusion": "second"})
+    assert "first" in about(tmp_path / "a") and "second" in about(tmp_path / "b") and "first" not in about(tmp_path / "b")
+    if format != "png":
+        exif = Image.Exif()
+        exif[0x8769] = {0x9286: b"ASCII\0\0\0my words"}
+        path = saved(tmp_path / "c.webp", Image.fromarray(RGB), exif=exif.tobytes())
+        write_picture(tmp_path / "d", for_format(read_picture(path), format), format, {"blended-diffusion": "third"})
+        assert "my words" in about(tmp_path / "d")
+
+
+def test_the_thumbnail_of_the_source_is_not_kept(tmp_path: Path) -> None:
+    thumbnail = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(thumbnail, "JPEG")
+    small = thumbnail.getvalue()
+    # The first directory, and after it the one of the thumbnail, which Pillow cannot write.
+    first = struct.pack("<HHHII", 1, 0x010F, 2, 4, int.from_bytes(b"abc\0", "little"))
+    second = struct.pack("<HHHIIHHII", 2, 0x0201, 4, 1, 8 + 18 + 30, 0x0202, 4, 1, len(small)) + struct.pack("<I", 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + first + struct.pack("<I", 26) + second + small
+    path = saved(tmp_path / "s.jpg", Image.fromarray(RGB), exif=exif)
+    with Image.open(path) as image:
+        assert image.getexif().get_ifd(ExifTags.IFD.IFD1), "the source has one"
+    picture = read_picture(path)
+    write_picture(tmp_path / "o.jpg", for_format(picture, "jpg"), "jpg")
+    with Image.open(tmp_path / "o.jpg") as image:
+        assert image.getexif()[0x010F] == "abc" and not image.getexif().get_ifd(ExifTags.IFD.IFD1)
+    assert small[-40:] not in (tmp_path / "o.jpg").read_bytes()
+
+
+def test_metadata_that_does_not_fit_is_left_out_with_a_note(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 100_000
+    picture = read_picture(saved(tmp_path / "s.png", Image.fromarray(RGB), exif=exif))
+    assert for_format(picture, "png").metadata.exif is not None
+    less = for_format(picture, "jpg")
+    assert less.metadata.exif is None and less.notes[-1] == "jpg files cannot hold the EXIF data of the picture; the results are without."
+    write_picture(tmp_path / "o.jpg", less, "jpg", {"blended-diffusion": "x" * 100_000})
+    assert read_picture(tmp_path / "o.jpg").size == (WIDTH, HEIGHT)
+    clear = for_format(read_picture(saved(tmp_path / "a.png", Image.fromarray(RGBA))), "jpg")
+    assert "jpg files have no transparency; it is left out." in clear.notes
+    wide = pictures.Picture(np.zeros((1, 20_000, 3), np.uint8))
+    with pytest.raises(BlendedError, match="20000×1 and a webp file holds at most 16383") as raised:
+        for_format(wide, "webp")
+    assert raised.value.options == ("format",)
+
+
+def test_damaged_exif_data_does_not_spoil_a_picture(tmp_path: Path) -> None:
+    picture = read_picture(saved(tmp_path / "s.jpg", Image.fromarray(RGB), exif=b"Exif\0\0II*\0" + b"\xff" * 40))
+    assert picture.size == (WIDTH, HEIGHT) and picture.metadata.exif is None

@@ -12,6 +12,7 @@ from . import pack
 latent = pack.load("nodes.latent")
 DiffusionConfig = pack.load("blended_core.diffusion").DiffusionConfig
 BlendedError = pack.load("blended_core.errors").BlendedError
+EditMask = pack.load("blended_core.mask").EditMask
 Region = pack.load("blended_core.region").Region
 CLEAN = pack.load("blended_core.schedule").CLEAN
 
@@ -122,6 +123,78 @@ def test_a_noise_mask_of_the_pictures_size_is_cut_and_of_another_is_stretched() 
     assert torch.equal(stretched.region_mask(None).values, torch.ones(1, 1, 8, 8))
 
 
+def rectangle(left: int, top: int, right: int, bottom: int, size: tuple[int, int] = (20, 24)) -> torch.Tensor:
+    mask = torch.zeros(1, 1, *size)
+    mask[..., top:bottom, left:right] = 1
+    return mask
+
+
+def started(mask: torch.Tensor, base: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A LATENT that Noise Background gave a mask, with the noise mask of that node or of another."""
+    masks = EditMask.of(mask)
+    area = changes.get("region", state().region).cut_mask(masks, 8)
+    return latent.unpack(packed(2, base={"noise_mask": area.values} if base is None else base, masks=masks, area=area, **changes), "x")
+
+
+def test_an_edit_has_one_mask_what_lies_inside_all_that_were_given() -> None:
+    whole = rectangle(2, 3, 12, 13)
+    own = started(whole)
+    assert torch.equal(own.full_mask(None).values, whole) and torch.equal(own.region_mask(None).values, own.state.area.values)
+    noise_mask = rectangle(7, 5, 20, 19)
+    for shape in ((1, 20, 24), (1, 1, 20, 24)):
+        both = started(whole, {"noise_mask": noise_mask.reshape(shape)})
+        assert torch.equal(both.full_mask(None).values, rectangle(7, 5, 12, 13)), "at full size, not by way of 8 pixels"
+        assert torch.equal(both.region_mask(None).values, both.state.region.cut_mask(both.full_mask(None), 8).values)
+        given = both.full_mask(rectangle(0, 0, 9, 20))
+        assert torch.equal(given.values, rectangle(7, 5, 9, 13))
+    alone = latent.unpack(packed(2, base={"noise_mask": noise_mask}), "x")
+    assert torch.equal(alone.full_mask(None).values, noise_mask)
+
+
+def test_masks_that_do_not_overlap_are_an_error_that_names_them() -> None:
+    apart = started(rectangle(2, 3, 8, 9), {"noise_mask": rectangle(12, 12, 16, 18)})
+    with pytest.raises(
+        BlendedError, match=r"the mask of Noise Background \(start\) and the noise mask that the LATENT carries do not overlap"
+    ):
+        apart.region_mask(None, "Blend Latents")
+    with pytest.raises(BlendedError, match=r"Noise Background \(start\) and the mask at Final Paste do not overlap"):
+        started(rectangle(2, 3, 8, 9)).full_mask(rectangle(12, 12, 16, 18), "Final Paste")
+    with pytest.raises(BlendedError, match="mask at CLIP Guidance Step do not overlap"):
+        started(rectangle(2, 3, 8, 9)).seen_mask(rectangle(12, 12, 16, 18), "CLIP Guidance Step")
+    with pytest.raises(BlendedError, match=r"mask is empty: its brightest pixel is 0\.3"):
+        latent.unpack(packed(1, base={"noise_mask": torch.full((1, 20, 24), 0.3)}), "x").full_mask(None)
+
+
+def test_clip_may_see_more_than_is_edited() -> None:
+    noisy = started(rectangle(4, 5, 12, 13))
+    assert int(noisy.seen_mask(rectangle(2, 3, 18, 19), "x").values.sum()) == 64 > int(noisy.region_mask(None).values.sum())
+
+
+def test_a_noise_mask_of_the_pictures_size_is_in_its_frame_even_where_the_samples_have_that_size() -> None:
+    """A picture of 8×8, of which a part of 4×4 is edited at 8×8."""
+    whole = rectangle(4, 4, 8, 8, (8, 8))
+    noisy = started(whole, {"noise_mask": rectangle(0, 0, 6, 6, (8, 8))}, region=Region(4, 4, 4, 8, 8))
+    assert torch.equal(noisy.full_mask(None).values, rectangle(4, 4, 6, 6, (8, 8)))
+
+
+def test_soft_masks_intersect_at_their_lower_value() -> None:
+    light, dark = EditMask.of(torch.full((1, 1, 4, 4), 0.8), "soft"), EditMask.of(torch.full((2, 1, 4, 4), 0.3), "soft")
+    assert torch.allclose(light.intersected(dark).values, torch.full((2, 1, 4, 4), 0.3))
+
+
+def test_a_mask_of_another_aspect_ratio_is_refused() -> None:
+    with pytest.raises(BlendedError, match="the mask is 24×24 and the image 24×20, a different aspect ratio"):
+        latent.fit_mask(torch.ones(1, 1, 24, 24), (20, 24), False)
+    for size in ((10, 12), (5, 6), (40, 48), (3, 4), (21, 25)):
+        assert tuple(latent.fit_mask(torch.ones(1, 1, *size), (20, 24), False).values.shape) == (1, 1, 20, 24)
+
+
+def test_values_of_another_range_are_refused() -> None:
+    for values in (torch.full((1, 4, 4), 255.0), torch.full((1, 4, 4), -1.0), torch.full((1, 4, 4), 2.0)):
+        with pytest.raises(BlendedError, match=r"the MASK has values from .* give 0\.\.1"):
+            latent.as_mask_batch(values)
+
+
 def test_values_are_matched_to_rows_or_refused() -> None:
     noisy = latent.unpack(packed(4, (0, 0, 1, 1)), "x")
     values = torch.arange(4.0)
@@ -139,3 +212,13 @@ def test_inputs_are_not_modified() -> None:
     lower = noisy.at(3, torch.zeros(2, 3, 8, 8))
     assert torch.equal(whole["samples"], before) and whole[latent.KEY].level == 4
     assert lower["other"] == 5 and latent.unpack(lower, "x").state.level == 3
+
+
+def test_a_mask_that_leaves_nothing_is_refused_with_its_real_peak() -> None:
+    assert torch.equal(latent.fit_mask(torch.full((1, 1, 8, 8), 0.4), (16, 16), True).values, torch.full((1, 1, 16, 16), 0.4))
+    with pytest.raises(BlendedError, match=r"its brightest pixel is 0\.4 and editing needs 0\.5"):
+        latent.fit_mask(torch.full((1, 1, 8, 8), 0.4), (16, 16), False)
+    line = torch.zeros(1, 1, 64, 64)
+    line[..., 33, :] = 1
+    with pytest.raises(BlendedError, match="nothing is left of the MASK of 64×64 when it is stretched to the image's 8×8"):
+        latent.fit_mask(line, (8, 8), False)

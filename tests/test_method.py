@@ -16,21 +16,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from blended_core.adm.unet import AttentionBlock, ResBlock
-from blended_core.cli.edit import options_of_arguments
 from blended_core.cli.parser import build_parser
+from blended_core.cli.request import options_of_arguments
 from blended_core.clip.model import ClipModel, Prompt
 from blended_core.denoiser import DiffusionModel
+from blended_core.diagnose import diagnose, options_without_effect
 from blended_core.diffusion import DiffusionConfig, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
-from blended_core.edit import edit_picture
+from blended_core.edit import edit_picture, prepare
 from blended_core.errors import BlendedError, Note
 from blended_core.guidance import Guidance, GuidedPrediction
 from blended_core.losses import StepInput, background_loss, cosine_distance, range_loss, spherical_distance
 from blended_core.mask import EditMask, blend
 from blended_core.options import PRESETS, EditOptions, GuidanceOptions, preset
 from blended_core.random import SeededRandom
-from blended_core.rank import clip_distance, clip_distance_of_views, ranking, seam_energy
+from blended_core.rank import Score, clip_distance, clip_distance_of_views, ranking, seam_energy
 from blended_core.reference import batch_background_loss, reference_index, unclamped_distance
-from blended_core.sample import DISTANCES, Models, Step, class_labels, edit_steps, guidance_from, guided_step, noise_background
+from blended_core.region import Region
+from blended_core.result import Candidate, EditResult
+from blended_core.sample import DISTANCES, Models, Step, class_labels, edit_steps, guidance_from, guided_step, noise_background, with_scale
 from blended_core.schedule import CLEAN
 
 from . import tiny
@@ -308,11 +311,11 @@ def test_a_soft_mask_opens_as_noise_goes(values: list[float], start: int) -> Non
     levels = [EditMask.of(mask, "soft").at_level(index, start) for index in range(start, -1, -1)]
     for level in levels:
         assert set(level.unique().tolist()) <= {0.0, 1.0}
-        assert (level[mask == 0] == 0).all(), "0 is never edited"
+        assert (level[mask < 9 / 255] == 0).all(), "black is never edited"
         assert (level[mask == 1] == 1).all(), "1 is free all the way"
     for before, after in pairwise(levels):
         assert (after >= before).all(), "what is free stays free"
-    assert torch.equal(levels[-1], (mask > 0).to(mask)), "at the end all that is not 0 is free"
+    assert torch.equal(levels[-1], (mask * 255 > 8.5).to(mask)), "at the end all that is not black is free"
     order = mask.flatten().argsort()
     free = sum(levels).flatten()[order]  # type: ignore[union-attr]
     assert (free.diff() >= 0).all(), "the lighter, the longer"
@@ -687,7 +690,7 @@ def test_presets_are_those_of_the_method() -> None:
         "mask_rule": ("nonzero", "binary", "binary"),
         "crop": ("squash", "region", "region"),
         "guidance.views": (8, 16, 8),
-        "guidance.scale": (1000.0, 1000.0, 1000.0),
+        "guidance.scale": (None, None, None),
         "steps": ("100", "100", "100"),
         "strength": (0.75, 0.75, 0.75),
         "sampler": ("ddpm", "ddpm", "ddpm"),
@@ -729,6 +732,31 @@ def test_options_are_checked() -> None:
     for values in bad:
         with pytest.raises(BlendedError, match=next(iter(values))):
             EditOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("picture", (0.0, 255.0)), ("picture", (0.0, 3.0)), ("picture", (-1.0, 1.0)), ("mask", (0.0, 255.0)), ("mask", (0.0, 2.0)),
+        ("mask", (-1.0, 1.0)), ("mask", (0.0, 1.4)),
+    ],
+)  # fmt: skip
+def test_values_of_another_range_are_refused(name: str, values: tuple[float, float], models: Any) -> None:
+    """8-bit values in a float tensor, however dark, and −1..1."""
+    given = {"picture": torch.full((1, 3, 8, 8), 0.5), "mask": torch.ones(1, 1, 8, 8)}
+    given[name][..., :4, :], given[name][..., 4:, :] = values
+    with pytest.raises(BlendedError, match=rf"the {name} has values from .*; give 0\.\.1, for a {name} in"):
+        edit_picture(given["picture"], given["mask"], None, models, preset("best", steps="2", candidates=1))
+
+
+def test_overshoot_and_highlights_are_kept_outside_and_limited_for_the_model() -> None:
+    picture = tiny.random_picture(24, 24)
+    picture[..., :2, :], picture[..., 2:4, :] = 6.5, -0.1
+    mask = torch.zeros(1, 1, 24, 24)
+    mask[..., 6:18, 6:18] = 1
+    result = edit_picture(picture, mask, None, tiny.tiny_models(), preset("best", steps="2", candidates=1))
+    assert torch.equal(result.picture(result.candidates[0])[..., :4, :], picture[..., :4, :])
+    assert float(prepare(picture, EditMask.of(mask), 24).source.abs().max()) <= 1
 
 
 def test_shapes_are_checked(models: Any) -> None:
@@ -784,6 +812,121 @@ def test_a_run_says_when_guidance_had_no_effect() -> None:
     (note,) = notes_of(strength=0.2, end=0.8)
     assert "guidance acts from 0 to 0.8 of the levels, and strength 0.2 begins after that" in note
     assert "scale" not in note and set(note.options) == {"strength", "end"}
+
+
+def notes_with(before: float, now: float, without: float | None, **changes: Any) -> list[Note]:
+    """The notes of an edit with these CLIP distances, of which guidance moved every step by its own noise."""
+    options = preset("best", **{"scale": 1000.0, **changes})
+    score = Score(now, before - now, 0.0, 0.0, 1)
+    result = EditResult([Candidate(0, SOURCE, score, 1)], SOURCE, EDIT_MASK, Region(0, 0, 16, 16, 16), options, before, [], {})
+    return diagnose(result, EDIT_MASK, DiffusionConfig().respaced("100"), 1.0, 0, torch.float32, lambda _: without)
+
+
+def test_notes_agree_with_the_numbers() -> None:
+    assert notes_with(0.9, 0.3, 0.9) == [], "a gain of two thirds"
+    assert notes_with(0.9, 0.85, 0.9) == [], "a small gain, all of it by guidance"
+    (same,) = notes_with(0.9, 0.89, 0.89)
+    assert same.startswith(
+        "Guidance had no effect: the CLIP distance to the prompt was 0.900 before the edit and is 0.890 now (gain +0.010, 0.890 w"
+    )
+    (filled,) = notes_with(0.9, 0.854, 0.855)
+    assert (
+        filled.startswith("Guidance had no effect beyond that of an edit without prompt")
+        and "gain +0.046, 0.855 without any prompt" in filled
+    )
+    (little,) = notes_with(0.9, 0.854, None)
+    assert little.startswith("Guidance had little effect")
+    (worse,) = notes_with(0.7, 0.822, 0.822)
+    assert worse.startswith("The result is further from the prompt than the source image") and "gain -0.122" in worse
+    (kept,) = notes_with(0.3, 0.422, 0.9)
+    assert kept.startswith("The result is further from the prompt") and "the source image shows much of it already" in kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompted", "named"),
+    [
+        ({}, True, []),
+        ({"algorithm": "local"}, False, []),
+        ({"sampler": "ddim", "eta": 0.5, "ddim_guidance": "score"}, True, []),
+        ({"eta": 0.5, "ddim_guidance": "score"}, True, [("eta", "ddim_guidance")]),
+        ({"background_scale": 500.0}, True, [("background_scale",)]),
+        ({"background_scale": 500.0, "gradient": "unet"}, True, []),
+        ({"background_scale": 500.0, "algorithm": "local"}, True, []),
+        ({"lpips_scale": 1.0, "l2_scale": 2.0}, True, [("lpips_scale", "l2_scale")]),
+        ({"lpips_scale": 1.0, "algorithm": "local", "background_loss": "reference"}, True, []),
+        ({"feather": 4, "algorithm": "local"}, True, [("feather",)]),
+        ({"feather": 4, "algorithm": "local", "enforce_background": True}, True, []),
+        ({"feather": 1}, True, [("feather",)]),
+        ({"enforce_background": True}, True, [("enforce_background",)]),
+        ({"context": 2.0, "crop": "squash"}, True, [("context",)]),
+        ({"scale": 5.0, "views": 2, "ranking": "corrected"}, False, [("scale", "views", "ranking")]),
+        ({"x0_if_needed": True}, True, [("x0_if_needed",)]),
+        ({"x0_if_needed": True, "gradient": "unet"}, True, []),
+        ({"class_choice": 3}, True, [("class_choice",)]),
+        ({"start": 0.2, "strength": 0.75}, True, [("start",)]),
+        ({"start": 0.3, "strength": 0.75}, True, []),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_noted(changes: dict[str, Any], prompted: bool, named: list[tuple[str, ...]]) -> None:
+    model = tiny.tiny_model()
+    options = preset("best", **changes)
+    options = replace(options, guidance=with_scale(options.guidance, model))
+    assert [note.options for note in options_without_effect(options, model, prompted)] == named
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_preset_as_it_is_has_no_option_without_effect(name: str, prompted: bool) -> None:
+    model = tiny.tiny_model()
+    model.guidance_scale = 3000.0
+    options = replace(PRESETS[name], guidance=with_scale(PRESETS[name].guidance, model))
+    assert options_without_effect(options, model, prompted) == []
+
+
+def test_the_lambda_of_algorithm_2_that_is_noted_changes_nothing() -> None:
+    """The note is true: the same pictures, bit for bit, whatever the background scale."""
+    models = replace(tiny.tiny_models(), perceptual=lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
+    pictures = []
+    for scale in (0.0, 5000.0):
+        options = preset("best", steps="6", views=1, candidates=1, background_scale=scale)
+        pictures.append(edit_picture((SOURCE + 1) / 2, MASK, PROMPT, models, options).candidates[0].edited)
+    assert torch.equal(*pictures)
+
+
+def test_the_guidance_scale_is_the_one_given_else_that_of_the_checkpoint_else_1000() -> None:
+    own = GuidanceOptions()
+    assert own.scale_for(None, 64) == own.scale_for(None, 512) == 1000
+    assert own.scale_for(3000.0, 64) == own.scale_for(3000.0, 256) == 3000
+    assert GuidanceOptions(scale=1000.0).scale_for(3000.0, 64) == 1000 and GuidanceOptions(scale=0.0).scale_for(3000.0, 64) == 0
+    assert PRESETS["official"].guidance.scale_for(3000.0, 64) == 187.5, "its losses are not scaled to the size of the image"
+    assert PRESETS["official"].guidance.scale_for(None, 64) == 1000
+    model = tiny.tiny_model()
+    model.guidance_scale = 700.0
+    models = replace(tiny.tiny_models(), ddpm=model)
+    short: dict[str, Any] = {"steps": "4", "views": 1, "candidates": 1}
+    default, given, other = (
+        edit_picture((SOURCE + 1) / 2, MASK, PROMPT, models, preset("best", **short, **scale))
+        for scale in ({}, {"scale": 700.0}, {"scale": 1000.0})
+    )
+    assert default.options.guidance.scale == 700
+    assert torch.equal(default.candidates[0].edited, given.candidates[0].edited)
+    assert not torch.equal(default.candidates[0].edited, other.candidates[0].edited)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_score_is_that_of_what_is_delivered(soft: bool) -> None:
+    """A feather wider than the mask leaves a part of the edit, and the distance is that of this part."""
+    options = preset("best", steps="20", views=1, candidates=2, feather=0 if soft else 9, mask_rule="soft" if soft else "binary")
+    mask = MASK * 0.12 if soft else MASK
+    result = edit_picture((SOURCE + 1) / 2, mask, PROMPT, tiny.tiny_models(tiny.gaussian_model()), options)
+    for candidate in result.candidates:
+        delivered = result.region.cut(result.picture(candidate), 16) * 2 - 1
+        shown = clip_distance_of_views(delivered, result.region.cut_mask(result.mask, 16).for_clip(), CLIP, PROMPT)
+        assert candidate.score.clip_distance == pytest.approx(float(shown), abs=1e-5)
+        raw = clip_distance_of_views(candidate.edited, MASK, CLIP, PROMPT)
+        assert abs(float(raw) - float(shown)) > 1e-3, "the edit itself has another score"
+    if not soft:
+        assert any("The feather of 9 pixels is wider than the mask" in note for note in result.notes)
 
 
 def test_an_edit_that_worked_says_nothing() -> None:

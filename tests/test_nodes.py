@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -19,7 +21,9 @@ import torch
 from blended_core.diffusion import DiffusionConfig
 from blended_core.toy.world import demo_scene
 
+from .messages import HOSTILE, is_clean
 from .server import COMFYUI, ROOT, Prompt, Server, environment, interpreter, needs_comfyui
+from .test_weights import mutated_files
 from .tiny import tiny_unet
 
 pytestmark = [needs_comfyui, pytest.mark.slow]
@@ -166,13 +170,38 @@ def test_the_english_locale_has_the_texts_of_the_schema(comfyui: Server) -> None
     assert differences(json.loads(file.read_text(encoding="utf-8")), found) == [], "write it with BLENDED_WRITE_LOCALE=1"
 
 
+def test_no_file_in_a_model_folder_removes_a_node(comfyui: Server, tmp_path: Path) -> None:
+    """Damaged files in both folders, compressed zip files and a pipe included: every node is there, and the embedded model works."""
+    mutated_files(tmp_path / "whole", tmp_path / "there", 1000)
+    folders = [comfyui.folder / "models" / name for name in ("ddpm", "open_clip")]
+    try:
+        for folder in folders:
+            shutil.copytree(tmp_path / "there", folder / "damaged")
+            if hasattr(os, "mkfifo"):
+                os.mkfifo(folder / "damaged" / "pipe.pt")
+            (folder / "damaged" / "gone.pt").symlink_to(tmp_path / "nowhere")
+        info = comfyui.get("/object_info")
+        assert sorted(name for name in info if name.startswith("Blended")) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
+        clips = info["BlendedLoadCLIP"]["input"]["required"]["weights"][1]["options"]
+        assert sum(name.startswith("damaged") for name in clips) >= 1000
+        prompt = sampler(scene(seed=41), candidates=1)
+        assert comfyui.run(prompt).error is None
+        prompt["ddpm"]["inputs"]["weights"] = "averaged"
+        assert re.search("no set of weights named 'averaged'; it holds root.*input “weights”", comfyui.run(prompt).sentence)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder / "damaged", ignore_errors=True)
+
+
 def test_the_schema_is_what_execute_takes() -> None:
     command = [interpreter(), str(ROOT / "tests" / "contract.py")]
-    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=300, env=environment())
+    hostile = json.dumps(list(HOSTILE.values()))
+    run = subprocess.run(command, cwd=COMFYUI, input=hostile, capture_output=True, text=True, timeout=300, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.splitlines()[-1])
     assert told["differences"] == []
     assert told["controls"] == [], "a message must not name an input that no node has"
+    assert len(told["messages"]) >= 8 * len(HOSTILE) and all(is_clean(text) for text in told["messages"])
     assert sorted(told["nodes"]) == sorted(json.loads(LOCK.read_text(encoding="utf-8")))
 
 
@@ -196,10 +225,12 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
     needed = told["needed"]
     assert needed["unguided"] < needed["x0"] == needed["x0, 64 in chunks"] < needed["x0, 64 views"]
     assert needed["x0"] < needed["unet"]
-    assert len(told["told and taken"]) == 4
+    assert len(told["told and taken"]) == 8
     for way, (said, taken) in told["told and taken"].items():
-        # What a convolution in bfloat16 takes depends on the processor.
-        assert taken <= said <= 3 * taken, (way, said / taken)
+        # What bfloat16 takes here depends on this processor, so the estimate is only held to be enough.
+        assert taken <= said <= (100 if way.startswith("torch.bfloat16") and way.endswith("here") else 2.5) * taken, (way, said / taken)
+    (with_it, without) = (told["told and taken"][f"torch.bfloat16 forward, {how}"][1] for how in ("with", "without"))
+    assert with_it < without, "the two processors differ"
     assert told["lines"] == ["Blended Diffusion: memory ran out (input “view_chunk” of Guidance Options)."] and told["during"] == 1, (
         "said at once, not at the end"
     )
@@ -218,11 +249,14 @@ def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> 
     for name in templates:
         assert comfyui.get(urllib.parse.quote(f"/api/workflow_templates/{pack}/{name}.json"))["nodes"]
         assert size(f"/api/workflow_templates/{pack}/{name}.jpg") > 5000
+    languages = sorted(p.name for p in (ROOT / "locales").iterdir() if p.is_dir())
+    served = comfyui.get("/i18n")
     for node in json.loads(LOCK.read_text(encoding="utf-8")):
-        for file in ("en.md", "ko.md", "node.png"):
+        for file in ("node.png", *(f"{language}.md" for language in languages)):
             assert size(f"/extensions/{pack}/docs/{node}/{file}") > 200
-        for language in ("en", "ko"):
-            assert comfyui.get("/i18n")[language]["nodeDefs"][node]["display_name"]
+        for language in languages:
+            texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+            assert served[language]["nodeDefs"][node] == texts[node]
     listed = {b["name"] for b in comfyui.get("/global_subgraphs").values() if pack in b["info"]["node_pack"]}
     assert listed == {p.stem for p in (ROOT / "subgraphs").glob("*.json")} and len(listed) == 3
 
@@ -340,6 +374,109 @@ def test_outside_the_mask_a_photo_sized_png_keeps_every_pixel(comfyui: Server) -
     assert (result[~outside] != picture[~outside]).mean() > 0.5
 
 
+def masked_scene(
+    width: int = 96, height: int = 80, **rectangles: tuple[int, int, int, int]
+) -> tuple[Prompt, dict[str, np.ndarray[Any, Any]]]:
+    """Models, a scene, and masks by name as (left, top, right, bottom)."""
+    base, masks = scene(width=width, height=height), {}
+    base["save_scene"] = core("SaveImage", images=["scene", 0], filename_prefix="scene")
+    for name, (left, top, right, bottom) in rectangles.items():
+        masks[name] = np.zeros((height, width), bool)
+        masks[name][top:bottom, left:right] = True
+    return base, masks
+
+
+def with_masks(server: Server, base: Prompt, masks: dict[str, np.ndarray[Any, Any]]) -> Prompt:
+    """The masks as nodes of the same names."""
+    files = {
+        name: server.put(f"{name}_{id(mask)}.png", np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255) for name, mask in masks.items()
+    }
+    return {**base, **{name: core("LoadImageMask", image=file, channel="red") for name, file in files.items()}}
+
+
+def changed_pixels(server: Server, prompt: Prompt) -> np.ndarray[Any, Any]:
+    """Which pixels of the scene the saved results change, [height, width]."""
+    outcome = server.run(prompt)
+    assert outcome.error is None, outcome.error
+    before = server.pictures(outcome, "save_scene")[0].astype(int)
+    return np.asarray(np.any([np.abs(after.astype(int) - before).max(-1) > 0 for after in server.pictures(outcome, "save")], axis=0))
+
+
+def test_a_noise_mask_alone_is_the_mask_of_the_edit_at_full_size(comfyui: Server) -> None:
+    base, masks = masked_scene(noise=(31, 22, 67, 55))
+    prompt = loop({**with_masks(comfyui, base, masks), "start": start(mask=None)})
+    prompt["set"] = core("SetLatentNoiseMask", samples=["start", 0], mask=["noise", 0])
+    prompt["begin"]["inputs"]["latent"] = ["set", 0]
+    changed = changed_pixels(comfyui, prompt)
+    assert not (changed & ~masks["noise"]).any()
+    assert (changed & masks["noise"]).sum() > 0.95 * masks["noise"].sum()
+
+
+@pytest.mark.parametrize("where", ["noise mask", "blend"])
+def test_two_masks_of_one_edit_intersect_at_full_size(comfyui: Server, where: str) -> None:
+    base, masks = masked_scene(first=(20, 20, 60, 60), second=(41, 31, 90, 75))
+    base = with_masks(comfyui, base, masks)
+    prompt = loop({**base, "start": start(mask=("first", 0))})
+    if where == "blend":
+        prompt["blend"]["inputs"]["mask"] = ["second", 0]
+    else:
+        prompt["set"] = core("SetLatentNoiseMask", samples=["start", 0], mask=["second", 0])
+        prompt["begin"]["inputs"]["latent"] = ["set", 0]
+    changed, both = changed_pixels(comfyui, prompt), masks["first"] & masks["second"]
+    assert not (changed & ~both).any(), "a pixel outside of one of the masks changed"
+    assert (changed & both).sum() > 0.95 * both.sum()
+
+
+def test_two_masks_that_do_not_overlap_are_an_error(comfyui: Server) -> None:
+    base, masks = masked_scene(first=(4, 4, 24, 24), second=(60, 50, 80, 70))
+    prompt = loop({**with_masks(comfyui, base, masks), "start": start(mask=("first", 0))})
+    prompt["set"] = core("SetLatentNoiseMask", samples=["start", 0], mask=["second", 0])
+    prompt["begin"]["inputs"]["latent"] = ["set", 0]
+    sentence = comfyui.run(prompt).sentence
+    assert "Noise Background (start) and the noise mask that the LATENT carries do not overlap" in sentence
+
+
+def test_an_edited_image_of_another_aspect_ratio_is_refused(comfyui: Server) -> None:
+    prompt = sampler(scene(width=96, height=80), steps=2, candidates=1)
+    prompt["paste"] = node("FinalPaste", edited=["sampler", 1], original=["scene", 0], mask=["scene", 1])
+    prompt["save"]["inputs"]["images"] = ["paste", 0]
+    sentence = comfyui.run(prompt).sentence
+    assert (
+        "the edited IMAGE is 64×64 and the original 96×80, a different aspect ratio" in sentence
+        and "the output “images” of the sampler" in sentence
+    )
+    prompt["paste"]["inputs"]["edited"] = ["sampler", 0]
+    assert comfyui.run(prompt).error is None
+
+
+def test_the_default_guidance_scale_is_that_of_the_checkpoint(comfyui: Server) -> None:
+    """Without options, with options at their default, and in the loop; an explicit 1000 stays 1000."""
+    pictures = {}
+    for name, inputs in {"none": None, "default": {}, "3000": {"scale": 3000.0}, "1000": {"scale": 1000.0}}.items():
+        base = scene(seed=7)
+        if inputs is not None:
+            base["options"] = node("GuidanceOptions", **inputs)
+        prompt = sampler(base, candidates=1, **({"options": ["options", 0]} if inputs is not None else {}))
+        pictures[name] = comfyui.pictures(comfyui.run(prompt), "save")[0]
+        step = {"options": ["options", 0]} if inputs is not None else {}
+        looped = loop({**base, "start": start(batch=1)}, **step)
+        assert nearly(comfyui.pictures(comfyui.run(looped), "save")[0], pictures[name]), name
+    assert np.array_equal(pictures["none"], pictures["3000"]) and np.array_equal(pictures["default"], pictures["3000"])
+    assert not np.array_equal(pictures["1000"], pictures["3000"])
+
+
+def test_scores_say_that_there_is_no_prompt_and_nothing_to_rank(comfyui: Server) -> None:
+    prompt = sampler(scene(), steps=2, candidates=1)
+    del prompt["sampler"]["inputs"]["prompt"]
+    prompt["rank"] = node("RankByCLIP", images=["sampler", 0], prompt=["prompt", 0])
+    prompt["ranked"] = core("PreviewAny", source=["rank", 1])
+    outcome = comfyui.run(prompt)
+    assert outcome.error is None, outcome.error
+    texts = {name: outcome.outputs[name]["text"][0] for name in ("text", "ranked")}
+    assert texts["text"].startswith("no prompt: filled from the surroundings\n1. candidate 0: seam")
+    assert "1. image 1: CLIP distance" in texts["ranked"] and "Only one image was given, so there is nothing to rank" in texts["ranked"]
+
+
 def test_progress_and_previews_come_at_every_step(comfyui: Server) -> None:
     outcome = comfyui.run(sampler(scene(), seed=77))
     assert outcome.error is None
@@ -396,8 +533,8 @@ def test_the_list_omits_files_that_are_no_checkpoint_and_a_saved_workflow_gets_a
     prompt["ddpm"]["inputs"]["checkpoint"] = "unknown.safetensors"
     outcome = comfyui.run(prompt)
     assert outcome.error is None
-    told = [m for m in outcome.previews if b"decided by the probe" in m]
-    assert told and b"of no published family" in told[0], "Load DDPM shows nothing on itself"
+    (told,) = outcome.outputs["ddpm"]["text"]
+    assert "decided by the probe" in told and "of no published family" in told, "Load DDPM shows nothing on itself"
     prompt["ddpm"]["inputs"]["checkpoint"] = "gone.safetensors"
     with pytest.raises(AssertionError, match=r".gone\.safetensors. is not in .*put the file there"):
         comfyui.run(prompt)
@@ -427,7 +564,7 @@ def test_probing_a_checkpoint_shows_its_progress_and_can_be_canceled(comfyui: Se
     outcome = comfyui.run(prompt, lambda kind, data: seen.append(data["value"]) if kind == "progress" and data["node"] == "ddpm" else None)
     assert outcome.error is None
     assert seen == sorted(seen) and len(seen) > 5
-    assert any(b"decided by the probe" in m for m in outcome.previews)
+    assert "decided by the probe" in outcome.outputs["ddpm"]["text"][0]
 
 
 def test_cancel_stops_within_a_step_and_the_next_run_succeeds(comfyui: Server) -> None:
@@ -619,11 +756,36 @@ def test_latents_without_a_level_are_blended_as_they_are(comfyui: Server) -> Non
     assert comfyui.run(prompt).error is None
 
 
+def test_a_mask_of_0_and_1_of_255_is_white_and_black(comfyui: Server) -> None:
+    """As Load Image (as Mask) reads a file of a tool for segmentation."""
+    images = []
+    for value in (1.0, 1 / 255):
+        prompt = loop({**scene(), "start": start()})
+        prompt["labels"] = core("MaskComposite", destination=["zero", 0], source=["one", 0], x=16, y=16, operation="add")
+        prompt["zero"] = core("SolidMask", value=0.0, width=64, height=64)
+        prompt["one"] = core("SolidMask", value=value, width=30, height=30)
+        prompt["start"]["inputs"]["mode.mask"] = ["labels", 0]
+        outcome = comfyui.run(prompt)
+        assert outcome.error is None, outcome.sentence
+        images.append(comfyui.pictures(outcome, "save"))
+    assert all(np.array_equal(a, b) for a, b in zip(*images, strict=True))
+
+
 WRONG: list[tuple[str, Any, str]] = [
     (
         "an empty mask",
         lambda p: p["start"]["inputs"].update({"mode.mask": ["nothing", 0]}),
         "the MASK is empty (1×64×64, all 0), so nothing would be edited. Paint white where the image should change",
+    ),
+    (
+        "a mask of 40 % gray",
+        lambda p: p["start"]["inputs"].update({"mode.mask": ["gray", 0]}),
+        "the mask is empty: its brightest pixel is 0.4 and editing needs 0.5 or more",
+    ),
+    (
+        "a mask of 40 % gray at Final Paste",
+        lambda p: p["paste"]["inputs"].update(mask=["gray", 0]),
+        "the mask is empty: its brightest pixel is 0.4 and editing needs 0.5 or more",
     ),
     (
         "no mask with a prompt",
@@ -700,6 +862,7 @@ def test_wrong_connections_get_an_error_message(comfyui: Server, what: str, brea
     prompt["plain"] = core("EmptyLatentImage", width=64, height=64, batch_size=1)
     prompt["scaled"] = core("LatentMultiply", samples=["start", 0], multiplier=0.5)
     prompt["nothing"] = core("SolidMask", value=0.0, width=64, height=64)
+    prompt["gray"] = core("SolidMask", value=0.4, width=64, height=64)
     prompt["short"] = start(steps=1, strength=1.0)
     prompt["shortstep"] = node("CLIPGuidanceStep", ddpm=["ddpm", 0], latent=["short", 0])
     prompt["clean"] = node("BlendLatents", foreground=["shortstep", 0], background=["shortstep", 0])
@@ -722,3 +885,35 @@ def test_a_missing_essential_input_is_refused_by_the_server(comfyui: Server) -> 
     del prompt["sampler"]["inputs"]["mask"]
     with pytest.raises((AssertionError, urllib.error.HTTPError), match="mask"):
         comfyui.run(prompt)
+
+
+def test_no_text_of_a_request_opens_a_file_outside_the_model_folders(comfyui: Server) -> None:
+    """The answers to names of an existing and of an absent file are the same, and nothing is requested from a network."""
+    folder = comfyui.folder / "models" / "open_clip"
+    (comfyui.folder / "present.pt").write_bytes(b"not weights")
+    answers = []
+    for name in ("present", "missing"):  # of equal length
+        for text in (f"{comfyui.folder}/{name}.pt", f"../../{name}.pt", f"..\\..\\{name}.pt"):
+            for inputs in ({"other_tag": text}, {"other_tag": f"ViT-B-32:{text}"}, {"other_tag": f"roberta-ViT-B-32:{text}"}):
+                prompt = sampler(scene())
+                prompt["clip"]["inputs"].update(inputs)
+                answers.append((name, comfyui.run(prompt).sentence))
+            for group, kind, key in (("ddpm", "LoadDDPM", "checkpoint"), ("clip", "LoadCLIP", "weights")):
+                prompt = sampler(scene())
+                prompt[group] = node(kind, **{key: text})
+                with pytest.raises(AssertionError) as refused:
+                    comfyui.run(prompt)
+                answers.append((name, str(refused.value)))
+    half = len(answers) // 2
+    for (there, told), (absent, other) in zip(answers[:half], answers[half:], strict=True):
+        assert told.replace(there, absent) == other and "not weights" not in told
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.pt").write_bytes(b"not weights")
+    try:
+        for architecture in ("roberta-ViT-B-32", f"ViT-B-32:{comfyui.folder}/present.pt"):
+            prompt = sampler(scene())
+            prompt["clip"] = node("LoadCLIP", weights="mine.pt", architecture=architecture)
+            told = comfyui.run(prompt).sentence
+            assert "mine.pt" in told or "has no model" in told
+    finally:
+        (folder / "mine.pt").unlink()

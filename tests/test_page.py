@@ -117,6 +117,22 @@ def test_a_node_is_found_by_its_name_and_its_aliases(page: Page, words: str, kin
     assert [n["type"] for n in new] == [kind]
 
 
+@pytest.mark.parametrize(
+    ("words", "node"),
+    [
+        ("outpaint", "Blended Diffusion Sampler"),
+        ("edit image", "Blended Diffusion Sampler"),
+        ("erase", "Blended Diffusion Sampler"),
+        ("fill", "Blended Diffusion Sampler"),
+        ("pixel diffusion", "Blended Diffusion Sampler"),
+        ("pixel diffusion", "Load DDPM"),
+        ("negative prompt", "Encode Prompt"),
+    ],
+)
+def test_words_of_a_person_find_a_node(page: Page, words: str, node: str) -> None:
+    assert node in page.found(words)
+
+
 @pytest.mark.parametrize("name", BLUEPRINTS)
 def test_a_blueprint_is_found_by_search_and_runs(page: Page, comfyui: Server, name: str) -> None:
     (new,) = page.add_by_search(name)

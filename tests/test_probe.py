@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import warnings
 from dataclasses import replace
@@ -16,8 +17,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from blended_core.adm import cache, load
 from blended_core.adm.cache import cache_file
-from blended_core.adm.describe import as_table, summary
+from blended_core.adm.describe import as_dict, as_table, summary
 from blended_core.adm.detect import Detection, detect
 from blended_core.adm.families import KNOWN_FILES
 from blended_core.adm.load import inspect_checkpoint, load_checkpoint, load_ddpm, may_be_checkpoint
@@ -31,6 +33,7 @@ from blended_core.io.atomic import sha256
 from blended_core.toy.models import DDPM as EMBEDDED
 
 from . import kinds
+from .fuzz import mutated
 from .tiny import tiny_unet
 
 CPU = DeviceContext()
@@ -100,7 +103,7 @@ def test_with_a_picture_of_the_user_the_cache_is_not_used(small: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 def test_a_probe_runs_in_its_own_context_and_can_be_stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "user_cache_path", lambda *_, **__: tmp_path / "cache")
     calls: list[tuple[int, int]] = []
     placed: list[DeviceContext] = []
 
@@ -126,20 +129,95 @@ def test_a_probe_runs_in_its_own_context_and_can_be_stopped(small: Path, tmp_pat
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}'])
 def test_a_damaged_cache_only_costs_time(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
-    monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "user_cache_path", lambda *_, **__: tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     cache_file().write_text(content)
     assert detected(small)[1].forwards > 0
     cached = json.loads(cache_file().read_text())
     (entry,) = [value for key, value in cached.items() if key.startswith(sha256(small))]
     assert sorted(entry) == ["agreement", "blind", "error", "forwards", "margins", "rivals", "seconds", "settings"]
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["probes.json"]
+    assert {p.name for p in (tmp_path / "cache").iterdir()} - {"probes.lock"} == {"probes.json"}
+
+
+def changed_json(text: str, rng: random.Random) -> str:
+    """A JSON text with another value or name somewhere, or with other bytes."""
+    if rng.random() < 0.3:
+        return mutated(text.encode(), rng).decode(errors="replace")
+    value = json.loads(text)
+    places: list[tuple[Any, Any]] = []
+
+    def visit(item: Any) -> None:
+        for key in list(item if isinstance(item, dict) else range(len(item)) if isinstance(item, list) else ()):
+            places.append((item, key))
+            visit(item[key])
+
+    visit(value)
+    odd = (
+        None,
+        True,
+        -1,
+        0,
+        3,
+        1.5,
+        "x",
+        "3",
+        "eps",
+        [],
+        {},
+        [1],
+        {"a": 1},
+        float("nan"),
+        float("inf"),
+        10**400,
+        10**9,
+        "9" * 5000,
+        "\x1b[2J",
+    )
+    for _ in range(rng.choice((1, 1, 2))):
+        holder, key = rng.choice(places)
+        if isinstance(holder, dict) and rng.random() < 0.2:
+            holder[rng.choice(("x", "", "num_heads"))] = holder.pop(key, None)
+        else:
+            holder[key] = rng.choice(odd)
+    return json.dumps(value)
+
+
+@pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
+def test_a_thousand_damaged_caches_give_no_error(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    _, true = detected(small)
+    whole = cache_file().read_text()
+    unet = tiny_unet(model_channels=64)
+    asked, digest = inspect_checkpoint(small), sha256(small)
+    monkeypatch.setattr(load, "run_probe", lambda *_: true)
+    monkeypatch.setattr(load, "save_cached", lambda *_: None)
+    rng, cached = random.Random(0), 0
+    for text in [*(changed_json(whole, rng) for _ in range(1000)), "[" * 100_000, "9" * 5000]:
+        cache_file().write_text(text, encoding="utf-8")
+        found = load._probed(unet, asked, digest, ProbeOptions(), small)
+        unet.rewire(found.unet)
+        assert (
+            found.probe is not None
+            and all(text.isprintable() for text in found.probe.rivals.values())
+            and found.settings["schedule"][0] in ("linear", "cosine")
+        )
+        assert as_table(found, small) and summary(found) and json.dumps(as_dict(found, small))
+        assert load._doubts(found, small) is not None
+        cached += found.probe is not true
+    assert cached > 50, "some changes leave a decision that is possible"
+
+
+def test_settings_of_thousands_of_digits_and_brackets_are_wrong_settings(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("9" * 5000, "[" * 100_000, "1e999", "²", '{"a": 1}'):
+        assert main(["inspect", str(bare), "--set", f"steps={value}"]) == 2
+        (told,) = capsys.readouterr().err.splitlines()
+        assert "the override sets steps to" in told and "at most 100000" in told and len(told) < 500
 
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 def test_a_cache_that_cannot_be_written_is_not_an_error(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(cache, "user_cache_path", lambda *_, **__: tmp_path / "file" / "cache")
     assert detected(small)[1].forwards > 0
 
 
@@ -271,7 +349,8 @@ def test_a_converted_file_edits_like_the_original(bare: Path, tmp_path: Path, ha
     sidecar = bare.with_suffix(".json")
     with safe_open(str(EMBEDDED), "pt") as file:
         texts: dict[str, Any] = file.metadata()
-    sidecar.write_text(json.dumps({"unet": json.loads(texts["unet"]), "diffusion": json.loads(texts["diffusion"])}))
+    settings = {"unet": json.loads(texts["unet"]), "diffusion": json.loads(texts["diffusion"]), "guidance_scale": texts["guidance_scale"]}
+    sidecar.write_text(json.dumps(settings))
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(bare), str(out), *(["--half"] if half else [])]) == 0
     (tmp_path / "plain").touch()

@@ -128,9 +128,13 @@ def test_the_page_of_options_is_current() -> None:
 
 def test_public_names_all_resolve() -> None:
     import blended_core
+    import blended_core.api
 
     assert all(getattr(blended_core, name) is not None for name in blended_core.__all__)
     assert set(dir(blended_core)) == set(blended_core.__all__)
+    assert {name for name, value in vars(blended_core.api).items() if not name.startswith("_") and name != "annotations"} == set(
+        blended_core.__all__
+    )
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = blended_core.nothing
 
@@ -157,14 +161,39 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(tomllib is None, reason="tomllib came with Python 3.11")
 def test_publishing_adds_the_addresses_that_the_registry_wants() -> None:
-    module = script("addresses")
+    module = script("publish")
     published = tomllib.loads(module.with_addresses((ROOT / "pyproject.toml").read_text("utf-8"), "someone/fork", "abc123"))
-    assert published["project"]["urls"]["Repository"] == "https://github.com/someone/fork"
+    home = "https://github.com/someone/fork"
+    urls = published["project"]["urls"]
+    assert (urls["Repository"], urls["Bug Tracker"]) == (home, f"{home}/issues")
+    assert (ROOT / urls["Documentation"].removeprefix(f"{home}/tree/abc123/")).is_dir()
     for key in ("Icon", "Banner"):
-        address = published["tool"]["comfy"][key]
-        assert (ROOT / address.removeprefix("https://raw.githubusercontent.com/someone/fork/abc123/")).is_file()
+        assert (ROOT / published["tool"]["comfy"][key].removeprefix(f"{home}/raw/abc123/")).is_file()
     with pytest.raises(SystemExit, match="must be one"):
         module.with_addresses("[project]\n", "someone/fork", "abc123")
+
+
+def test_publishing_passes_on_the_changes_of_the_version() -> None:
+    module = script("publish")
+    changelog = "# Changelog\n\n## [Unreleased]\n\n- later\n\n## [1.2.0] – 2026-01-02\n\n### Added\n\n- a node\n\n## [1.1.0]\n\n- old\n"
+    assert module.changes_of(changelog, "1.2.0") == "### Added\n\n- a node"
+    assert module.changes_of(changelog, "1.1.0") == "- old"
+    for version in ("1.2", "1x2.0", "2.0.0"):
+        with pytest.raises(SystemExit, match=f"no entries for version {version}"):
+            module.changes_of(changelog, version)
+    version = module.version_of((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert module.changes_of((ROOT / "CHANGELOG.md").read_text("utf-8"), version)
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text("utf-8")
+    (written,) = re.findall(r'python docs/publish\.py "\S+" "\S+" "(\S+)"', workflow)
+    assert f'node publish --token "$TOKEN" --changelog-file "{written}"' in workflow
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib came with Python 3.11")
+def test_the_classifiers_are_those_that_the_registry_reads() -> None:
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["classifiers"]
+    assert [c for c in classifiers if c.startswith("Operating System ::")] == ["Operating System :: OS Independent"]
+    # The registry takes every classifier of an environment for a list of accelerators, which cannot name the CPU.
+    assert [c for c in classifiers if c.startswith("Environment ::")] == []
 
 
 def test_icon_and_banner_have_the_registry_s_sizes() -> None:
@@ -172,10 +201,3 @@ def test_icon_and_banner_have_the_registry_s_sizes() -> None:
         assert icon.width == icon.height <= 400
     with Image.open(ROOT / "docs" / "images" / "banner.jpg") as banner:
         assert banner.width * 9 == banner.height * 21
-
-
-def test_the_published_archive_keeps_what_users_need() -> None:
-    left_out = [line for line in (ROOT / ".comfyignore").read_text("utf-8").splitlines() if line and not line.startswith("#")]
-    for needed in ("__init__.py", "nodes", "blended_core", "workflows", "subgraphs", "locales", "web", "requirements.txt", "docs/images"):
-        assert not any(pattern.strip("/") in (needed, needed.split("/")[0]) for pattern in left_out), needed
-        assert (ROOT / needed).exists(), needed

@@ -163,9 +163,10 @@ def test_a_pixel_in_a_huge_region_is_kept() -> None:
 
 
 def test_a_soft_mask_keeps_its_grays() -> None:
-    mask = torch.linspace(0, 1, 64).view(1, 1, 1, 64).repeat(1, 1, 64, 1)
+    ramp = torch.linspace(0, 1, 64).view(1, 1, 1, 64).repeat(1, 1, 64, 1)
     region = Region(0, 0, 64, 64, 64)
-    soft = EditMask.of(mask, "soft")
+    soft = EditMask.of(ramp, "soft")
+    mask = ramp.masked_fill(ramp < 9 / 255, 0)
     assert torch.equal(region.cut_mask(soft, 64).values, mask)
     half = region.cut_mask(soft, 32)
     assert half.soft and torch.allclose(half.values[..., 0], mask[..., :2, :2].mean().expand(1, 1, 32), atol=1e-6)
@@ -176,7 +177,7 @@ def test_a_soft_mask_keeps_its_grays() -> None:
 def test_an_empty_mask_is_a_sentence(soft: bool) -> None:
     mask = torch.zeros(1, 1, 20, 30) if soft else torch.full((1, 1, 20, 30), 127 / 255)
     rule = "soft" if soft else "binary"
-    brightest, needed = ("0", "above 0") if soft else ("0.498", r"0\.5 or more")
+    brightest, needed = ("0", r"above 0\.033 \(gray 8 of 255\)") if soft else ("0.498", r"0\.5 or more")
     for crop in ("region", "squash"):
         with pytest.raises(
             BlendedError, match=rf"the mask is empty: its brightest pixel is {brightest} and editing needs {needed}"

@@ -141,6 +141,52 @@ def test_the_readme_names_every_template_and_blueprint() -> None:
         assert path.stem in readme, path.stem
 
 
+@pytest.mark.parametrize("path", [*TEMPLATES, *BLUEPRINTS], ids=lambda p: p.stem)
+def test_every_node_names_its_package_and_version(path: Path) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    name, version = (re.search(rf'^{key} = "(.+)"$', project, re.MULTILINE) for key in ("name", "version"))
+    assert name is not None and version is not None
+    workflow = read(path)
+    subgraphs = {s["id"] for s in workflow.get("definitions", {}).get("subgraphs", [])}
+    for graph in graphs(workflow):
+        for node in graph["nodes"]:
+            if node["type"] in WORDS_ONLY | subgraphs:
+                continue
+            told = node["properties"]["cnr_id"], node["properties"]["ver"]
+            if node["type"] in LOCK:
+                assert told == (name[1], version[1]), "run: python -m docs.make_workflows --packages"
+            else:
+                assert told[0] == "comfy-core" and re.fullmatch(r"\d+\.\d+\.\d+", told[1]), node["type"]
+
+
+def test_the_list_of_nodes_is_that_of_the_pack() -> None:
+    texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    listed = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
+    assert listed == {name: texts[name]["description"] for name in LOCK}, "run: python -m docs.make_workflows --packages"
+
+
+def test_the_app_of_quick_edit_shows_widgets_and_a_result_that_exist() -> None:
+    workflow = read(ROOT / "workflows" / "Quick edit.json")
+    nodes = {str(n["id"]): n for n in workflow["nodes"]}
+    data = workflow["extra"]["linearData"]
+    assert workflow["extra"]["linearMode"] is False, "it opens as a graph"
+    assert [name for _, name in data["inputs"]] == ["background", "text", "strength", "seed", "candidates"]
+    for node, name in data["inputs"]:
+        assert name in nodes[node]["widgets_values_named"]
+    assert [nodes[node]["type"] for node in data["outputs"]] == ["SaveImage"]
+
+
+def test_blueprints_have_the_same_inputs_in_the_same_order() -> None:
+    shared = ["image", "mask", "prompt", "checkpoint", "clip", "guidance_scale", "steps", "strength", "seed", "candidates"]
+    for path in BLUEPRINTS:
+        (subgraph,) = read(path)["definitions"]["subgraphs"]
+        names = [i["name"].replace("object_mask", "mask") for i in subgraph["inputs"]]
+        assert names[: len(shared)] == shared, path.stem
+        assert [o["name"] for o in subgraph["outputs"]] == ["images", "scores"]
+        (sampler,) = (n for n in subgraph["nodes"] if n["type"] == "BlendedSampler")
+        assert sampler["widgets_values_named"]["control_after_generate"] == "randomize"
+
+
 def test_nothing_of_the_machine_that_saved_it_is_left() -> None:
     for path in (*TEMPLATES, *BLUEPRINTS):
         text = path.read_text(encoding="utf-8")

@@ -39,6 +39,8 @@ def convert(model: DiffusionModel, target: Path, half: bool = False) -> int:
                 f"{name} has values up to {float(value.abs().max()):.3g}, too large for float16; write float32.", option="half"
             )
     metadata = {"format": "pt", "unet": json.dumps(unet.config.to_dict()), "diffusion": json.dumps(model.config.to_dict())}
+    if model.guidance_scale is not None:
+        metadata["guidance_scale"] = f"{model.guidance_scale:g}"
     try:
         with replacing(target) as part:
             save_file(tensors, part, metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..weights.sets import MAX_LISTED, MAX_NAME_SHOWN, WeightSet
 from .detect import Detection
 from .probe import group_of
 
@@ -34,11 +35,15 @@ def certainty(detection: Detection, setting: str) -> str:
 
 
 def as_dict(detection: Detection, path: Path) -> dict[str, Any]:
-    """Plain values: family, prefix, for every setting its value, source and certainty, and the result of the probe."""
+    """Plain values: family, prefix, the sets of weights, for every setting its value, source and certainty, and the result of the probe."""
     return {
         "file": str(path),
         "family": detection.family,
         "prefix": detection.prefix,
+        "weights": [
+            {"name": s.name, "averaged": s.averaged, "complete": s.complete, "tensors": len(s.names), "used": s == detection.weights}
+            for s in detection.sets
+        ],
         "settings": {
             name: {"value": value, "decided_by": source, "sure": certainty(detection, name)}
             for name, (value, source) in detection.settings.items()
@@ -56,8 +61,12 @@ def as_table(detection: Detection, path: Path) -> str:
     lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])).rstrip() for row in rows]
     lines.insert(1, "  ".join("─" * width for width in (*widths, 8)))
     head = [f"{path.name}: {detection.family or 'an ADM network of no published family'}"]
-    if detection.prefix:
-        head.append(f"weights under {detection.prefix!r}")
+    if len(detection.sets) > 1:
+        head.append(f"{len(detection.sets)} sets of weights:")
+        head += [f"  {_described(s)}{', used' if s == detection.weights else ''}" for s in detection.sets[:MAX_LISTED]]
+        head += [f"  and {len(detection.sets) - MAX_LISTED} more"] if len(detection.sets) > MAX_LISTED else []
+    elif detection.prefix:
+        head.append(f"weights under {detection.prefix[:MAX_NAME_SHOWN]!r}")
     foot = []
     if (probe := detection.probe) is not None:
         effort = f"{probe.forwards} forward passes, {probe.seconds:.1f} s" if probe.forwards else "cached"
@@ -73,17 +82,26 @@ def summary(detection: Detection) -> str:
     count = "1 head" if unet.num_heads == 1 else f"{unet.num_heads} heads"
     heads = count if unet.num_head_channels is None else f"heads of {unet.num_head_channels}"
     classes = f", {unet.num_classes} classes" if unet.num_classes else ""
+    used = f"; weights {detection.weights.name[:MAX_NAME_SHOWN]}, one of {len(detection.sets)} sets" if len(detection.sets) > 1 else ""
     lines = [
-        detection.family or "an ADM network of no published family",
+        (detection.family or "an ADM network of no published family") + used,
         f"{unet.image_size} px, {unet.model_channels} channels × {', '.join(f'{m:g}' for m in unet.channel_mult)}{classes}",
         f"{process.schedule} {process.steps}, predicts {process.objective}, {heads}",
     ]
+    if detection.guidance_scale is not None:
+        lines[-1] += f", guidance scale {detection.guidance_scale:g}"
     if detection.probe is not None:
         margins = ", ".join(f"{group} ({margin:.2f}×)" for group, margin in detection.probe.margins.items())
         lines.append(f"decided by the probe: {margins}")
     if detection.guessed:
         lines.append(f"guessed: {', '.join(detection.guessed)}")
     return "\n".join(lines)
+
+
+def _described(weights: WeightSet) -> str:
+    """'ema.module (averaged), 210 tensors'."""
+    averaged = " (averaged)" if weights.averaged else ""
+    return f"{weights.name[:MAX_NAME_SHOWN]}{averaged}, {len(weights.names)} tensors{'' if weights.complete else ', incomplete'}"
 
 
 def _text(value: object) -> str:

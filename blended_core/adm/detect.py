@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..diffusion import DiffusionConfig
 from ..errors import BlendedError
+from ..weights.sets import WeightSet, choose_set, weight_sets
 from .families import KNOWN_FILES, initial_settings
 from .probe import ProbeResult
 from .settings import read_settings, resolve_settings
@@ -23,7 +24,13 @@ Shapes = Mapping[str, Sequence[int]]
 
 ANCHOR = "time_embed.0.weight"
 """A tensor that every ADM network has, and no other network under this name."""
+DECODER = "output_blocks."
+"""Beginning of the names of the second half of a network, which a classifier lacks."""
 ADVICE = "Use a pixel-space ADM checkpoint such as guided-diffusion's 256x256_diffusion_uncond.pt, or 'embedded'."
+MAX_RESOLUTIONS = 16
+"""More than any network has: an image of 2¹⁶ pixels."""
+LATENT = r"(^|\.)(first_stage_model|cond_stage_model|conditioner)\."
+LATENT_MODEL = f"it is a latent diffusion model (Stable Diffusion or similar), which generates latents, not pixels. {ADVICE}"
 
 
 @dataclass(frozen=True)
@@ -31,24 +38,35 @@ class Detection:
     """The settings of a checkpoint and how each was decided.
 
     Attributes:
-        prefix: before the names of the network's tensors in the file.
+        weights: the set of weights that is used.
         sources: setting → 'shapes', 'signature' (of a family), 'metadata', 'sidecar', 'override', 'file' (a published file, identified by its hash),
             'probe' or 'default' (a guess).
         family: the published family with these shapes, or None.
         probe: the result of the calibration probe if it was run.
+        sets: every set of weights in the file, the preferred one first.
+        guidance_scale: recommended for edits, where one is stated (:meth:`~blended_core.options.GuidanceOptions.scale_for`).
     """
 
-    prefix: str
+    weights: WeightSet = field(repr=False)
     unet: UNetConfig
     diffusion: DiffusionConfig
     sources: Mapping[str, str]
     family: str | None
     probe: ProbeResult | None = None
+    guidance_scale: float | None = None
+    sets: tuple[WeightSet, ...] = field(default=(), repr=False)
+
+    @property
+    def prefix(self) -> str:
+        """Before the names of the network's tensors in the file."""
+        return self.weights.prefix
 
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
         """{setting: (value, source)}, those of the network first."""
         values = {**self.unet.to_dict(), **self.diffusion.to_dict()}
+        if self.guidance_scale is not None:
+            values["guidance_scale"] = self.guidance_scale
         return {name: (value, self.sources[name]) for name, value in values.items()}
 
     @property
@@ -93,22 +111,27 @@ def detect(
     overrides: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
     sidecar: Mapping[str, Any] | None = None,
+    weights: str = "",
 ) -> Detection:
     """The settings of the network in a file.
 
     Args:
         shapes: name → shape of every tensor in the file.
         overrides, metadata, sidecar: settings as for :func:`read_settings`, in descending order of precedence.
+        weights: name of a set of weights (:func:`network_sets`); '' for the preferred one.
 
     Raises:
         BlendedError: if the file holds no complete ADM network for RGB images (the text says what it holds instead), or if a stated setting is
             unknown or contradicts the shapes.
     """
-    prefix = find_prefix(shapes)
-    reason = why_not(shapes, prefix)
-    if reason or prefix is None:
-        raise BlendedError(reason or f"it holds no ADM network. {ADVICE}")
-    facts = settings_of_shapes(strip_prefix(shapes, prefix))
+    sets = network_sets(shapes)
+    if not sets:
+        raise BlendedError(foreign(shapes))
+    chosen = choose_set(sets, str(weights)) if weights else sets[0]
+    table = table_of(shapes, chosen)
+    if reason := why_not(shapes, table):
+        raise BlendedError(reason)
+    facts = settings_of_shapes(table)
     values, sources, family = initial_settings(facts)
     for source, given in (("sidecar", sidecar), ("metadata", metadata), ("override", overrides)):
         stated = read_settings(given or {}, source)
@@ -127,75 +150,68 @@ def detect(
         )
     unet = UNetConfig(**{f.name: values[f.name] for f in fields(UNetConfig)})
     diffusion = DiffusionConfig(**{f.name: values[f.name] for f in fields(DiffusionConfig)})
-    return Detection(prefix, unet, diffusion, sources, family)
+    return Detection(chosen, unet, diffusion, sources, family, guidance_scale=values.get("guidance_scale"), sets=sets)
 
 
 # --- the network among the tensors of a file --------------------------------------------------------------------------
 
 
-def find_prefix(shapes: Shapes) -> str | None:
-    """The prefix of the names of the network's tensors, '' or e.g. 'ema.module.'; None if there is no network.
-
-    Of several copies, complete networks take precedence over encoders, then averaged weights (EMA) over trained ones, then short prefixes.
-    """
-    complete = {key[: key.find("output_blocks.")] for key in shapes if "output_blocks." in key}
-
-    def rank(prefix: str) -> tuple[bool, bool, int, str]:
-        return prefix not in complete, re.search(r"(^|[._])ema([._]|$)", prefix) is None, len(prefix), prefix
-
-    return min(_prefixes(shapes), key=rank, default=None)
+def network_sets(shapes: Shapes) -> tuple[WeightSet, ...]:
+    """The sets of weights of ADM networks in a file, the preferred one first: complete networks precede encoders, averaged weights trained ones."""
+    return weight_sets(shapes, ANCHOR, (DECODER,))
 
 
-def strip_prefix(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """The tensors under a prefix by the network's own names, without other copies of the network."""
-    copies = tuple(p for p in _prefixes(shapes) if p != prefix and p.startswith(prefix))
-    return {
-        key[len(prefix) :]: tuple(shape)
-        for key, shape in shapes.items()
-        if key.startswith(prefix) and not (copies and key.startswith(copies))
-    }
+def table_of(shapes: Shapes, weights: WeightSet) -> dict[str, tuple[int, ...]]:
+    """The shapes of a set of weights by the network's own names."""
+    return {name: tuple(shapes[key]) for name, key in weights.names.items()}
 
 
-def _prefixes(shapes: Shapes) -> list[str]:
-    return [key[: -len(ANCHOR)] for key in shapes if key == ANCHOR or key.endswith("." + ANCHOR)]
-
-
-def why_not(shapes: Shapes, prefix: str | None) -> str | None:
-    """What a file holds if it holds no ADM network for RGB images, as the text of an error; None if it does."""
+def foreign(shapes: Shapes) -> str:
+    """What a file without an ADM network holds, as the text of an error."""
 
     def some(pattern: str) -> bool:
         return any(re.search(pattern, key) for key in shapes)
 
     if not shapes:
         return f"it holds no tensors. {ADVICE}"
-    if some(r"(^|\.)(first_stage_model|cond_stage_model|conditioner)\."):
-        return f"it is a latent diffusion model (Stable Diffusion or similar), which generates latents, not pixels. {ADVICE}"
-    if prefix is None:
-        if some(r"(^|\.)state\.\d+\."):
-            return (
-                "it is the state of an optimizer (such as opt008100.pt), not a network. Use the file with the weights, usually in the same folder, "
-                "preferably the one named ema_*.pt."
-            )
-        if some(r"(^|\.)(encoder|decoder)\.(down|up)\.\d+\.block\."):
-            return f"it is an autoencoder of a latent diffusion model. {ADVICE}"
-        if some(r"(^|\.)conv_in\.weight$") and some(r"(^|\.)down\.0\.block\."):
-            return (
-                "it is a DDPM in the layout of the first PyTorch port (conv_in, down.0.block), which SDEdit and DDRM use and which has another "
-                f"architecture. {ADVICE}"
-            )
-        if some(r"(^|\.)map_layer[01]\.|(^|\.)enc\.\d+x\d+_"):
-            return f"it is an EDM network (Karras et al.), trained on continuous noise levels without a schedule of steps. {ADVICE}"
-        if some(r"(^|\.)down_blocks\.\d+\."):
-            return f"it is a network in the layout of the diffusers library. {ADVICE}"
-        first = ", ".join(sorted(shapes)[:3])
-        return f"it holds no ADM network: no tensor is named {ANCHOR} (the first names are {first}). {ADVICE}"
+    if some(LATENT):
+        return LATENT_MODEL
+    if some(r"(^|\.)state\.\d+\."):
+        return (
+            "it is the state of an optimizer (such as opt008100.pt), not a network. Use the file with the weights, usually in the same folder, "
+            "preferably the one named ema_*.pt."
+        )
+    if some(r"(^|\.)(encoder|decoder)\.(down|up)\.\d+\.block\."):
+        return f"it is an autoencoder of a latent diffusion model. {ADVICE}"
+    if some(r"(^|\.)conv_in\.weight$") and some(r"(^|\.)down\.0\.block\."):
+        return (
+            "it is a DDPM in the layout of the first PyTorch port (conv_in, down.0.block), which SDEdit and DDRM use and which has another "
+            f"architecture. {ADVICE}"
+        )
+    if some(r"(^|\.)map_layer[01]\.|(^|\.)enc\.\d+x\d+_"):
+        return f"it is an EDM network (Karras et al.), trained on continuous noise levels without a schedule of steps. {ADVICE}"
+    if some(r"(^|\.)down_blocks\.\d+\."):
+        return f"it is a network in the layout of the diffusers library. {ADVICE}"
+    if some(r"(^|\.)shadow_params\.\d+$") or any(key.endswith(ANCHOR.replace(".", "")) for key in shapes):
+        return "it holds averaged weights whose names were left out, without the network that they belong to. Use a file that holds both."
+    first = ", ".join(name[:60] for name in sorted(shapes)[:3])
+    return f"it holds no ADM network: no tensor is named {ANCHOR} (the first names are {first}). {ADVICE}"
 
-    table = strip_prefix(shapes, prefix)
+
+def why_not(shapes: Shapes, table: Shapes) -> str | None:
+    """Why a network is no ADM network for RGB images, as the text of an error; None if it is one.
+
+    Args:
+        shapes: of all tensors in the file.
+        table: of the network, by its own names.
+    """
+    if any(re.search(LATENT, key) for key in shapes):
+        return LATENT_MODEL
     if any(re.match(r"(transformer|token_embedding|transformer_proj|final_ln)\b", k) or ".encoder_kv." in k for k in table):
         return f"it is GLIDE or similar, a network with text input. {ADVICE}"
     if any(".transformer_blocks." in key for key in table):
         return f"it is the network of a latent diffusion model (Stable Diffusion or similar), which generates latents, not pixels. {ADVICE}"
-    if not any(key.startswith("output_blocks.") for key in table):
+    if not any(key.startswith(DECODER) for key in table):
         return f"it is a classifier of noisy images: it has an encoder but no output_blocks. {ADVICE}"
     channels = _size(table, "input_blocks.0.0.weight", 1, 4)
     if channels == 6:
@@ -238,7 +254,8 @@ def settings_of_shapes(table: Shapes) -> dict[str, Any]:
     gaps = max(inputs, default=0) + 1 - len(inputs)
     resolutions = 1 + (len(ends) or gaps)
     blocks = ends[0] if ends else len(outputs) // resolutions - 1
-    if outputs != set(range(resolutions * (blocks + 1))) or blocks < 1:
+    count = resolutions * (blocks + 1)
+    if len(outputs) != count or max(outputs) != count - 1 or blocks < 1 or resolutions > MAX_RESOLUTIONS:
         raise BlendedError(
             f"it looks like an ADM network, but its {len(outputs)} output_blocks do not divide into {resolutions} resolutions with the same "
             "number of blocks. The file is damaged or incomplete: download it again."

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from ..errors import BlendedError
 from ..random import SeededRandom
 from ..region import resize
 from ..toy.world import BACKGROUNDS, OBJECTS, demo_scene
+from .settings import read_settings
 from .unet import UNet, UNetConfig
 
 ALPHAS_CUMPROD = (0.97, 0.75, 0.35, 0.08)
@@ -48,6 +50,8 @@ PROCESSES = (("linear", 1000, True), ("cosine", 1000, True), ("linear", 4000, Fa
 """Schedule, steps, rescale_timesteps. 4000 rescaled steps follow the curve of 1000 with the same timesteps; the two are equivalent."""
 HEAD_SETTINGS = ("num_heads", "num_head_channels", "use_new_attention_order")
 PROCESS_SETTINGS = ("schedule", "steps", "rescale_timesteps")
+MAX_RIVAL = 100
+"""Characters of the description of a second candidate."""
 PROBED_SETTINGS = (*HEAD_SETTINGS, *PROCESS_SETTINGS, "objective")
 
 
@@ -95,8 +99,29 @@ class ProbeResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ProbeResult:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**{"trivial_error" if name == "blind" else name: value for name, value in values.items()})
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: if a value is missing or of another kind.
+        """
+        read = read_settings(values["settings"], "probe cache")
+        settings = {name: read[name] for name in values["settings"]}
+        if not settings.keys() <= set(PROBED_SETTINGS):
+            raise ValueError("settings that the probe does not decide")
+        margins, agreement = ({group: _number(share) for group, share in values[name].items()} for name in ("margins", "agreement"))
+        rivals = {group: str(text) for group, text in values["rivals"].items()}
+        if any(len(text) > MAX_RIVAL or not text.isprintable() for text in rivals.values()):
+            raise ValueError("a rival that the probe does not name")
+        if not margins.keys() == agreement.keys() == rivals.keys() or not margins.keys() <= {"heads", "schedule", "objective"}:
+            raise ValueError("margins of other decisions")
+        error, trivial_error, forwards, seconds = (_number(values[name]) for name in ("error", "blind", "forwards", "seconds"))
+        return cls(settings, margins, agreement, rivals, error, trivial_error, int(forwards), seconds)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        raise ValueError("not a finite number")
+    return float(value)
 
 
 def group_of(setting: str) -> str:
@@ -112,11 +137,13 @@ class ProbeOptions:
         picture: [1, 3, H, W] in −1..1, of any size, similar to the training images; None: scenes of the toy world.
         context: called when the probe begins; returns the context to run it in, if not the one that the network is loaded to.
         on_forward: called with (done, expected) after every forward pass of the network. An exception that it raises ends the probe.
+        cache: folder of earlier decisions; None: the user's cache folder.
     """
 
     picture: Tensor | None = None
     context: Callable[[], DeviceContext] | None = None
     on_forward: Callable[[int, int], None] | None = None
+    cache: Path | None = None
 
 
 DEFAULT_PROBE = ProbeOptions()

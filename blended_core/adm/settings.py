@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from ..diffusion import OBJECTIVES, VARIANCES
+from ..diffusion import MAX_STEPS, OBJECTIVES, VARIANCES
 from ..errors import BlendedError
 from ..schedule import BETAS
+from .unet import MAX_IMAGE_SIZE
+
+MAX_NUMBER = 1 << 20
+"""The largest number that a setting can have: more than any network, and small enough for everything that is computed from it."""
+MAX_SHOWN = 60
+"""Characters of a value that an error shows."""
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)) or int(value) < 1:
+def _whole(value: Any, most: int = MAX_NUMBER) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)) or not 1 <= int(value) <= most:
         raise ValueError
     return int(value)
 
@@ -40,15 +47,27 @@ def _choice(*choices: str) -> tuple[Callable[[Any], str], str]:
 def _numbers(value: Any) -> tuple[float, ...]:
     parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     numbers = tuple(float(part) for part in parts)
+    if any(not 0 <= n <= MAX_NUMBER for n in numbers):
+        raise ValueError
     return tuple(int(n) if n == int(n) else n for n in numbers)
 
 
-WHOLE = (_whole, "a whole number, at least 1")
-OPTIONAL = (_optional, "a whole number, at least 1, or none")
+def _scale(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not 0 < number <= MAX_GUIDANCE_SCALE:
+        raise ValueError
+    return number
+
+
+MAX_GUIDANCE_SCALE = 1e6
+WHOLE = (_whole, f"a whole number, at least 1 and at most {MAX_NUMBER}")
+STEPS = (partial(_whole, most=MAX_STEPS), f"a whole number, at least 1 and at most {MAX_STEPS}")
+OPTIONAL = (_optional, f"a whole number, at least 1 and at most {MAX_NUMBER}, or none")
 FLAG = (_flag, "true or false")
 SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "image_size": (_whole, "a whole number of pixels, at least 1"),
-    **dict.fromkeys(("model_channels", "num_res_blocks", "in_channels", "out_channels", "num_heads", "steps"), WHOLE),
+    "image_size": (partial(_whole, most=MAX_IMAGE_SIZE), f"a whole number of pixels, at least 1 and at most {MAX_IMAGE_SIZE}"),
+    "steps": STEPS,
+    **dict.fromkeys(("model_channels", "num_res_blocks", "in_channels", "out_channels", "num_heads"), WHOLE),
     "channel_mult": (_numbers, "numbers separated by commas"),
     "attention_downsampling": (_numbers, "whole numbers separated by commas"),
     **dict.fromkeys(("num_classes", "num_head_channels", "num_heads_upsample"), OPTIONAL),
@@ -56,8 +75,10 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "schedule": _choice(*BETAS),
     "objective": _choice(*OBJECTIVES),
     "variance": _choice(*VARIANCES),
+    "guidance_scale": (_scale, f"a number above 0 and at most {MAX_GUIDANCE_SCALE:g}"),
     # Flags of guided-diffusion that state the same in another way.
-    **dict.fromkeys(("num_channels", "diffusion_steps"), WHOLE),
+    "num_channels": WHOLE,
+    "diffusion_steps": STEPS,
     "attention_resolutions": (_numbers, "whole numbers of pixels separated by commas"),
     "noise_schedule": _choice(*BETAS),
     **dict.fromkeys(("learn_sigma", "class_cond", "predict_xstart", "sigma_small"), FLAG),
@@ -93,12 +114,12 @@ def read_settings(given: Mapping[str, Any], source: str) -> dict[str, Any]:
         if name in IGNORED or (name == "channel_mult" and value == ""):  # '' asks for the default of the image size
             continue
         if name not in SETTINGS:
-            raise _error(source, f"sets {name!r}, which is not a setting; known are {', '.join(SETTINGS)}. Correct or remove it.")
+            raise _error(source, f"sets {_shown(name)}, which is not a setting; known are {', '.join(SETTINGS)}. Correct or remove it.")
         convert, requirement = SETTINGS[name]
         try:
             new = convert(value)
         except (ValueError, TypeError, KeyError, OverflowError):
-            raise _error(source, f"sets {name} to {value!r}; it must be {requirement}.") from None
+            raise _error(source, f"sets {name} to {_shown(value)}; it must be {requirement}.") from None
         target = RENAMED.get(name, name)
         if name == "learn_sigma":
             target, new = "out_channels", 6 if new else 3
@@ -133,11 +154,11 @@ def resolve_settings(stated: Mapping[str, Any], facts: Mapping[str, Any], image_
         out.setdefault("variance", "fixed_small" if small else "fixed_large")
     conditional = out.pop("class_cond", None)
     if conditional is not None and conditional != (facts["num_classes"] is not None):
-        raise _contradiction(source, "class_cond", conditional, f"{facts['num_classes'] or 'no'} classes")
+        raise _contradiction(source, "class_cond", str(conditional), f"{facts['num_classes'] or 'no'} classes")
     resolutions = out.pop("attention_resolutions", None)
     if resolutions is not None:
         if any(r < 1 for r in resolutions):
-            raise _error(source, f"sets attention_resolutions to {resolutions}; they are pixels, at least 1.")
+            raise _error(source, f"sets attention_resolutions to {_shown(resolutions)}; they are pixels, at least 1.")
         out.setdefault("attention_downsampling", tuple(image_size // r for r in resolutions))
     for name in facts.keys() & out.keys():
         claim = out[name]
@@ -150,9 +171,15 @@ def resolve_settings(stated: Mapping[str, Any], facts: Mapping[str, Any], image_
     return out
 
 
-def _contradiction(source: str, name: str, claim: object, fact: str) -> BlendedError:
-    return _error(source, f"states that {name} is {claim}, but the shapes of the weights show {fact}; correct or remove it.")
+def _contradiction(source: str, name: str, claim: str, fact: str) -> BlendedError:
+    return _error(source, f"states that {name} is {claim[:MAX_SHOWN]}, but the shapes of the weights show {fact}; correct or remove it.")
 
 
 def _error(source: str, text: str) -> BlendedError:
     return BlendedError(f"the {source} {text}", option="overrides" if source == "override" else ())
+
+
+def _shown(value: object) -> str:
+    """A value for an error; of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

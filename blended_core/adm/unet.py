@@ -21,6 +21,8 @@ from .recompute import convolve, norm_silu
 
 GROUPS = 32
 """Of every group normalization in both code bases."""
+MAX_IMAGE_SIZE = 4096
+"""Side in pixels that a network can be said to be trained at: an edit works on images of this size."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class UNetConfig:
                 f"model_channels {self.model_channels}, num_res_blocks {self.num_res_blocks}, in_channels "
                 f"{self.in_channels} and image_size {self.image_size} must all be at least 1."
             )
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise BlendedError(f"image_size is {self.image_size}; it must be at most {MAX_IMAGE_SIZE} pixels.")
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise BlendedError(
                 f"out_channels is {self.out_channels}; with {self.in_channels} input channels it must be "

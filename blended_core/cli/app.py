@@ -7,40 +7,41 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .messages import message_of, print_note
-from .parser import build_parser
-from .process import FAILED, INTERRUPTED, set_waiting_policy, warnings_to
+from .messages import message_of, print_note, say, say_error
+from .parser import parse
+from .process import FAILED, INTERRUPTED, logs_to, open_streams, set_waiting_policy, stop_signals, warnings_to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Runs a command line; returns the exit code: 0, 2 after an error, 130 after Ctrl-C, SIGTERM or SIGHUP."""
+    open_streams()
     set_waiting_policy()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal may be unable to show λ or x̂
-    args = build_parser().parse_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        with warnings_to(lambda warning: print_note(warning, args)):
+        with (
+            stop_signals(),
+            warnings_to(lambda warning: print_note(warning, args)),
+            logs_to(lambda text: print_note(text, args)),
+        ):
             return _run(args)
     except KeyboardInterrupt as interrupt:
         # A command that has saved results says so in the exception.
-        print(f"\n{interrupt}" if str(interrupt) else "\nstopped before a result was finished; nothing was written.", file=sys.stderr)
+        say("\n" + (str(interrupt) or "stopped before a result was finished; nothing was written."), error=True)
         return INTERRUPTED
     except Exception as error:
         if args.debug:
-            traceback.print_exc()
-        print(f"error: {message_of(error, args)}", file=sys.stderr)
+            say(traceback.format_exc().rstrip("\n"), error=True)
+        say_error(message_of(error, args))
         return FAILED
 
 
 def _run(args: argparse.Namespace) -> int:
-    # These import torch, which the parser and --help do not need.
-    from . import checkpoints, edit, evaluate
+    # These modules import no torch; a command imports it after its own checks, because that takes seconds.
+    from . import checkpoints, evaluate, request
 
     commands = {
-        "demo": edit.demo,
-        "edit": edit.edit,
+        "demo": request.demo,
+        "edit": request.edit,
         "inspect": checkpoints.inspect,
         "convert": checkpoints.convert,
         "evaluate": evaluate.evaluate,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import BlendedError, BlendedWarning
-from ..io.atomic import sha256
+from ..errors import BlendedError, BlendedWarning, short_repr
+from ..io.atomic import check_file, sha256, shown_path
 from ..io.request import Request
 from ..io.versions import library_versions, own_version
 from ..toy.models import CLIP, DDPM, LPIPS
+
+VERSION = re.compile(r"[\w.+-]{1,40}", re.ASCII)
 
 
 def request_of_report(path: Path) -> Request:
@@ -23,44 +26,57 @@ def request_of_report(path: Path) -> Request:
     Warns:
         BlendedWarning: if the run used other versions of the libraries.
     """
+    check_file(path, "the report")
     try:
         report = json.loads(path.read_text("utf-8"))
         request = Request.from_dict(report["request"])
         inputs = {key: report["inputs"][key] for key in ("image", "mask")}
-        networks = dict(report.get("networks", {}).get("sha256", {}))
+        networks = {name: str(digest) for name, digest in report.get("networks", {}).get("sha256", {}).items()}
         versions = {"blended-diffusion": report.get("version"), **report.get("versions", {})}
-    except FileNotFoundError:
-        raise BlendedError(f"the report {path} does not exist; check the path.") from None
+        files = network_files(request)
     except BlendedError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise BlendedError(f"{path} is not a report of blended-diffusion; give the report.json in a result folder.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BlendedError(f"{shown_path(path)} is not a report of blended-diffusion; give the report.json in a result folder.") from None
     request = replace(request, image=_found(path, "image", request.image, inputs["image"]))
     if request.mask is not None:
         request = replace(request, mask=_found(path, "mask", request.mask, inputs["mask"]))
     for name, digest in networks.items():
-        file = network_files(request).get(name)
-        if file is None or not file.is_file():
-            raise BlendedError(f"the {name} network of that run, {file or getattr(request, name)}, does not exist anymore; restore it.")
+        file = files.get(name)
+        if file is None or not _is_file(file):
+            where = short_repr(getattr(request, name, name)) if file is None else shown_path(file)
+            raise BlendedError(f"the {short_repr(name)} network of that run, {where}, does not exist anymore; restore it.")
         if (now := sha256(file)) != digest:
             raise BlendedError(
-                f"the {name} network {file} is not the one of that run (SHA-256 {now[:12]}… instead of {str(digest)[:12]}…), so the result "
-                "would differ; restore the file, or start a new run without --from."
+                f"the {name} network {shown_path(file)} is not the one of that run (SHA-256 {now[:12]}… instead of {digest[:12]!r}…), so the "
+                "result would differ; restore the file, or start a new run without --from."
             )
     present = {"blended-diffusion": own_version(), **library_versions()}
-    if others := [f"{name} {then} (now {present[name]})" for name, then in versions.items() if present.get(name, then) != then]:
+    told = {name: then if isinstance(then, str) and VERSION.fullmatch(then) else "of an unknown version" for name, then in versions.items()}
+    if others := [f"{name} {told[name]} (now {now})" for name, now in present.items() if name in versions and versions[name] != now]:
         warnings.warn(BlendedWarning(f"that run used {', '.join(others)}; the result may differ."), stacklevel=2)
     return request
 
 
 def _found(report: Path, key: str, name: str, digest: str) -> str:
     """The path of a file that a report names: there, or beside the report."""
-    file = next((file for file in (Path(name), report.parent / Path(name).name) if file.is_file()), None)
+    file = next((file for file in (Path(name), report.parent / Path(name).name) if _is_file(file)), None)
     if file is None:
-        raise BlendedError(f"the report's {key} {name} does not exist anymore; restore it, or copy it beside {report.name}.")
+        raise BlendedError(
+            f"the report's {key} {shown_path(Path(name))} does not exist anymore; restore it, or copy it beside {report.name}."
+        )
     if sha256(file) != digest:
-        raise BlendedError(f"the report's {key} {file} has changed since that run, so the result would differ; restore the file.")
+        raise BlendedError(
+            f"the report's {key} {shown_path(file)} has changed since that run, so the result would differ; restore the file."
+        )
     return str(file.resolve())
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def network_files(request: Request) -> dict[str, Path]:

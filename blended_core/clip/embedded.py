@@ -26,5 +26,5 @@ def load_embedded(path: Path = CLIP) -> tuple[Clip, WordTokenizer, dict[str, Any
     config = {**meta["config"], "text_cfg": {**meta["config"]["text_cfg"], "vocab_size": rows}}
     model = clip_of(config)
     model.load_state_dict(weights, assign=True)
-    model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
     return model, WordTokenizer(meta["words"], rows - 3, config["text_cfg"]["context_length"]), meta

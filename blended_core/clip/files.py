@@ -1,133 +1,70 @@
-"""Files of CLIP weights: their architecture in open_clip, determined from names and shapes, and whether the weights of a tag can be obtained."""
+"""Files of CLIP weights: the network among their tensors, and its architecture in open_clip, determined from names and shapes."""
 
 from __future__ import annotations
 
-import http.client
-import os
 import re
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import BlendedError
-from ..weights.open import file_errors, open_weights
-from ..weights.torchscript import is_torchscript, read_torchscript
+from ..weights.open import WeightsFile, file_errors, open_weights
+from ..weights.sets import weight_sets
 
 Shapes = Mapping[str, Sequence[int]]
 ANCHOR = "visual.conv1.weight"
 """A tensor that CLIP models with a ViT or a ResNet of OpenAI's layout have."""
+ANCHORS = (ANCHOR, "logit_scale")
+"""Tensors by which a CLIP is found in a file; every CLIP has the last one."""
+PARTS = ("visual.", "logit_scale")
+"""Beginnings of the names in a complete CLIP."""
 QUICKGELU = "-quickgelu"
 """Suffix of open_clip's architectures with OpenAI's activation."""
-ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
-"""Entries of OpenAI's archives that are not weights."""
-TIMEOUT_SECONDS = 10.0
-"""For the first response of a server of weights."""
 ADVICE = "Use weights in the layout of OpenAI's CLIP or of open_clip, or choose a tag."
 
 
+def open_clip_weights(path: Path) -> tuple[WeightsFile, Mapping[str, str]]:
+    """A file of CLIP weights, and the network in it: name in the network → name in the file. Averaged weights are preferred to trained ones.
+
+    Raises:
+        BlendedError: if the file cannot be read or holds no CLIP. The text does not name the file.
+    """
+    file = open_weights(path, ADVICE)
+    return file, network_names(file.shapes)
+
+
+def network_names(shapes: Shapes) -> Mapping[str, str]:
+    """Name in the network → name in the file, for the best of the sets of weights in a file. BlendedError if it holds no CLIP."""
+    for anchor in ANCHORS:
+        sets = weight_sets(shapes, anchor, PARTS)
+        if sets:
+            return sets[0].names
+    raise BlendedError(why_not(shapes))
+
+
 def architecture_of(path: Path) -> str:
-    """The architecture in open_clip that a file of weights belongs to.
+    """The architecture in open_clip that a file of weights belongs to; errors as for :func:`architecture_in`, with the name of the file."""
+    with file_errors(path, "clip"):
+        return architecture_in(open_weights(path, ADVICE))
+
+
+def architecture_in(file: WeightsFile) -> str:
+    """The architecture in open_clip that an opened file belongs to.
 
     The shapes do not determine the activation. Where open_clip has the same network with OpenAI's QuickGELU under another name, a TorchScript archive,
     the format in which OpenAI published its weights, belongs to that one, and any other file to the plain one.
 
     Raises:
-        BlendedError: if the file cannot be read, is not a CLIP, or of a size that open_clip does not know.
+        BlendedError: if it is not a CLIP, or of a size that open_clip does not know.
     """
-    with file_errors(path, "clip"):
-        scripted = is_torchscript(path)
-        shapes: Shapes = (
-            {k: v.shape for k, v in read_torchscript(path, values=False).items()} if scripted else open_weights(path, ADVICE).shapes
+    found = signature(file.shapes)
+    names = [name for name, known in known_signatures().items() if known == found]
+    if not names:
+        raise BlendedError(
+            f"it is a CLIP with {described(found)}, and open_clip has no such network; give the architecture yourself if you know it."
         )
-        found = signature(shapes)
-        names = [name for name, known in known_signatures().items() if known == found]
-        if not names:
-            raise BlendedError(
-                f"it is a CLIP with {described(found)}, and open_clip has no such network; give the architecture yourself if you know it."
-            )
+    scripted = file.format == "torchscript"
     return min(names, key=lambda name: ((QUICKGELU in name) != scripted, len(name), name))
-
-
-@dataclass(frozen=True)
-class WeightsSource:
-    """Where open_clip obtains the weights of a tag: ``address`` of a file or a repository, ``file`` in it, ``folder`` of the downloaded copy."""
-
-    address: str
-    file: str
-    folder: Path
-    downloaded: bool
-
-
-def source_of(name: str, tag: str) -> WeightsSource:
-    """Where open_clip obtains the weights of a tag, and whether they are on this computer."""
-    import open_clip
-    from huggingface_hub import constants, try_to_load_from_cache  # a dependency of open_clip
-
-    known = open_clip.get_pretrained_cfg(name, tag)
-    repository, _, file = str(known.get("hf_hub", "")).rpartition("/")
-    if not repository:
-        address = str(known.get("url", ""))
-        folder, file = Path("~/.cache/clip").expanduser(), address.rpartition("/")[2]
-        return WeightsSource(address, file, folder, (folder / file).is_file())
-    files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    cache = Path(constants.HF_HUB_CACHE)
-    downloaded = any(isinstance(try_to_load_from_cache(repository, f, cache_dir=cache), str) for f in files)
-    folder = cache / f"models--{repository.replace('/', '--')}"
-    return WeightsSource(f"{constants.ENDPOINT}/{repository}", " or ".join(files), folder, downloaded)
-
-
-def check_available(name: str, tag: str, quick: bool, folder: Path | None) -> None:
-    """Raises BlendedError if the weights of a tag are not on this computer and cannot be downloaded; the text says which file to copy where.
-
-    Args:
-        name, tag: of open_clip.
-        quick: the weights were trained with OpenAI's activation.
-        folder: where the user keeps files of weights; None if there is no such folder.
-    """
-    import open_clip
-
-    source = source_of(name, tag)
-    reason = "" if source.downloaded else unreachable(source.address)
-    if not reason:
-        return
-    architecture = name + QUICKGELU if quick and name + QUICKGELU in open_clip.list_models() else name
-    use = f"use {architecture}:FILE." if folder is None else f"put it into {folder}, and select it with the architecture {architecture}."
-    raise BlendedError(
-        f"the weights of {name}:{tag} are not on this computer, and {source.address} cannot be reached ({reason}). open_clip keeps them in "
-        f"{source.folder}: copy that folder from a computer that has them. Or download {source.file} on another computer, and {use}",
-        option="clip",
-    )
-
-
-def unreachable(address: str) -> str:
-    """Why an address cannot be reached, in a few words; '' if a server responds.
-
-    Checked before a download, because the downloader retries a dozen times over a minute if there is no network.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_SECONDS):
-            return ""
-    except (urllib.error.HTTPError, http.client.HTTPException):  # a response, even if it is an error
-        return ""
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ssl.SSLError):  # the downloader may trust other certificates than Python does
-            return ""
-        return str(getattr(error.reason, "strerror", None) or error.reason)
-    except (OSError, ValueError) as error:
-        return str(error) or type(error).__name__
-
-
-def torchscript_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a TorchScript archive, in float32; BlendedError if it cannot be read."""
-    return {k: v.float() for k, v in read_torchscript(path).items() if k not in ARCHIVE_CONSTANTS}
 
 
 def signature(shapes: Shapes) -> dict[str, Any]:
@@ -136,11 +73,9 @@ def signature(shapes: Shapes) -> dict[str, Any]:
     Raises:
         BlendedError: if the file is not a CLIP; the text says what it holds instead.
     """
-    prefixes = [key[: -len(ANCHOR)] for key in shapes if key == ANCHOR or key.endswith("." + ANCHOR)]
-    if not prefixes:
+    table = {name: tuple(shapes[key]) for name, key in network_names(shapes).items()}
+    if ANCHOR not in table:
         raise BlendedError(why_not(shapes))
-    prefix = min(prefixes, key=len)
-    table = {key[len(prefix) :]: tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
     try:
         vocabulary, width = table["token_embedding.weight"]
         text = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from torch import Tensor, nn
 
 from ..device import DeviceContext
 from ..errors import BlendedError, BlendedWarning
+from ..paths import expanded
 from ..toy.world import BACKGROUNDS, OBJECTS
-from ..weights.open import first_line
-from ..weights.torchscript import is_torchscript
+from ..weights.open import file_errors
 from .embedded import load_embedded
-from .files import QUICKGELU, architecture_of, check_available, torchscript_weights
+from .files import QUICKGELU, architecture_in, open_clip_weights
+from .hub import weights_of_tag
+from .network import build_network, build_tokenizer, fill_network, text_settings
+from .towers import vision_transformer
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_TAGS = 8
+"""Tags that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def load_clip(context: DeviceContext, spec: str = "embedded", *, folder: Path | 
 
     Args:
         context: where it runs.
-        spec: 'embedded'; ``MODEL:TAG`` of open_clip (``ViT-B-16:openai``), whose weights open_clip downloads if they are not on this computer;
+        spec: 'embedded'; ``MODEL:TAG`` of open_clip (``ViT-B-16:openai``), whose weights are downloaded if they are not on this computer;
             ``MODEL:FILE`` with a local file of weights; or ``FILE``, whose architecture is determined from its shapes.
         folder: where the user keeps files of weights, for the error about weights that cannot be downloaded.
 
@@ -160,55 +166,140 @@ def load_clip(context: DeviceContext, spec: str = "embedded", *, folder: Path | 
     Warns:
         BlendedWarning: if the activation of a file is unknown.
     """
-    with context.autograd():
-        return _embedded(context) if spec == "embedded" else _open_clip(context, spec, folder)
+    if spec == "embedded":
+        with context.autograd():
+            return _embedded(context)
+    if expanded(spec).is_file():
+        return load_clip_file(context, Path(spec))
+    name, weights, tags = _name_and_tag(spec)
+    if weights in tags:
+        return load_clip_tag(context, spec, folder=folder)
+    if not expanded(weights).is_file():
+        raise BlendedError(f"{weights!r} is neither a file nor a tag of {name} in open_clip; {_listed(tags)}.", option="clip")
+    return load_clip_file(context, Path(weights), name)
 
 
-def _open_clip(context: DeviceContext, spec: str, folder: Path | None) -> ClipModel:
+def load_clip_file(context: DeviceContext, path: Path, architecture: str = "") -> ClipModel:
+    """A CLIP model from a file of weights. Nothing is downloaded.
+
+    Args:
+        context: where it runs.
+        path: a safetensors file, a file of torch.save or a TorchScript archive. Names may have any prefix; averaged weights (EMA) are preferred.
+        architecture: open_clip's name of the network; '' determines it from the shapes.
+
+    Raises:
+        BlendedError: if the architecture is unknown, the file is absent or damaged, does not match the network in every name and shape, or has
+            values that are not finite.
+
+    Warns:
+        BlendedWarning: if the activation of the file is unknown.
+    """
     import open_clip
 
-    if Path(spec).expanduser().is_file():
-        spec = f"{architecture_of(Path(spec).expanduser())}:{Path(spec).expanduser()}"
+    path = expanded(path)
+    known = _known(architecture) if architecture else ""
+    name, model = _loaded(context, path, known, lambda: file_errors(path, "clip"))
+    if name + QUICKGELU in open_clip.list_models():
+        message = f"a file does not state its activation; for weights of OpenAI, MetaCLIP or DFN use {name + QUICKGELU}:FILE."
+        warnings.warn(BlendedWarning(message, option="clip"), stacklevel=3)
+    return model
+
+
+def load_clip_tag(context: DeviceContext, spec: str, *, folder: Path | None = None) -> ClipModel:
+    """A CLIP model with published weights, downloaded if they are not on this computer. Opens no file that ``spec`` names.
+
+    Args:
+        context: where it runs.
+        spec: ``MODEL:TAG`` of open_clip.
+        folder: as for :func:`load_clip`.
+
+    Raises:
+        BlendedError: for an unknown model or tag, a failed download, or weights as for :func:`load_clip_file`.
+    """
+    import open_clip
+
+    name, tag, tags = _name_and_tag(spec)
+    if tag not in tags:
+        raise BlendedError(f"{tag!r} is not a tag of {name} in open_clip; {_listed(tags)}.", option="clip")
+    # The activation that weights were trained with may differ from the configuration of the model; only the entry of their tag states it.
+    quick = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    architecture = name + QUICKGELU if quick and name + QUICKGELU in open_clip.list_models() else name
+    use = f"use {architecture}:FILE." if folder is None else f"put it into {folder}, and select it with the architecture {architecture}."
+    path = weights_of_tag(name, tag, use)
+    return _loaded(context, path, name, lambda: _errors_of_tag(spec, path), tag)[1]
+
+
+@contextlib.contextmanager
+def _errors_of_tag(spec: str, path: Path) -> Iterator[None]:
+    """Adds to the errors about a downloaded file where it is."""
+    try:
+        yield
+    except BlendedError as error:
+        raise BlendedError(f"{spec}: {error} The file is {path}; if you delete it, it is downloaded again.", option="clip") from None
+
+
+def _loaded(
+    context: DeviceContext, path: Path, name: str, errors: Callable[[], contextlib.AbstractContextManager[None]], tag: str = ""
+) -> tuple[str, ClipModel]:
+    """(architecture, model) with the weights in a file.
+
+    Args:
+        name: of the architecture; '' determines it from the shapes.
+        errors: the scope in which the file is read, for the errors about it.
+        tag: the file is that of a tag; what its text encoder needs beside the weights is downloaded with it.
+    """
+    import open_clip
+
+    with context.autograd():
+        with errors():
+            file, names = open_clip_weights(path)
+            name = name or architecture_in(file)
+            file.check_size(names.values())
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        # The weights of one architecture were trained with the same normalization of pictures, so that of a tag is right for a file too.
+        entry = open_clip.get_pretrained_cfg(name, tag or tags[0]) if tag or tags else {}
+        text = text_settings(name, download=bool(tag))
+        network: Any = build_network(name, text, quick=bool(tag and entry.get("quick_gelu")))
+        with errors():
+            fill_network(network, file, names)
+        tokenizer, size = build_tokenizer(name, text), network.visual.image_size
+        network.visual = vision_transformer(network.visual) or network.visual
+        return name, ClipModel(
+            context.place(network), tokenizer, f"{name}:{tag or path}", entry.get("mean") or OPENAI_MEAN, entry.get("std") or OPENAI_STD,
+            int(size[0] if isinstance(size, (tuple, list)) else size), int(getattr(tokenizer, "context_length", 77) or 77),
+        )  # fmt: skip
+
+
+def _name_and_tag(spec: str) -> tuple[str, str, list[str]]:
+    """(model, what follows it, its tags) of ``MODEL:TAG``; BlendedError if open_clip does not have the model, or nothing follows."""
+    import open_clip
+
     name, _, weights = spec.partition(":")
-    name = name.replace("/", "-")
-    if name not in open_clip.list_models():
-        similar = [m for m in open_clip.list_models() if m.lower().startswith(name.lower()[:5])][:6]
-        suggestion = f"similar names are {', '.join(similar)}" if similar else "try ViT-B-16:openai or embedded"
-        raise BlendedError(f"open_clip has no model {name!r}; {suggestion}.", option="clip")
-    tags = open_clip.list_pretrained_tags_by_model(name)
+    name = _known(name)
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(name)
     if not weights:
         raise BlendedError(
             f"{name} names no weights; add a tag ({name}:{tags[0] if tags else 'TAG'}) or a file ({name}:weights.safetensors).",
             option="clip",
         )
-    from_tag = weights in tags
-    if not from_tag and not Path(weights).is_file():
-        known = ", ".join(tags) or "none"
-        raise BlendedError(f"{weights!r} is neither a file nor a tag of {name} in open_clip; its tags are {known}.", option="clip")
-    scripted = not from_tag and is_torchscript(Path(weights))
-    # The activation that weights were trained with may differ from the configuration of the model; only the entry of their tag states it.
-    quick = from_tag and bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
-    if from_tag:
-        check_available(name, weights, quick, folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            activation = {"force_quick_gelu": True} if quick else {}
-            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=None if scripted else weights, **activation)
-            if scripted:
-                model.load_state_dict(torchscript_weights(Path(weights)))
-    except Exception as error:  # open_clip passes on what its downloader or torch raised
-        advice = "download it again, or choose another tag" if from_tag else "it is damaged, or of another architecture"
-        raise BlendedError(f"open_clip could not load {spec} ({first_line(error)}); {advice}.", option="clip") from error
-    if not from_tag and not scripted and name + QUICKGELU in open_clip.list_models():
-        message = f"a file does not state its activation; for weights of OpenAI, MetaCLIP or DFN use {name + QUICKGELU}:FILE."
-        warnings.warn(BlendedWarning(message, option="clip"), stacklevel=4)
-    tokenizer = open_clip.get_tokenizer(name)
-    visual = model.visual
-    size = visual.image_size[0] if isinstance(visual.image_size, (tuple, list)) else int(visual.image_size)
-    mean = getattr(visual, "image_mean", None) or OPENAI_MEAN
-    std = getattr(visual, "image_std", None) or OPENAI_STD
-    return ClipModel(context.place(model), tokenizer, spec, mean, std, size, int(getattr(tokenizer, "context_length", 77) or 77))
+    return name, weights, tags
+
+
+def _known(name: str) -> str:
+    """The name of a model of open_clip, also where it was written with a slash; BlendedError if there is no such model."""
+    import open_clip
+
+    name = name.replace("/", "-")
+    if name not in open_clip.list_models():
+        similar = [m for m in open_clip.list_models() if m.lower().startswith(name.lower()[:5])][:6]
+        suggestion = f"similar names are {', '.join(similar)}" if similar else "try ViT-B-16:openai or embedded"
+        raise BlendedError(f"open_clip has no model {name!r}; {suggestion}.", option="clip")
+    return name
+
+
+def _listed(tags: Sequence[str]) -> str:
+    more = f" and {len(tags) - MAX_TAGS} more" if len(tags) > MAX_TAGS else ""
+    return f"its tags are {', '.join(tags[:MAX_TAGS])}{more}" if tags else "it has no tags"
 
 
 def _embedded(context: DeviceContext) -> ClipModel:

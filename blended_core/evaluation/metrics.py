@@ -26,51 +26,18 @@ from ..io.atomic import write_bytes
 from ..io.images import UInt8, to_uint8, write_png
 from ..losses import PerceptualDistance
 from ..mask import EditMask
-from ..options import PRESETS, EditOptions, preset
+from ..options import EditOptions
 from ..rank import clip_distance
 from ..result import EditResult
 from ..sample import Models, Step
-from ..toy.world import BACKGROUNDS, GUIDANCE_SCALE, OBJECTS, SIDE, demo_scene
+from ..toy.world import BACKGROUNDS, OBJECTS, SIDE, demo_scene
 from .judge import NONE, Judge
+from .rows import CANDIDATES
 
 FORMAT = 2  # version of the saved files; increase it when their meaning changes
-STEPS = "40"
-CANDIDATES, PAIRS = 8, 50
 FIFTH = 0.2
-REFERENCE_SIZE = 256
 PAIR_LISTS = {False: (20220624, 1000), True: (20220626, 5001)}
 """held_back → (seed of the order, seed of the first scene). A held-back list can be used once: after a look at its results, choose new seeds."""
-
-
-def _row(name: str, **changes: Any) -> EditOptions:
-    return preset(name, **{"scale": GUIDANCE_SCALE, "steps": STEPS, **changes})
-
-
-ROWS: dict[str, EditOptions] = {
-    "best": _row("best"),
-    "paper": _row("paper"),
-    # Its loss weights are not scaled with the image size; this scale has the same effect at 64 px as that of the other rows.
-    "official": _row("official", scale=GUIDANCE_SCALE / (REFERENCE_SIZE / SIDE) ** 2),
-    "local-100": _row("best", algorithm="local", background_scale=100.0),
-    "local-1000": _row("best", algorithm="local", background_scale=1000.0),
-    "local-10000": _row("best", algorithm="local", background_scale=10000.0),
-    "no-augmentation": _row("best", views=1),
-    "naive-paste": _row("best", algorithm="local", background_scale=0.0, enforce_background=True),
-    "x0-gradient": _row("best", gradient="x0"),
-    "unet-gradient": _row("best", gradient="unet"),
-    "ddim-10": _row("best", sampler="ddim", steps="ddim10"),
-    "ddim-20": _row("best", sampler="ddim", steps="ddim20"),
-    "ddim-25": _row("best", sampler="ddim", steps="ddim25"),
-    "ddim-30": _row("best", sampler="ddim", steps="ddim30"),
-    "ddim-50": _row("best", sampler="ddim", steps="ddim50"),
-    "guide-to-0.8": _row("best", end=0.8),
-    "guide-from-0.2": _row("best", start=0.2),
-    "early-views-2": _row("best", early_views=2),
-    "half-steps": _row("best", steps=str(int(STEPS) // 2)),
-    "fast": _row("fast", steps=str(round(int(STEPS) * int(PRESETS["fast"].steps) / int(PRESETS["best"].steps)))),
-}
-"""Name → options. ``local-λ`` is Algorithm 1. ``naive-paste`` is Algorithm 1 without D_bg, and pastes the background at the end. The steps of
-``fast`` and ``best`` have the ratio that they have in the presets."""
 
 
 @dataclass(frozen=True)
@@ -328,5 +295,5 @@ def load_candidates(out: Path, row: str, case: Pair) -> tuple[list[UInt8], list[
     """The images [S, S, 3] of the candidates of a pair, best first, and whether the judge accepted each."""
     file = record_path(out, row, case)
     accepted = [bool(c["accepted"]) for c in json.loads(file.read_text("utf-8"))["candidates"]]
-    with Image.open(file.with_suffix(".png")) as image:
+    with Image.open(file.with_suffix(".png"), formats=("PNG",)) as image:
         return list(np.split(np.asarray(image.convert("RGB")), len(accepted), 1)), accepted

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import BlendedError
-from ..options import EditOptions, option, validate
+from ..errors import BlendedError, short_repr
+from ..options import EditOptions, is_finite, option, validate
 
 MACHINE = "machine and output"
+MOST_THREADS = 1024
 DEFAULTS_OF_OLD_REPORTS = {"ddim_guidance": "score"}
+REQUEST_DEFAULTS_OF_OLD_REPORTS = {"ddpm_weights": ""}
 GUIDANCE_DEFAULTS_OF_OLD_REPORTS = {"reference_size": 0}
 """Values of options that did not exist when the report was written, where they differ from today's defaults."""
 
@@ -41,6 +42,11 @@ class Request:
     ddpm: str = option(
         "embedded", "Diffusion model: embedded, or an ADM checkpoint (.safetensors or .pt).", metavar="FILE", node_input="checkpoint"
     )
+    ddpm_weights: str = option(
+        "",
+        "Set of weights in the checkpoint, by a name that inspect lists. By default averaged weights (EMA) if there are any.",
+        flag="--weights", metavar="NAME", node_input="weights",
+    )  # fmt: skip
     overrides: Mapping[str, Any] = field(default_factory=dict)
     clip: str = option(
         "embedded",
@@ -66,17 +72,23 @@ class Request:
         "Gradient checkpointing in the diffusion model, for gradient unet: less memory, about a third slower, the same result.",
         group=MACHINE,
     )
-    threads: int | None = option(None, "CPU threads. By default as many as PyTorch chooses.", low=1, metavar="N", group=MACHINE)
+    threads: int | None = option(
+        None, "CPU threads. By default as many as PyTorch chooses.", low=1, high=MOST_THREADS, metavar="N", group=MACHINE
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+        texts = [self.command, self.image, *self.prompts, *([] if self.mask is None else [self.mask])]
+        numbers = [weight for weight in self.weights if isinstance(weight, (int, float)) and not isinstance(weight, bool)]
+        if not all(isinstance(text, str) for text in texts) or len(numbers) < len(self.weights) or not isinstance(self.overrides, Mapping):
+            raise TypeError("a value of the request is of another type")
         if len(self.weights) != len(self.prompts):
             raise BlendedError(
                 f"{len(self.prompts)} prompts were given with {len(self.weights)} weights; give one weight for each prompt.",
                 option="weights",
             )
-        if wrong := [weight for weight in self.weights if not math.isfinite(weight)]:
-            raise BlendedError(f"the weight of a prompt is {wrong[0]}; give a finite number.", option="weights")
+        if wrong := [weight for weight in self.weights if not is_finite(weight)]:
+            raise BlendedError(f"the weight of a prompt is {short_repr(wrong[0])}; give a finite number.", option="weights")
 
     @property
     def texts(self) -> list[str]:
@@ -98,9 +110,10 @@ class Request:
         """The request of a report, of this or an earlier version.
 
         Raises:
-            KeyError, TypeError, AttributeError: if a key is missing or its value is of another kind.
+            KeyError, TypeError, ValueError, AttributeError: if a key is missing or its value is of another kind.
             BlendedError: for an unknown option, or a value outside its range.
         """
+        values = {**REQUEST_DEFAULTS_OF_OLD_REPORTS, **values}
         given = {f.name: values[f.name] for f in fields(cls)}
         options = {**DEFAULTS_OF_OLD_REPORTS, **given["options"]}
         options["guidance"] = {**GUIDANCE_DEFAULTS_OF_OLD_REPORTS, **options.get("guidance", {})}

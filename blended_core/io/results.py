@@ -6,8 +6,8 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,16 @@ from torch import Tensor
 from ..device import DTYPES
 from ..result import Candidate, EditResult
 from ..sample import Step
+from ..timer import Timer
 from .atomic import write_bytes
 from .contact_sheet import animation, contact_sheet, thumbnail
-from .images import Picture, UInt8, to_uint8, write_png
+from .folder import REPORT, SHEET, free_reserve, old_results
+from .images import Picture, UInt8, to_uint8, write_picture
 from .request import Request
 from .versions import library_versions, own_version
 
-REPORT = "report.json"
-SHEET = "contact_sheet.png"
 TEXT_KEY = "blended-diffusion"
 TILES_OF_SHEET = 30
-OUR_NAME = re.compile(r"(\d+_)?candidate_\d+")
-"""The names of candidates and animations, with or without a rank."""
 
 
 class Writer:
@@ -43,17 +41,20 @@ class Writer:
         provenance: Mapping[str, Any],
         generated: Mapping[str, Path] | None = None,
         animate: bool = False,
+        format: str = "png",
     ) -> None:
         """Nothing is written yet.
 
         Args:
             out: the result folder.
             request: with the device, precision and number of threads that the run uses.
-            picture: the source.
+            picture: the source, with the metadata that the results take over (:func:`~blended_core.io.images.for_format`).
             provenance: entries of the report that are known before the run: the command, hashes of inputs and networks.
             generated: temporary files of a picture and a mask that are copied to ``request.image`` and ``request.mask``.
             animate: also write an animation of each candidate.
+            format: of the candidates: png, jpg, webp or tiff.
         """
+        self.format = format
         self.out, self.request, self.picture, self.provenance = out, request, picture, provenance
         self.generated, self.animate = generated or {}, animate
         self.result: EditResult | None = None
@@ -72,7 +73,7 @@ class Writer:
     def candidate(self, candidate: Candidate, result: EditResult) -> None:
         """Writes one candidate under its number."""
         self.result = result
-        path = self.out / "candidates" / f"candidate_{candidate.index:02d}.png"
+        path = self.out / "candidates" / f"candidate_{candidate.index:02d}.{self.format}"
         # People share pictures, so the text in the file names other files without their folders.
         about = {
             "candidate": candidate.index,
@@ -82,7 +83,8 @@ class Writer:
         }
         pixels = to_uint8(result.picture(candidate))
         self._thumbnails[candidate.index] = thumbnail(pixels)
-        write_png(path, pixels, self._alpha(result), {TEXT_KEY: as_json(about).decode()}, self.picture.icc)
+        # An entry of an earlier edit of this picture is replaced.
+        write_picture(path, replace(self.picture, rgb=pixels, alpha=self._alpha(result)), self.format, {TEXT_KEY: as_json(about).decode()})
         self.files[candidate.index] = path
 
     def _alpha(self, result: EditResult) -> UInt8 | None:
@@ -92,29 +94,46 @@ class Writer:
             return alpha
         return np.where(result.mask.values[0, 0].numpy() > 0, np.uint8(255), alpha)
 
-    def finish(self, result: EditResult, interrupted: bool) -> dict[str, Exception]:
+    def finish(self, result: EditResult, interrupted: bool, timer: Timer) -> dict[str, Exception]:
         """Renames the candidates by rank, and writes the report, the contact sheet and animations.
+
+        ``timer`` has measured the stages before; those of this function are added. The result and the report hold all of them.
 
         Returns:
             The errors of the contact sheet and the animations, by the name of what is missing.
+
+        Raises:
+            OSError: if the report cannot be written.
         """
         for candidate in result.candidates:
             old = self.files[candidate.index]
             new = old.with_name(f"{candidate.rank:02d}_{old.name}")
             os.replace(old, new)
             self.files[candidate.index] = new
-        for key, file in self.generated.items():
-            write_bytes(Path(getattr(self.request, key)), file.read_bytes())
-        self._report(result, interrupted)
-        for path in self._old_files - set(self.files.values()):
-            path.unlink(missing_ok=True)
+        timer.lap("write")
+        free_reserve(self.out)
+        try:
+            self._report(result, interrupted, timer)
+        except OSError:
+            # The disk may be full: the files of an earlier run make room. Its report does not describe the present candidates in any case.
+            (self.out / REPORT).unlink(missing_ok=True)
+            self._delete_old_files()
+            self._report(result, interrupted, timer)
+        self._delete_old_files()
         errors: dict[str, Exception] = {}
         for name, write in {"contact sheet": self._sheet, **({"animations": self._animations} if self.animate else {})}.items():
             try:
                 write(result)
             except Exception as error:
                 errors[name] = error
+            timer.lap(name)
+        # Again, with the seconds that these took. The first report is there in case that they do not end.
+        self._report(result, interrupted, timer)
         return errors
+
+    def _delete_old_files(self) -> None:
+        for path in self._old_files - set(self.files.values()):
+            path.unlink(missing_ok=True)
 
     def _animations(self, result: EditResult) -> None:
         for candidate in result.candidates:
@@ -135,7 +154,10 @@ class Writer:
         )
         contact_sheet(self.out / SHEET, self.picture.rgb, result.mask.values, tiles, title, subtitle)
 
-    def _report(self, result: EditResult, interrupted: bool) -> None:
+    def _report(self, result: EditResult, interrupted: bool, timer: Timer) -> None:
+        result.seconds = dict(timer.seconds)
+        for key, file in self.generated.items():
+            write_bytes(Path(getattr(self.request, key)), file.read_bytes())
         report = {
             "version": own_version(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -153,7 +175,8 @@ class Writer:
             "region": dict(vars(result.region)),
             "source_distance": result.source_distance,
             "notes": result.notes,
-            "seconds": {k: round(v, 3) for k, v in result.seconds.items()},
+            "seconds": {k: round(v, 3) for k, v in timer.seconds.items()},
+            "total_seconds": round(timer.total, 3),
             "candidates": [
                 {
                     "file": self.files[c.index].relative_to(self.out).as_posix(),
@@ -181,8 +204,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def old_results(out: Path) -> set[Path]:
-    """Candidates and animations of an earlier run, which may have left no report. Files with other names do not belong to a run."""
-    return {path for path in (*out.glob("candidates/*.png"), *out.glob("animations/*.webp")) if OUR_NAME.fullmatch(path.stem)}

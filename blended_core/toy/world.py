@@ -112,7 +112,7 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def _sprite_sheet() -> Image.Image:
-    return Image.open(SPRITES_PATH).convert("RGBA")
+    return Image.open(SPRITES_PATH, formats=("PNG",)).convert("RGBA")
 
 
 @lru_cache(maxsize=512)

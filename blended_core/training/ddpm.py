@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..adm.unet import UNet, UNetConfig
 from ..io.atomic import replacing
 from ..schedule import Schedule
-from ..toy.world import OBJECTS, SIDE, Scene, random_scene, render
+from ..toy.world import GUIDANCE_SCALE, OBJECTS, SIDE, Scene, random_scene, render
 
 CONFIG = UNetConfig(
     image_size=SIDE,
@@ -212,6 +212,7 @@ def broadcast_clock(seconds: float) -> float:
 def save_weights(ema: dict[str, Tensor], config: UNetConfig, path: Path, step: int) -> None:
     """Saves half-precision weights, with the configuration in the metadata of the file."""
     meta = {"format": "pt", "unet": json.dumps(config.to_dict()), "diffusion": json.dumps(DIFFUSION), "trained_steps": str(step)}
+    meta["guidance_scale"] = f"{GUIDANCE_SCALE:g}"
     save_file({k: v.half().contiguous() for k, v in ema.items()}, str(path), metadata=meta)
 
 

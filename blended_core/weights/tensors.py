@@ -13,15 +13,25 @@ from ..errors import BlendedError
 
 CHUNK_VALUES = 2**18
 """Values that are checked and copied together. They stay in the processor's cache, so the check takes almost no time."""
-INITIALIZERS = frozenset({"normal_", "uniform_", "kaiming_uniform_", "zero_", "fill_"})
+RANDOM_INITIALIZERS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
+"""Functions that the layers of torch call for random initial values."""
+INITIALIZERS = RANDOM_INITIALIZERS | {"zero_", "fill_"}
 """Functions that the layers of torch and of this library call for their initial values."""
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Leaves out initial values, which a file replaces: on the meta device they would import a compiler, which takes seconds."""
+    """Leaves out initial values, which a file replaces: on the meta device they would import a compiler, which takes seconds.
+
+    Args:
+        names: of the functions that do nothing.
+    """
+
+    def __init__(self, names: frozenset[str] = INITIALIZERS) -> None:
+        super().__init__()
+        self.names = names
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in INITIALIZERS:
+        if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
@@ -43,10 +53,12 @@ def copy_finite(tensor: Tensor, name: str, dtype: torch.dtype, channels_last: bo
             f"{name} is not a dense floating-point tensor ({tensor.dtype}); quantized files are not supported: use the original file."
         )
     values = tensor.detach()
+    if values.ndim == 0:
+        return copy_finite(values[None], name, dtype, False)[0]
     layout = torch.channels_last if channels_last and values.ndim == 4 else torch.contiguous_format
     out = torch.empty(values.shape, dtype=dtype, memory_format=layout)
     low, high = 0.0, 0.0
-    rows = max(1, CHUNK_VALUES * len(values) // values.numel())
+    rows = max(1, CHUNK_VALUES * len(values) // max(1, values.numel()))
     for begin in range(0, len(values), rows):
         chunk = slice(begin, begin + rows)
         # float64 stays: a value that is too large for float32 is not infinite.
