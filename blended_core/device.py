@@ -90,3 +90,12 @@ class DeviceContext:
         """The scope in which networks are used: outside of inference mode, gradients off until a function enables them."""
         with torch.inference_mode(False), torch.no_grad():
             yield
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 faster than those of float32: a CPU with AVX512_BF16 or AMX, or CUDA."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # torch has no public question for this. Where the names are missing, float32 is the answer that is always right.
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(bool(ask()) for ask in asked if ask is not None)

@@ -165,6 +165,14 @@ class LoadCLIP(io.ComfyNode):
                     advanced=True,
                     tooltip="Any other model of open_clip as MODEL:TAG, such as ViT-L-14:laion2b_s32b_b82k. Downloaded on first use. Replaces weights.",
                 ),
+                io.Combo.Input(
+                    "precision",
+                    options=["auto", "fp32", "bf16"],
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Precision of the image encoder. auto: bf16 for large encoders where the device computes with it, else fp32.",
+                ),
             ],
             outputs=[inputs.CLIP.Output("clip", display_name="clip", tooltip="The CLIP, for Encode Prompt.")],
         )
@@ -174,7 +182,7 @@ class LoadCLIP(io.ComfyNode):
         return weights if weights == EMBEDDED or weights.endswith(DOWNLOADED) else file_version(find_file(CLIP_FOLDER, weights))
 
     @classmethod
-    def execute(cls, weights: str, architecture: str = "", other_tag: str = "") -> io.NodeOutput:
+    def execute(cls, weights: str, architecture: str = "", other_tag: str = "", precision: str = "auto") -> io.NodeOutput:
         with library_scope(CLIP):
             context = offload_context(device_context("fp32"))
             tag = other_tag.strip() or (weights.removesuffix(DOWNLOADED) if weights.endswith(DOWNLOADED) else "")
@@ -184,4 +192,5 @@ class LoadCLIP(io.ComfyNode):
                 clip = load_clip(context)
             else:
                 clip = load_clip_file(context, find_file(CLIP_FOLDER, weights), architecture.strip())
+            clip.in_precision(precision, device_context("fp32").device)
             return io.NodeOutput(LoadedCLIP(clip, manage(clip.model)))

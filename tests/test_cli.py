@@ -224,7 +224,7 @@ def test_an_option_without_effect_gives_a_note(tmp_path: Path, inputs: list[str]
     added = ["--eta", "1", "--class", "3", "--lpips", "alex", "--checkpointing"]
     assert run("edit", *inputs, "--prompt", "", *SMALL, *added, "--out", tmp_path / "out") == 0
     notes = capsys.readouterr().err
-    assert "eta 1 has no effect: only the sampler ddim uses it (--eta)." in notes
+    assert "eta 1 has no effect: only the samplers ddim and dpmpp-2m use it (--eta)." in notes
     assert "class_choice 3 has no effect: the diffusion model is not class-conditional (--class)." in notes
     assert "views 2 has no effect: there is no prompt (--views)." in notes
     assert "(--lpips)" in notes and "(--checkpointing)" in notes

@@ -113,7 +113,8 @@ def load_models(request: Request) -> Models:
             ddpm = load_ddpm(context, request.ddpm, request.overrides, probe=probe, weights=request.ddpm_weights)
         if request.checkpointing:
             ddpm.network.gradient_checkpointing = True  # type: ignore[assignment]
-        clip = load_clip(context, request.clip) if request.texts else None
+        exact = request.options.preset == "official" and request.clip_dtype == "auto"
+        clip = load_clip(context, request.clip).in_precision("fp32" if exact else request.clip_dtype) if request.texts else None
         needs_perceptual = request.texts and request.options.guidance.needs_perceptual
         perceptual = load_perceptual(context, request.lpips) if needs_perceptual else None
     return Models(ddpm, clip, perceptual, context)
@@ -132,9 +133,9 @@ def networks_without_effect(request: Request) -> list[Note]:
     return found
 
 
-def precision_of(context: DeviceContext) -> str:
-    """The name of a context's precision: 'fp32', 'bf16' or 'fp16'."""
-    return next(name for name, dtype in DTYPES.items() if dtype == context.dtype)
+def precision_of(dtype: torch.dtype) -> str:
+    """The name of a precision: 'fp32', 'bf16' or 'fp16'."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def keep_memory(options: EditOptions) -> None:
@@ -152,7 +153,8 @@ def _as_run(request: Request, models: Models) -> Request:
         request,
         options=replace(request.options, guidance=with_scale(request.options.guidance, models.ddpm)),
         device=str(models.context.device),
-        dtype=precision_of(models.context),
+        dtype=precision_of(models.context.dtype),
+        clip_dtype=request.clip_dtype if models.clip is None else precision_of(models.clip.image_dtype),
         threads=torch.get_num_threads(),
         lpips=getattr(models.perceptual, "name", request.lpips),
     )

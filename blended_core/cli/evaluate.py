@@ -75,7 +75,10 @@ def _evaluate(args: argparse.Namespace, out: Path, rows: Mapping[str, EditOption
     context = DeviceContext.choose(args.device or "auto", args.dtype or "auto")
     perceptual = load_perceptual(context, "embedded")
     models = Models(load_ddpm(context), load_clip(context), perceptual, context)
-    networks = {name: sha256(file) for name, file in NETWORKS.items()} | {"precision": precision_of(context), "device": context.device.type}
+    networks = {name: sha256(file) for name, file in NETWORKS.items()} | {
+        "precision": precision_of(context.dtype),
+        "device": context.device.type,
+    }
     cases = pairs(args.pairs, args.held_back)
     done = 0
     with tqdm(total=len(cases) * len(rows), unit="pair", disable=None, dynamic_ncols=True, leave=False) as bar:
