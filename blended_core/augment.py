@@ -75,7 +75,7 @@ def balanced_views(count: int, size: int) -> ViewParameters:
     """Parameters of ``count`` warped views of a square picture, always the same: points of a Sobol sequence instead of random numbers, so that few of
     them cover the range of warps evenly."""
     engine = torch.quasirandom.SobolEngine(13, scramble=True, seed=0)  # type: ignore[no-untyped-call]
-    points: Tensor = engine.draw(count)  # type: ignore[no-untyped-call]
+    points: Tensor = engine.draw(count)
     affine_gate, turn, push, perspective_gate, pull = torch.split(points, [1, 1, 2, 1, 8], 1)
     return _views([affine_gate[:, 0], turn[:, 0], push, perspective_gate[:, 0], pull.reshape(-1, 4, 2)], size)
 
