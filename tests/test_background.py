@@ -343,7 +343,8 @@ def test_a_run_without_a_finite_candidate_is_an_error(value: float, half: bool) 
     assert ("use fp32" in str(raised.value)) is half
 
 
-def test_a_guidance_scale_out_of_all_proportion_is_named() -> None:
+def test_a_guidance_scale_out_of_all_proportion_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blended_core.options.validate", lambda options: None)  # its limit is far from where these networks overflow
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 3:12, 3:12] = 1
     with pytest.raises(BlendedError, match=r"no candidate is finite.*lower the guidance scale, now 1e\+30") as raised:

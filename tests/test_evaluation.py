@@ -270,7 +270,7 @@ def test_the_command_writes_table_plot_and_contact_sheets(
     for arguments_of_error, message in (
         (["--only", "better"], "unknown row better; known are best, paper"),
         (["--pairs", "0"], "--pairs is 0"),
-        (["--threads", "-1"], "threads is -1; give a number of at least 1 and at most 1024 (--threads)"),
+        (["--threads", "-1"], "threads is -1; give a whole number of at least 1 and at most 1024 (--threads)"),
         (["--out", str(out / "evaluation.json")], "is a file; name a folder"),
     ):
         assert main(["evaluate", "--device", "cpu", *arguments_of_error]) == 2

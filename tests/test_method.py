@@ -311,7 +311,7 @@ def test_a_soft_mask_opens_as_noise_goes(values: list[float], start: int) -> Non
     levels = [EditMask.of(mask, "soft").at_level(index, start) for index in range(start, -1, -1)]
     for level in levels:
         assert set(level.unique().tolist()) <= {0.0, 1.0}
-        assert (level[mask < 9 / 255] == 0).all(), "black is never edited"
+        assert (level[mask * 255 <= 8.5] == 0).all(), "black is never edited"
         assert (level[mask == 1] == 1).all(), "1 is free all the way"
     for before, after in pairwise(levels):
         assert (after >= before).all(), "what is free stays free"

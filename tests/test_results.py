@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from blended_core import edit as edit_module
+from blended_core import timer
 from blended_core.cli import edit as cli
 from blended_core.cli import main
 from blended_core.cli.report_input import request_of_report
@@ -233,7 +234,7 @@ def test_every_stage_is_timed_and_the_times_sum_to_the_total(
         clock[0] += 2000
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(edit_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(cli, "load_models", taking(7, lambda request: tiny.tiny_models()))
     monkeypatch.setattr(edit_module, "check_picture", taking(11, edit_module.check_picture))
     monkeypatch.setattr(edit_module, "final_image", taking(13, edit_module.final_image))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -127,8 +128,9 @@ class Writer:
             except Exception as error:
                 errors[name] = error
             timer.lap(name)
-        # Again, with the seconds that these took. The first report is there in case that they do not end.
-        self._report(result, interrupted, timer)
+        # Again, with the seconds that these took. The first report is there in case that they do not end, or that the disk is full now.
+        with contextlib.suppress(OSError):
+            self._report(result, interrupted, timer)
         return errors
 
     def _delete_old_files(self) -> None:
