@@ -68,21 +68,7 @@ def draw_views(generators: Sequence[torch.Generator] | torch.Generator, count: i
     shapes = ((count,), (count,), (count, 2), (count,), (count, 4, 2))
     each = [[torch.rand(shape, generator=generator) for shape in shapes] for generator in generators]
     # All matrices in one call: solving for them takes a millisecond a call, whatever their number.
-    return _views([torch.stack(drawn, 1).flatten(0, 1) for drawn in zip(*each, strict=True)], size, symmetric)
-
-
-def balanced_views(count: int, size: int) -> ViewParameters:
-    """Parameters of ``count`` warped views of a square picture, always the same: points of a Sobol sequence instead of random numbers, so that few of
-    them cover the range of warps evenly."""
-    engine = torch.quasirandom.SobolEngine(13, scramble=True, seed=0)  # type: ignore[no-untyped-call]
-    points: Tensor = engine.draw(count)
-    affine_gate, turn, push, perspective_gate, pull = torch.split(points, [1, 1, 2, 1, 8], 1)
-    return _views([affine_gate[:, 0], turn[:, 0], push, perspective_gate[:, 0], pull.reshape(-1, 4, 2)], size)
-
-
-def _views(uniform: Sequence[Tensor], size: int, symmetric: bool = True) -> ViewParameters:
-    """Views from numbers in 0..1: gate of the affine warp [R], angle [R], shift [R, 2], gate of the perspective warp [R], corners [R, 4, 2]."""
-    affine_gate, turn, push, perspective_gate, pull = uniform
+    affine_gate, turn, push, perspective_gate, pull = (torch.stack(drawn, 1).flatten(0, 1) for drawn in zip(*each, strict=True))
     angle = turn * (2 * DEGREES) - DEGREES
     shift = (push * (2 * TRANSLATE) - TRANSLATE) * size
     if not symmetric:

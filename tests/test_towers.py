@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,10 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from torch import Tensor, nn
 
 from blended_core.clip.embedded import load_embedded
-from blended_core.clip.towers import vision_transformer
+from blended_core.clip.model import LARGE_WIDTH, ClipModel, load_clip
+from blended_core.clip.towers import clip_of, vision_transformer
 from blended_core.clip.words import WordTokenizer
+from blended_core.device import DeviceContext
 from blended_core.toy.captions import describe
 from blended_core.toy.world import OBJECTS
 
@@ -54,7 +57,7 @@ def tower(name: str) -> nn.Module:
     return visual.eval().requires_grad_(False)
 
 
-def embedded(encoder: nn.Module, images: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+def embedded(encoder: Callable[[Tensor], Tensor], images: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """(embeddings, gradient of their product with a direction with respect to the images)."""
     leaf = images.clone().requires_grad_()
     out: Tensor = encoder(leaf)
@@ -138,3 +141,44 @@ def test_every_word_of_a_caption_is_known() -> None:
     for name in OBJECTS:
         for _ in range(20):
             assert tokenizer.unknown not in tokenizer.encode(describe(rng, frozenset({name}), "snow").text)
+
+
+def large_clip() -> ClipModel:
+    """A CLIP with one block of the width from which bfloat16 pays."""
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": LARGE_WIDTH, "head_width": 64},
+        "text_cfg": {"context_length": 8, "vocab_size": 12, "width": 32, "heads": 2, "layers": 1},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        weights = open_clip.CLIP(**config).state_dict()
+    model = clip_of(config)
+    model.load_state_dict({k: v for k, v in weights.items() if k in model.state_dict()}, assign=True)
+    return ClipModel(model.train(False).requires_grad_(False), WordTokenizer({}, 9, 8), "large", (0.5,) * 3, (0.5,) * 3, 32, 8)
+
+
+@pytest.mark.parametrize(("asked", "able", "expected"), [
+    ("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("fp32", True, torch.float32), ("bf16", False, torch.bfloat16),
+])  # fmt: skip
+def test_the_precision_of_the_image_encoder_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, asked: str, able: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr("blended_core.clip.model.computes_bfloat16", lambda device: able)
+    exact, chosen = large_clip(), large_clip().in_precision(asked)
+    assert chosen.image_dtype == expected
+    picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    direction = torch.randn(2, 32, generator=torch.Generator().manual_seed(6))
+    (near, gradient), (whole, exact_gradient) = (embedded(c.encode_image, picture, direction) for c in (chosen, exact))
+    assert near.dtype == gradient.dtype == torch.float32
+    limit = 1e-6 if expected == torch.float32 else 0.04
+    assert difference(near, whole) < limit and difference(gradient, exact_gradient) < 2 * limit
+    assert torch.equal(chosen.prompt("x").embeddings, exact.prompt("x").embeddings), "texts stay in float32"
+
+
+def test_small_and_foreign_encoders_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blended_core.clip.model.computes_bfloat16", lambda device: True)
+    assert load_clip(DeviceContext()).in_precision("auto").image_dtype == torch.float32
+    foreign = large_clip()
+    foreign.model.visual = tower("ViT-B-16")
+    assert foreign.in_precision("bf16").image_dtype == torch.float32
