@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from blended_core.adm import cache
+from blended_core.cli.process import STOP_SIGNALS
 from blended_core.clip.model import ClipModel
 from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
@@ -36,6 +38,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(cache, "user_cache_path", lambda *_, **__: folder)
         yield
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """No signal is ignored, as it is in a test run that was started with nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -860,7 +860,13 @@ def test_an_output_that_cannot_be_written_is_noticed_before_networks_are_loaded(
 
 @pytest.mark.parametrize("number", process.STOP_SIGNALS)
 def test_sigterm_and_sighup_keep_finished_results(
-    tmp_path: Path, inputs: list[str], small_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals
+    tmp_path: Path,
+    inputs: list[str],
+    small_networks: None,
+    heeded_signals: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    number: signal.Signals,
 ) -> None:
     edit_picture = cli.edit_picture
 

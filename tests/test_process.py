@@ -333,7 +333,7 @@ def test_a_progress_bar_needs_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None
     sys.stdout.close()
 
 
-def test_a_signal_that_the_caller_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_that_the_caller_ignores_stays_ignored(heeded_signals: None) -> None:
     """As after nohup."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     signal.signal(STOP_SIGNALS[0], signal.SIG_IGN)
