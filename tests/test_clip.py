@@ -562,6 +562,26 @@ def test_the_error_about_another_file_states_what_it_holds(tmp_path: Path, keys:
         load_clip(CONTEXT, str(path))
 
 
+def test_odd_shapes_and_names_are_refused_with_a_sentence() -> None:
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.conv1.weight": (8, 3, 16, 16), "logit_scale": (), "token_embedding.weight": (100, 8), "positional_embedding": (77, 8),
+        "text_projection": (8, 8), "transformer.resblocks.0.x": (1,), "visual.transformer.resblocks.0.x": (1,),
+    }  # fmt: skip
+    resnet = {"visual.layer1.0.conv1.weight": (8,), **{f"visual.layer{i}.0.x": (1,) for i in (2, 3, 4)}}
+    for odd in (
+        {"visual.positional_embedding": (0, 8)},
+        {"visual.positional_embedding": (5, 8), "visual.conv1.weight": (8,)},
+        {**resnet, "visual.attnpool.positional_embedding": (0, 4)},
+    ):
+        with pytest.raises(BlendedError, match="tensors are missing or have other shapes"):
+            signature({**shapes, **odd})
+    for name in ("a" * 300, f"ViT-B-32:{'a' * 300}", "ViT-B-32:a\0b"):
+        with pytest.raises(BlendedError, match="has no model|neither a file nor a tag"):
+            load_clip(CONTEXT, name)
+    with pytest.raises(BlendedError, match="cannot be read"):
+        load_clip_file(CONTEXT, Path("a" * 300))
+
+
 def test_a_network_that_open_clip_does_not_have_is_described(tiny_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     save_file(open_clip.CLIP(**{**TINY, "embed_dim": 24}).state_dict(), path)

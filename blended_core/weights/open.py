@@ -157,19 +157,19 @@ def open_weights(path: Path, advice: str = "") -> WeightsFile:
     Raises:
         BlendedError: if the file is absent, damaged, holds no tensors, or could only be read by running code. The text does not name the file.
     """
-    if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
-        raise BlendedError(f"it is a folder in the layout of the diffusers library, not a checkpoint file. {advice}")
-    if path.is_dir():
-        raise BlendedError(f"{path} is a folder; give the checkpoint file in it.")
-    if not path.exists():
-        raise BlendedError(f"there is no file {path}; check the name.")
-    shard = SHARD.search(path.name)
-    if shard is not None and int(shard[2]) > 1:
-        raise BlendedError(
-            f"it is part {int(shard[1])} of {int(shard[2])} of a model that was saved in several files (shards). Join the parts into one file: load "
-            "each, and save all tensors together as safetensors."
-        )
     try:
+        if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
+            raise BlendedError(f"it is a folder in the layout of the diffusers library, not a checkpoint file. {advice}")
+        if path.is_dir():
+            raise BlendedError(f"{path} is a folder; give the checkpoint file in it.")
+        if not path.exists():
+            raise BlendedError(f"there is no file {path}; check the name.")
+        shard = SHARD.search(path.name)
+        if shard is not None and int(shard[2]) > 1:
+            raise BlendedError(
+                f"it is part {int(shard[1])} of {int(shard[2])} of a model that was saved in several files (shards). Join the parts into one file: "
+                "load each, and save all tensors together as safetensors."
+            )
         if not stat.S_ISREG(path.stat().st_mode):
             raise BlendedError(f"{path} is a pipe or a device, not a file.")
         with path.open("rb") as stream:
@@ -219,7 +219,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         BlendedError: if it cannot be read or is not a JSON object.
     """
     sidecar = path.with_suffix(".json")
-    if sidecar == path or not sidecar.is_file():
+    if sidecar == path or not os.path.isfile(sidecar):
         return {}
     try:
         with sidecar.open("rb") as stream:
