@@ -390,7 +390,9 @@ ALGORITHMS = Graph(
             {
                 "scene": scene("sunset", seed=1),
                 "with_lambda": Node(
-                    "BlendedGuidanceOptions", values={"scale": CHECKPOINTS_SCALE, "background_scale": 1000}, title="Guidance Options (λ 1000)"
+                    "BlendedGuidanceOptions",
+                    values={"scale": CHECKPOINTS_SCALE, "background_scale": 1000},
+                    title="Guidance Options (λ 1000)",
                 ),
             },
         ),
