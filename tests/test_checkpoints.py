@@ -570,7 +570,12 @@ def test_values_must_be_finite_and_in_the_range_of_the_precision(tmp_path: Path)
         (torch.zeros(192, 64, 1, dtype=torch.complex64), "quantized"),
         (torch.zeros(192, 64, 1).to_sparse(), "not a dense"),
         *(  # a later torch may not make them any more
-            [(torch.quantize_per_tensor(torch.zeros(192, 64, 1), 0.1, 0, torch.qint8), "not a dense floating-point tensor: it is quantized")]
+            [
+                (
+                    torch.quantize_per_tensor(torch.zeros(192, 64, 1), 0.1, 0, torch.qint8),
+                    "not a dense floating-point tensor: it is quantized",
+                )
+            ]
             if hasattr(torch, "quantize_per_tensor")
             else []
         ),
