@@ -25,6 +25,7 @@ from blended_core.clip.model import OPENAI_MEAN as MEAN
 from blended_core.clip.model import OPENAI_STD as STD
 from blended_core.clip.model import load_clip_file, load_clip_tag
 from blended_core.clip.network import build_tokenizer, text_settings
+from blended_core.errors import with_controls
 from blended_core.rank import clip_distance, clip_distance_of_views
 from blended_core.toy.world import OBJECTS, Placed, Scene, render
 from blended_core.weights.open import open_weights
@@ -606,15 +607,19 @@ def test_the_error_about_unreachable_weights_names_file_and_folder(tmp_path: Pat
     for part in (
         "ViT-B-16:openai are not on this computer",
         f"/{repository} cannot be reached",
-        str(tmp_path / "hub" / f"models--{repository.replace('/', '--')}"),
+        f"Copy the cache {tmp_path / 'hub'} from",
         "open_clip_model.safetensors",
         f"put it into {tmp_path / 'open_clip'}",
-        "architecture ViT-B-16-quickgelu.",
+        "(architecture ViT-B-16-quickgelu).",
     ):
         assert part in str(told.value)
     with pytest.raises(BlendedError, match=r"use ViT-B-32:FILE\.$"):
         load_clip(CONTEXT, "ViT-B-32:laion2b_s34b_b79k")
     assert not list(tmp_path.iterdir()), "nothing was written"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/home/somebody/.cache/huggingface/hub")
+    with pytest.raises(BlendedError) as told:
+        load_clip(CONTEXT, "ViT-B-16:laion2b_s34b_b88k", folder=Path("/home/somebody/ComfyUI/models/open_clip"))
+    assert with_controls(told.value, lambda _: None) == str(told.value), "a message of a surface says all of it"
 
 
 def test_a_file_is_looked_for_under_every_name_that_it_may_have(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,7 +652,7 @@ def test_a_file_is_looked_for_under_every_name_that_it_may_have(tmp_path: Path, 
     ):
         asked.clear()
         monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_, place=place: {"hf_hub": place})
-        with pytest.raises(BlendedError, match=rf"cannot be reached \({reason}\).*Or download {' or '.join(names)} on another"):
+        with pytest.raises(BlendedError, match=rf"cannot be reached \({reason}\).*or download {' or '.join(names)} from that address and "):
             weights_of_tag("tiny-for-tests", "plain", "")
         assert asked == names
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"url": "http://127.0.0.1/x.pt"})

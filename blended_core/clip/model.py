@@ -226,7 +226,7 @@ def load_clip_tag(context: DeviceContext, spec: str, *, folder: Path | None = No
     # The activation that weights were trained with may differ from the configuration of the model; only the entry of their tag states it.
     quick = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
     architecture = name + QUICKGELU if quick and name + QUICKGELU in open_clip.list_models() else name
-    use = f"use {architecture}:FILE." if folder is None else f"put it into {folder}, and select it with the architecture {architecture}."
+    use = f"use {architecture}:FILE." if folder is None else f"put it into {folder} (architecture {architecture})."
     path = weights_of_tag(name, tag, use)
     return _loaded(context, path, name, lambda: _errors_of_tag(spec, path), tag)[1]
 
