@@ -184,7 +184,7 @@ def changed_json(text: str, rng: random.Random) -> str:
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 def test_a_thousand_damaged_caches_give_no_error(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "user_cache_path", lambda *_, **__: tmp_path / "cache")
     _, true = detected(small)
     whole = cache_file().read_text()
     unet = tiny_unet(model_channels=64)
