@@ -577,7 +577,7 @@ def test_odd_shapes_and_names_are_refused_with_a_sentence() -> None:
         with pytest.raises(BlendedError, match="tensors are missing or have other shapes"):
             signature({**shapes, **odd})
     for name in ("a" * 300, f"ViT-B-32:{'a' * 300}", "ViT-B-32:a\0b"):
-        with pytest.raises(BlendedError, match="has no model|neither a file nor a tag"):
+        with pytest.raises(BlendedError, match=r"has no model|neither a file nor a tag"):
             load_clip(CONTEXT, name)
     with pytest.raises(BlendedError, match="cannot be read"):
         load_clip_file(CONTEXT, Path("a" * 300))
