@@ -220,7 +220,9 @@ def test_flags_of_guided_diffusion_are_understood() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"no_such": 1}, "no_such.*not a setting"),
+        ({"no_such": 1}, r"'no_such', which is not a setting; known are image_size, .{0,400}$"),  # fits into one message
+        ({"heads": 1}, "'heads', which is not a setting; similar names are num_heads"),
+        ({"x" * 500: 1}, "not a setting"),
         ({"steps": "many"}, "steps.*'many'.*whole number"),
         ({"steps": 0}, "steps"),
         ({"num_head_channels": 0}, "num_head_channels"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from ..diffusion import MAX_STEPS, OBJECTIVES, VARIANCES
+from ..diffusion import MAX_STEPS, OBJECTIVES, VARIANCES, DiffusionConfig
 from ..errors import BlendedError
 from ..schedule import BETAS
-from .unet import MAX_IMAGE_SIZE
+from .unet import MAX_IMAGE_SIZE, UNetConfig
 
 MAX_NUMBER = 1 << 20
 """The largest number that a setting can have: more than any network, and small enough for everything that is computed from it."""
@@ -84,6 +86,8 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     **dict.fromkeys(("learn_sigma", "class_cond", "predict_xstart", "sigma_small"), FLAG),
 }
 """Name → (conversion, what a value must be), of every setting that can be stated."""
+OWN = [field.name for kind in (UNetConfig, DiffusionConfig) for field in fields(kind)]
+"""The names that do not come from guided-diffusion, for errors, which all names are too many for."""
 RENAMED = {"num_channels": "model_channels", "noise_schedule": "schedule", "diffusion_steps": "steps"}
 IGNORED = {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas"}
 """Flags of guided-diffusion that do not describe the weights."""
@@ -114,7 +118,9 @@ def read_settings(given: Mapping[str, Any], source: str) -> dict[str, Any]:
         if name in IGNORED or (name == "channel_mult" and value == ""):  # '' asks for the default of the image size
             continue
         if name not in SETTINGS:
-            raise _error(source, f"sets {_shown(name)}, which is not a setting; known are {', '.join(SETTINGS)}. Correct or remove it.")
+            similar = difflib.get_close_matches(str(name)[:MAX_SHOWN], SETTINGS)
+            known = f"similar names are {', '.join(similar)}" if similar else f"known are {', '.join(OWN)}"
+            raise _error(source, f"sets {_shown(name)}, which is not a setting; {known}. Correct or remove it.")
         convert, requirement = SETTINGS[name]
         try:
             new = convert(value)
