@@ -225,6 +225,7 @@ def test_flags_of_guided_diffusion_are_understood() -> None:
         ({"x" * 500: 1}, "not a setting"),
         ({"steps": "many"}, "steps.*'many'.*whole number"),
         ({"steps": 0}, "steps"),
+        ({"steps": 10**5000}, "steps to a very large number; it must be a whole number"),
         ({"num_head_channels": 0}, "num_head_channels"),
         ({"use_scale_shift_norm": "perhaps"}, "true or false"),
         ({"objective": 3}, "eps, v or x0"),

@@ -243,10 +243,6 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     return value
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def _is_name(text: str) -> bool:
     return len(text) <= MAX_NAME and text.isprintable()
 
@@ -283,7 +279,7 @@ def _safetensor(entry: Mapping[str, Any], base: int) -> tuple[FileTensor, int]:
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     dtype = SAFETENSORS.get(kind)
     if dtype is None:  # a type of less than a byte
-        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {_printable(kind[:20])}"), base + end
+        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {kind[:20]}"), base + end
     count = math.prod(shape)
     if count * dtype.itemsize != end - begin:
         raise ValueError("a tensor does not have the size of its shape")
@@ -366,7 +362,7 @@ def _refusal(name: str, advice: str) -> str:
     if name.startswith(("torch_utils.", "dnnlib.")):
         return f"it is a pickle with program code in the format of EDM and StyleGAN (torch_utils), which is not run here. {advice}".strip()
     return (
-        f"it holds more than tensors: it asks for {_printable(name[:100])}; reading it would run code, which weights do not need, so it is refused. If you trust "
+        f"it holds more than tensors: it asks for {name[:100]}; reading it would run code, which weights do not need, so it is refused. If you trust "
         "the file, save its state dict alone, preferably as safetensors, and use that."
     )
 
