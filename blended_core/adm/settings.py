@@ -176,7 +176,9 @@ def resolve_settings(stated: Mapping[str, Any], facts: Mapping[str, Any], image_
 
 
 def _contradiction(source: str, name: str, claim: str, fact: str) -> BlendedError:
-    return _error(source, f"states that {name} is {claim[:LONGEST_VALUE]}, but the shapes of the weights show {fact}; correct or remove it.")
+    return _error(
+        source, f"states that {name} is {claim[:LONGEST_VALUE]}, but the shapes of the weights show {fact}; correct or remove it."
+    )
 
 
 def _error(source: str, text: str) -> BlendedError:
