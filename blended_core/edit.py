@@ -176,7 +176,8 @@ def edit_picture(
             found = nothing_finite(dropped, options, strongest_shift, context.dtype, scorer.guided)
             if not result.candidates:
                 raise BlendedError(f"no candidate is finite, so there is no result: {found}", option=found.options)
-            notes.append(Note(f"Candidate {', '.join(map(str, dropped))} was left out: {found}", option=found.options))
+            which = f"Candidate {dropped[0]} was" if len(dropped) == 1 else f"Candidates {', '.join(map(str, dropped))} were"
+            notes.append(Note(f"{which} left out: {found}", option=found.options))
         result.rank()
         if scorer.guided:
 

@@ -13,6 +13,12 @@ from .errors import BlendedError, Note
 THRESHOLD = 0.5
 NEAR_BLACK = 8.5 / 255
 """Values of a soft mask below this (8 of 255 and less) are outside: compression noise or the tail of a sigmoid, not a part to edit."""
+EMPTY = {
+    "binary": ("0.5 or more (gray 128 of 255)", "less than 0.5 (gray 127 of 255)"),
+    "soft": ("above 0.033 (gray 8 of 255)", "below 0.967 (gray 247 of 255)"),
+    "nonzero": ("more than 0", "0"),
+}
+"""Rule → what a pixel needs to be inside the mask, and inside the inverted mask."""
 SOFT_FADE = 0.25
 """Below this value of a soft mask the paste fades the edit out, so that faint values at the edge of a mask leave no visible rim."""
 
@@ -43,13 +49,13 @@ class EditMask:
     Attributes:
         values: [B, 1, H, W] float32 in 0..1; 0 is outside. Of a binary mask every value is 0 or 1.
         soft: whether values between 0 and 1 matter: a pixel is released the later, the lower its value.
-        brightest: largest value of the mask that these were made from, for the error about an empty one.
+        empty: the error if nothing is inside, with the peak of the mask that these values were made from.
         near_black: share of the pixels that are nearly black and not 0. In a soft mask they are outside.
     """
 
     values: Tensor
     soft: bool = False
-    brightest: float = 0.0
+    empty: str = "the mask is empty."
     near_black: float = 0.0
 
     @classmethod
@@ -61,18 +67,18 @@ class EditMask:
             rule: 'binary' (at least 0.5), 'soft' (above :data:`NEAR_BLACK`), or 'nonzero' (above 0, as in the reference code).
             invert: edit the outside instead.
         """
-        brightest = float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0
+        empty = _empty(mask, rule, invert)
         if rule == "binary":
             inside = mask >= THRESHOLD
-            return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, brightest)
+            return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, empty)
         values = mask.to(torch.float32).clamp(0, 1)
         if rule == "nonzero":
             inside = mask > 0
             near = inside & (values < NEAR_BLACK)
-            return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, brightest, float(near.float().mean()))
+            return cls(((~inside & ~mask.isnan()) if invert else inside).to(torch.float32), False, empty, float(near.float().mean()))
         values = (1 - values if invert else values).nan_to_num(0.0)
         near = (values > 0) & (values < NEAR_BLACK)
-        return cls(values.masked_fill(near, 0.0), True, brightest, float(near.float().mean()))
+        return cls(values.masked_fill(near, 0.0), True, empty, float(near.float().mean()))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -135,12 +141,7 @@ class EditMask:
         inside = self.inside.flatten(0, 1).any(0)
         rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
         if not len(rows):
-            rule = "above 0.033 (gray 8 of 255)" if self.soft else "0.5 or more (gray 128 of 255)"
-            raise BlendedError(
-                f"the mask is empty: its brightest pixel is {self.brightest:.3g} and editing needs {rule}. Paint white where the picture should "
-                "change, or invert the mask if black was meant.",
-                option="invert_mask",
-            )
+            raise BlendedError(self.empty, option="invert_mask")
         return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
     def paste_weights(self, feather: int = 0) -> Tensor:
@@ -153,6 +154,20 @@ class EditMask:
         if feather > 0:
             weights = weights * (distance_inward(self.inside, feather) / feather)
         return weights
+
+
+def _empty(mask: Tensor, rule: str, invert: bool) -> str:
+    """:attr:`EditMask.empty` for the arguments of :meth:`EditMask.of`."""
+    peak = (float(mask.nan_to_num(1.0).min()) if invert else float(mask.nan_to_num(0.0).max())) if mask.numel() else 0.0
+    if invert:
+        return (
+            f"the inverted mask is empty: the darkest pixel of the mask is {peak:.3g} and editing needs {EMPTY[rule][1]}. Paint black where the "
+            "picture should change, or do not invert the mask."
+        )
+    return (
+        f"the mask is empty: its brightest pixel is {peak:.3g} and editing needs {EMPTY[rule][0]}. Paint white where the picture should change, "
+        "or invert the mask if black was meant."
+    )
 
 
 def from_labels(mask: Tensor) -> Tensor | None:

@@ -497,7 +497,7 @@ OWN = Graph(
             "# Your own checkpoint and photo\n\nThis workflow runs with the embedded models. To use your own files, change five settings:\n\n"
             "1. **Checkpoint**: put an ADM checkpoint (`256x256_diffusion_uncond.pt`, a fine-tune, LSUN…) into `models/ddpm`, press **R**, and choose it "
             "in *Load DDPM*. Its settings are detected from the file. Use *overrides* to correct them.\n"
-            "2. **CLIP**: choose `ViT-B-16:openai` in *Load CLIP*. open_clip downloads it once. Put your own files into `models/open_clip`.\n"
+            "2. **CLIP**: choose `ViT-B-16:openai` in *Load CLIP*. Its weights are downloaded once. Put your own files into `models/open_clip`.\n"
             "3. **Photo**: drop or paste it on the empty canvas. A *Load Image* node appears. Connect its IMAGE and MASK in place of those of "
             "*Demo Scene*, to the sampler and to *Before*.\n"
             "4. **Mask**: right-click *Load Image*, choose *Open in MaskEditor*, and paint where the image may change.\n"

@@ -29,7 +29,7 @@ TAGS = (
     "ViT-B-32:laion2b_s34b_b79k",
 )
 DOWNLOADED = " (fetched by open_clip)"
-"""Ends the choices that open_clip downloads. Part of saved workflows, so it must not change."""
+"""Ends the choices that are downloaded on first use. Part of saved workflows, so it must not change."""
 
 
 class LoadDDPM(io.ComfyNode):
@@ -148,7 +148,7 @@ class LoadCLIP(io.ComfyNode):
                     "weights",
                     options=[EMBEDDED, *list_files(CLIP_FOLDER), *(tag + DOWNLOADED for tag in TAGS)],
                     default=EMBEDDED,
-                    tooltip="The embedded CLIP, a file in models/open_clip, or a model that open_clip downloads on first use. The paper uses "
+                    tooltip="The embedded CLIP, a file in models/open_clip, or a model of open_clip, downloaded on first use. The paper uses "
                     "ViT-B-16:openai.",
                 ),
                 io.String.Input(

@@ -369,6 +369,8 @@ def test_candidates_that_are_not_finite_are_left_out_with_a_note() -> None:
     assert untouched(result.picture(result.candidates[0]), picture, mask == 0)
     (note,) = result.notes
     assert note.startswith("Candidate 1 was left out: NaN or Inf in 1 of 2") and "half" not in note and "fp32" not in note
+    several = edit_picture(picture, mask, None, replace(MODELS, ddpm=model), preset("best", steps="3", candidates=4, batch=2))
+    assert several.notes[0].startswith("Candidates 1, 3 were left out: NaN or Inf in 2 of 4")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

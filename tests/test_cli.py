@@ -624,7 +624,7 @@ ERRORS: list[tuple[list[str], str]] = [
         "1 prompts were given with 2 weights; give one weight for each prompt (--prompt-weight).",
     ),
     (["--prompt", "tree", "--prompt-weight", "nan"], "the weight of a prompt is nan; give a finite number (--prompt-weight)."),
-    (["--prompt", "tree", "--invert-mask", "--mask", "{white}"], "the mask is empty"),
+    (["--prompt", "tree", "--invert-mask", "--mask", "{white}"], "the inverted mask is empty"),
     (["--prompt", "tree", "--mask", "{black}"], "the mask is empty"),
     (["--prompt", "tree", "--mask", "{missing}"], "does not exist"),
     (["--prompt", "tree", "--mask", "{text}"], "is not a picture file"),

@@ -25,6 +25,7 @@ from blended_core.clip.model import OPENAI_MEAN as MEAN
 from blended_core.clip.model import OPENAI_STD as STD
 from blended_core.clip.model import load_clip_file, load_clip_tag
 from blended_core.clip.network import build_tokenizer, text_settings
+from blended_core.errors import with_controls
 from blended_core.rank import clip_distance, clip_distance_of_views
 from blended_core.toy.world import OBJECTS, Placed, Scene, render
 from blended_core.weights.open import open_weights
@@ -258,8 +259,8 @@ def test_weights_of_a_tag_are_read_with_their_activation_and_normalization(tiny_
     put_into(hub, "acme/tiny", open_clip_pytorch_model__bin=(tiny_file.parent / "weights.bin").read_bytes())
     plain, quick = (load_clip(CONTEXT, f"tiny-for-tests:{tag}") for tag in ("plain", "quick"))
     assert plain.mean.flatten().tolist() == [0.5] * 3 and plain.std.flatten().tolist() == [0.25] * 3
-    kinds = [type(c.model.visual.transformer.resblocks[0].mlp.gelu).__name__ for c in (plain, quick)]
-    assert kinds == ["GELU", "QuickGELU"] and quick.name == "tiny-for-tests:quick"
+    kinds = [c.model.visual.config.blocks.activation for c in (plain, quick)]
+    assert kinds == ["gelu", "quick_gelu"] and quick.name == "tiny-for-tests:quick"
     # The tags of an architecture state the normalization for a file of it, too.
     assert load_clip(CONTEXT, f"tiny-for-tests:{tiny_file}").mean.flatten().tolist() == [0.5] * 3
     folder = put_into(hub, "acme/tiny", open_clip_pytorch_model__bin=b"damaged")
@@ -562,6 +563,26 @@ def test_the_error_about_another_file_states_what_it_holds(tmp_path: Path, keys:
         load_clip(CONTEXT, str(path))
 
 
+def test_odd_shapes_and_names_are_refused_with_a_sentence() -> None:
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.conv1.weight": (8, 3, 16, 16), "logit_scale": (), "token_embedding.weight": (100, 8), "positional_embedding": (77, 8),
+        "text_projection": (8, 8), "transformer.resblocks.0.x": (1,), "visual.transformer.resblocks.0.x": (1,),
+    }  # fmt: skip
+    resnet = {"visual.layer1.0.conv1.weight": (8,), **{f"visual.layer{i}.0.x": (1,) for i in (2, 3, 4)}}
+    for odd in (
+        {"visual.positional_embedding": (0, 8)},
+        {"visual.positional_embedding": (5, 8), "visual.conv1.weight": (8,)},
+        {**resnet, "visual.attnpool.positional_embedding": (0, 4)},
+    ):
+        with pytest.raises(BlendedError, match="tensors are missing or have other shapes"):
+            signature({**shapes, **odd})
+    for name in ("a" * 300, f"ViT-B-32:{'a' * 300}", "ViT-B-32:a\0b"):
+        with pytest.raises(BlendedError, match=r"has no model|neither a file nor a tag"):
+            load_clip(CONTEXT, name)
+    with pytest.raises(BlendedError, match="cannot be read"):
+        load_clip_file(CONTEXT, Path("a" * 300))
+
+
 def test_a_network_that_open_clip_does_not_have_is_described(tiny_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     save_file(open_clip.CLIP(**{**TINY, "embed_dim": 24}).state_dict(), path)
@@ -586,15 +607,19 @@ def test_the_error_about_unreachable_weights_names_file_and_folder(tmp_path: Pat
     for part in (
         "ViT-B-16:openai are not on this computer",
         f"/{repository} cannot be reached",
-        str(tmp_path / "hub" / f"models--{repository.replace('/', '--')}"),
+        f"Copy the cache {tmp_path / 'hub'} from",
         "open_clip_model.safetensors",
         f"put it into {tmp_path / 'open_clip'}",
-        "architecture ViT-B-16-quickgelu.",
+        "(architecture ViT-B-16-quickgelu).",
     ):
         assert part in str(told.value)
     with pytest.raises(BlendedError, match=r"use ViT-B-32:FILE\.$"):
         load_clip(CONTEXT, "ViT-B-32:laion2b_s34b_b79k")
     assert not list(tmp_path.iterdir()), "nothing was written"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/home/somebody/.cache/huggingface/hub")
+    with pytest.raises(BlendedError) as told:
+        load_clip(CONTEXT, "ViT-B-16:laion2b_s34b_b88k", folder=Path("/home/somebody/ComfyUI/models/open_clip"))
+    assert with_controls(told.value, lambda _: None) == str(told.value), "a message of a surface says all of it"
 
 
 def test_a_file_is_looked_for_under_every_name_that_it_may_have(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,7 +652,7 @@ def test_a_file_is_looked_for_under_every_name_that_it_may_have(tmp_path: Path, 
     ):
         asked.clear()
         monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_, place=place: {"hf_hub": place})
-        with pytest.raises(BlendedError, match=rf"cannot be reached \({reason}\).*Or download {' or '.join(names)} on another"):
+        with pytest.raises(BlendedError, match=rf"cannot be reached \({reason}\).*or download {' or '.join(names)} from that address and "):
             weights_of_tag("tiny-for-tests", "plain", "")
         assert asked == names
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"url": "http://127.0.0.1/x.pt"})

@@ -22,14 +22,14 @@ def test_the_pack_is_loaded_without_complaint(tmp_path: Path) -> None:
     command = [interpreter(), "main.py", "--cpu", "--quick-test-for-ci", "--disable-api-nodes", "--base-directory", str(tmp_path)]
     command += ["--database-url", f"sqlite:///{tmp_path}/user/comfyui.db"]
     seconds = []
-    while len(seconds) < 3 and min(seconds, default=1.0) > 0.3:  # other work can make a start longer, never shorter
+    while len(seconds) < 3 and min(seconds, default=9.0) > 1:  # other work can make a start longer, never shorter
         run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=400)
         said = run.stdout + run.stderr
         assert run.returncode == 0, said[-3000:]
         (line,) = [line for line in said.splitlines() if "seconds" in line and "blended diffusion-1.0" in line]
         assert "IMPORT FAILED" not in line
         seconds.append(float(line.split("seconds")[0].split()[-1]))
-    assert min(seconds) <= 0.3
+    assert min(seconds) <= 1
     assert "blended diffusion-1.0 module for custom nodes" not in said  # the warning that drops a pack
 
 

@@ -31,6 +31,7 @@ from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
 from blended_core.io.atomic import sha256
 from blended_core.toy.models import DDPM as EMBEDDED
+from blended_core.weights.open import json_object, read_sidecar
 
 from . import kinds
 from .fuzz import mutated
@@ -184,7 +185,7 @@ def changed_json(text: str, rng: random.Random) -> str:
 
 @pytest.mark.filterwarnings("ignore::blended_core.errors.BlendedWarning")
 def test_a_thousand_damaged_caches_give_no_error(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLENDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "user_cache_path", lambda *_, **__: tmp_path / "cache")
     _, true = detected(small)
     whole = cache_file().read_text()
     unet = tiny_unet(model_channels=64)
@@ -205,6 +206,33 @@ def test_a_thousand_damaged_caches_give_no_error(small: Path, tmp_path: Path, mo
         assert load._doubts(found, small) is not None
         cached += found.probe is not true
     assert cached > 50, "some changes leave a decision that is possible"
+
+
+@pytest.mark.parametrize("source", ["sidecar", "metadata"])
+def test_a_thousand_damaged_settings_are_used_or_refused_with_a_sentence(tmp_path: Path, source: str) -> None:
+    unet, rng, told = tiny_unet(model_channels=64), random.Random(0), {"used": 0, "refused": 0}
+    settings = {"unet": unet.config.to_dict(), "diffusion": DiffusionConfig().to_dict(), "guidance_scale": 300}
+    whole, path = json.dumps(settings), tmp_path / "x.safetensors"
+    save_file(unet.state_dict(), path)
+    shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    sidecar = path.with_suffix(".json")
+    for number in range(1001):
+        text = changed_json(whole, rng) if number else whole
+        try:
+            if source == "sidecar":
+                sidecar.write_text(text, encoding="utf-8")
+                stated = read_sidecar(path)
+            else:
+                stated = json_object(text, "its metadata")
+            found = detect(shapes, **{source: stated})
+            if source == "sidecar":  # builds the network
+                found = inspect_checkpoint(path)
+            assert as_table(found, path) and summary(found) and json.dumps(as_dict(found, path))
+            told["used"] += 1
+        except BlendedError as error:
+            assert number and str(error).endswith(".") and len(str(error)) < 500 and str(error).isprintable(), error
+            told["refused"] += 1
+    assert min(told.values()) > 20, told
 
 
 def test_settings_of_thousands_of_digits_and_brackets_are_wrong_settings(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import platformdirs
 import pytest
@@ -27,6 +27,7 @@ from blended_core.cli.checkpoints import probe_options
 from blended_core.cli.process import STOP_SIGNALS, cache_folder, open_streams, stop_signals, uninterrupted
 from blended_core.device import DeviceContext
 from blended_core.errors import BlendedError
+from blended_core.io import folder
 from blended_core.io.folder import LOCK, claimed, claimed_path
 from blended_core.io.request import Request
 from blended_core.options import EditOptions, GuidanceOptions, declared, preset
@@ -206,6 +207,25 @@ def test_a_killed_run_does_not_keep_its_folder(tmp_path: Path) -> None:
     with claimed(tmp_path / "out"):
         pass
     assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_lock_whose_file_was_removed_is_not_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that kept the folder removes its lock file after this one has opened it and before it has locked it."""
+    acquire, left = folder.FileLock.acquire, [2]
+
+    def late(lock: Any, *given: Any, **options: Any) -> Any:
+        got = acquire(lock, *given, **options)
+        if left[0]:
+            left[0] -= 1
+            (tmp_path / LOCK).unlink()
+        return got
+
+    monkeypatch.setattr(folder.FileLock, "acquire", late)
+    with claimed(tmp_path):
+        assert left == [0] and (tmp_path / LOCK).exists()
+        with pytest.raises(BlendedError, match="another run is writing"), claimed(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["edit", "demo", "evaluate", "convert"])

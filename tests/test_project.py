@@ -78,6 +78,12 @@ def test_readme_names_the_world_as_it_is() -> None:
         assert re.search(rf"\b{name}\b", section), name
 
 
+def test_the_documents_explain_the_error_of_core_nodes_about_channels() -> None:
+    for file in ("README.md", "docs/nodes.md"):
+        row = next(line for line in (ROOT / file).read_text("utf-8").splitlines() if "to have 4 channels, but got 3 channels" in line)
+        assert "pixels" in row and "*Final Paste*" in row, file
+
+
 def test_links_and_pictures_of_the_readme_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):

@@ -188,6 +188,16 @@ def test_an_empty_mask_is_a_sentence(soft: bool) -> None:
         EditMask.of(torch.full((1, 1, 2, 2), float("nan")), rule).box()
 
 
+@pytest.mark.parametrize(("rule", "needed"), [("binary", r"less than 0\.5"), ("soft", r"below 0\.967"), ("nonzero", "0")])
+def test_an_empty_inverted_mask_is_told_with_its_darkest_pixel(rule: str, needed: str) -> None:
+    with pytest.raises(
+        BlendedError, match=rf"the inverted mask is empty: the darkest pixel of the mask is 0\.98 and editing needs {needed}"
+    ):
+        EditMask.of(torch.full((1, 1, 4, 4), 0.98), rule, invert=True).box()
+    with pytest.raises(BlendedError, match=r"brightest pixel is 0 and editing needs more than 0\."):
+        EditMask.of(torch.zeros(1, 1, 4, 4), "nonzero").box()
+
+
 @pytest.mark.parametrize("context", [0.99, 0, -1, float("nan"), float("inf")])
 def test_context_is_checked(context: float) -> None:
     with pytest.raises(BlendedError, match=r"context is"):

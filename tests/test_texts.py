@@ -126,6 +126,14 @@ def test_the_help_page_names_every_setting_of_the_node(name: str, language: str)
         assert texts["inputs"][key]["name"] in page, key
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_help_warns_where_links_are_lost(language: str) -> None:
+    """Of the one node whose inputs depend on a choice: its links can be had back by undo alone."""
+    dynamic = [name for name, node in LOCK.items() if "COMFY_DYNAMICCOMBO" in json.dumps(node)]
+    assert dynamic == ["BlendedNoiseBackground"]
+    assert "Ctrl+Z" in page_of(dynamic[0], language)
+
+
 def test_there_is_no_page_of_a_node_that_is_gone() -> None:
     assert sorted(p.name for p in (ROOT / "web" / "docs").iterdir()) == sorted(LOCK)
 

@@ -22,6 +22,7 @@ from ..io.atomic import sha256
 from ..paths import expanded
 from ..toy.models import DDPM
 from ..weights.open import WeightsFile, file_errors, json_object, open_weights, raw_names, read_sidecar
+from ..weights.sets import MAX_NAME_SHOWN
 from ..weights.tensors import SkipInitialization, copy_finite
 from .cache import cache_key, load_cached, save_cached
 from .detect import ADVICE, ANCHOR, Detection, detect, table_of
@@ -30,8 +31,6 @@ from .unet import UNet, UNetConfig
 
 MAX_NAMES = 4
 """Tensors that an error lists by name."""
-MAX_NAME_SHOWN = 60
-"""Characters of a name in the file that an error shows."""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from ..diffusion import MAX_STEPS, OBJECTIVES, VARIANCES
-from ..errors import BlendedError
+from ..diffusion import MAX_STEPS, OBJECTIVES, VARIANCES, DiffusionConfig
+from ..errors import LONGEST_VALUE, BlendedError, short_repr
 from ..schedule import BETAS
-from .unet import MAX_IMAGE_SIZE
+from .unet import MAX_IMAGE_SIZE, UNetConfig
 
 MAX_NUMBER = 1 << 20
 """The largest number that a setting can have: more than any network, and small enough for everything that is computed from it."""
-MAX_SHOWN = 60
-"""Characters of a value that an error shows."""
 
 
 def _whole(value: Any, most: int = MAX_NUMBER) -> int:
@@ -84,6 +84,8 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     **dict.fromkeys(("learn_sigma", "class_cond", "predict_xstart", "sigma_small"), FLAG),
 }
 """Name → (conversion, what a value must be), of every setting that can be stated."""
+OWN = [field.name for kind in (UNetConfig, DiffusionConfig) for field in fields(kind)]
+"""The names that do not come from guided-diffusion, for errors, which all names are too many for."""
 RENAMED = {"num_channels": "model_channels", "noise_schedule": "schedule", "diffusion_steps": "steps"}
 IGNORED = {"dropout", "use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas"}
 """Flags of guided-diffusion that do not describe the weights."""
@@ -114,12 +116,14 @@ def read_settings(given: Mapping[str, Any], source: str) -> dict[str, Any]:
         if name in IGNORED or (name == "channel_mult" and value == ""):  # '' asks for the default of the image size
             continue
         if name not in SETTINGS:
-            raise _error(source, f"sets {_shown(name)}, which is not a setting; known are {', '.join(SETTINGS)}. Correct or remove it.")
+            similar = difflib.get_close_matches(str(name)[:LONGEST_VALUE], SETTINGS)
+            known = f"similar names are {', '.join(similar)}" if similar else f"known are {', '.join(OWN)}"
+            raise _error(source, f"sets {short_repr(name)}, which is not a setting; {known}. Correct or remove it.")
         convert, requirement = SETTINGS[name]
         try:
             new = convert(value)
         except (ValueError, TypeError, KeyError, OverflowError):
-            raise _error(source, f"sets {name} to {_shown(value)}; it must be {requirement}.") from None
+            raise _error(source, f"sets {name} to {short_repr(value)}; it must be {requirement}.") from None
         target = RENAMED.get(name, name)
         if name == "learn_sigma":
             target, new = "out_channels", 6 if new else 3
@@ -158,7 +162,7 @@ def resolve_settings(stated: Mapping[str, Any], facts: Mapping[str, Any], image_
     resolutions = out.pop("attention_resolutions", None)
     if resolutions is not None:
         if any(r < 1 for r in resolutions):
-            raise _error(source, f"sets attention_resolutions to {_shown(resolutions)}; they are pixels, at least 1.")
+            raise _error(source, f"sets attention_resolutions to {short_repr(resolutions)}; they are pixels, at least 1.")
         out.setdefault("attention_downsampling", tuple(image_size // r for r in resolutions))
     for name in facts.keys() & out.keys():
         claim = out[name]
@@ -172,14 +176,10 @@ def resolve_settings(stated: Mapping[str, Any], facts: Mapping[str, Any], image_
 
 
 def _contradiction(source: str, name: str, claim: str, fact: str) -> BlendedError:
-    return _error(source, f"states that {name} is {claim[:MAX_SHOWN]}, but the shapes of the weights show {fact}; correct or remove it.")
+    return _error(
+        source, f"states that {name} is {claim[:LONGEST_VALUE]}, but the shapes of the weights show {fact}; correct or remove it."
+    )
 
 
 def _error(source: str, text: str) -> BlendedError:
     return BlendedError(f"the {source} {text}", option="overrides" if source == "override" else ())
-
-
-def _shown(value: object) -> str:
-    """A value for an error; of a long one the beginning."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -43,7 +44,7 @@ def request_of_report(path: Path) -> Request:
         request = replace(request, mask=_found(path, "mask", request.mask, inputs["mask"]))
     for name, digest in networks.items():
         file = files.get(name)
-        if file is None or not _is_file(file):
+        if file is None or not os.path.isfile(file):
             where = short_repr(getattr(request, name, name)) if file is None else shown_path(file)
             raise BlendedError(f"the {short_repr(name)} network of that run, {where}, does not exist anymore; restore it.")
         if (now := sha256(file)) != digest:
@@ -60,7 +61,7 @@ def request_of_report(path: Path) -> Request:
 
 def _found(report: Path, key: str, name: str, digest: str) -> str:
     """The path of a file that a report names: there, or beside the report."""
-    file = next((file for file in (Path(name), report.parent / Path(name).name) if _is_file(file)), None)
+    file = next((file for file in (Path(name), report.parent / Path(name).name) if os.path.isfile(file)), None)
     if file is None:
         raise BlendedError(
             f"the report's {key} {shown_path(Path(name))} does not exist anymore; restore it, or copy it beside {report.name}."
@@ -70,13 +71,6 @@ def _found(report: Path, key: str, name: str, digest: str) -> str:
             f"the report's {key} {shown_path(file)} has changed since that run, so the result would differ; restore the file."
         )
     return str(file.resolve())
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def network_files(request: Request) -> dict[str, Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,10 +177,10 @@ def checkpoint_path(name: str) -> str | Path:
 
 def _with_full_path(clip: str) -> str:
     """MODEL:FILE or FILE with the full path of the file, so that a report can be repeated in any folder; MODEL:TAG unchanged."""
-    if expanded(clip).is_file():
+    if os.path.isfile(expanded(clip)):
         return str(absolute(clip))
     model, colon, weights = clip.partition(":")
-    return f"{model}:{absolute(weights)}" if colon and expanded(weights).is_file() else clip
+    return f"{model}:{absolute(weights)}" if colon and os.path.isfile(expanded(weights)) else clip
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def signature(shapes: Shapes) -> dict[str, Any]:
             "layers": _count(table, r"transformer\.resblocks\.(\d+)\."),
         }
         return {"embed_dim": table["text_projection"][-1], "text": text, "vision": _vision(table)}
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, TypeError):  # TypeError: the root of a negative number
         raise BlendedError(f"it looks like a CLIP, but tensors are missing or have other shapes; download it again. {ADVICE}") from None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import BlendedError, reason
+from ..errors import BlendedError, one_line, reason
 
 TIMEOUT_SECONDS = 10.0
 """For the first response of the server."""
@@ -15,6 +15,8 @@ DEFAULT_FILE = "open_clip_pytorch_model.bin"
 """The file of a repository whose tag names none."""
 SAFE_FILE = "open_clip_model.safetensors"
 """The same weights as :data:`DEFAULT_FILE`."""
+LONGEST_REASON = 60
+"""Characters of the reason in the error about unreachable weights, which has long names of folders too."""
 TEXT_FILES = ("*.json", "*.txt", "*.model")
 """Configuration and vocabulary of a text encoder; no weights and no program."""
 
@@ -27,7 +29,7 @@ def weights_of_tag(name: str, tag: str, use: str) -> Path:
         use: how a file that was downloaded by hand is used, as the end of a sentence.
 
     Raises:
-        BlendedError: if it is not here and cannot be downloaded; the text says which file to copy where.
+        BlendedError: if it is not here and cannot be downloaded; the text says which file to copy where, and fits into a message of a surface.
     """
     import open_clip
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -51,10 +53,10 @@ def weights_of_tag(name: str, tag: str, use: str) -> Path:
         except Exception as error:  # of the HTTP client, which is another one in each version of huggingface_hub
             why = reason(error)
             break
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     raise BlendedError(
-        f"the weights of {name}:{tag} are not on this computer, and {constants.ENDPOINT}/{repository} cannot be reached ({why}). They belong "
-        f"in {folder}: copy that folder from a computer that has them. Or download {' or '.join(files)} on another computer, and {use}",
+        f"the weights of {name}:{tag} are not on this computer, and {constants.ENDPOINT}/{repository} cannot be reached "
+        f"({one_line(why, LONGEST_REASON)}). Copy the cache {constants.HF_HUB_CACHE} from a computer that has them, or download "
+        f"{' or '.join(files)} from that address and {use}",
         option="clip",
     )
 

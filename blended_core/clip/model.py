@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -191,12 +192,12 @@ def load_clip(context: DeviceContext, spec: str = "embedded", *, folder: Path | 
     if spec == "embedded":
         with context.autograd():
             return _embedded(context)
-    if expanded(spec).is_file():
+    if os.path.isfile(expanded(spec)):  # False, and no error, for a name that no file can have
         return load_clip_file(context, Path(spec))
     name, weights, tags = _name_and_tag(spec)
     if weights in tags:
         return load_clip_tag(context, spec, folder=folder)
-    if not expanded(weights).is_file():
+    if not os.path.isfile(expanded(weights)):
         raise BlendedError(f"{weights!r} is neither a file nor a tag of {name} in open_clip; {_listed(tags)}.", option="clip")
     return load_clip_file(context, Path(weights), name)
 
@@ -246,7 +247,7 @@ def load_clip_tag(context: DeviceContext, spec: str, *, folder: Path | None = No
     # The activation that weights were trained with may differ from the configuration of the model; only the entry of their tag states it.
     quick = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
     architecture = name + QUICKGELU if quick and name + QUICKGELU in open_clip.list_models() else name
-    use = f"use {architecture}:FILE." if folder is None else f"put it into {folder}, and select it with the architecture {architecture}."
+    use = f"use {architecture}:FILE." if folder is None else f"put it into {folder} (architecture {architecture})."
     path = weights_of_tag(name, tag, use)
     return _loaded(context, path, name, lambda: _errors_of_tag(spec, path), tag)[1]
 

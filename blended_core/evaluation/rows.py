@@ -8,7 +8,7 @@ from ..options import PRESETS, EditOptions, preset
 from ..toy.world import GUIDANCE_SCALE, SIDE
 
 STEPS = "40"
-CANDIDATES, PAIRS = 8, 50
+CANDIDATES = 8
 REFERENCE_SIZE = 256
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ..errors import BlendedError, reason
 from .formats import FORMATS
@@ -107,9 +107,10 @@ def claimed_path(path: Path, seconds: float = 0.0) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(lock_file: Path, target: Path, seconds: float = 0.0) -> Iterator[None]:
     """Holds a lock, whose file is removed afterwards. The system releases the lock of a process that ends, whatever ends it."""
-    lock = FileLock(lock_file, timeout=seconds)
+    lock: BaseFileLock = FileLock(lock_file, timeout=seconds)
     try:
         lock.acquire()
+        lock = _on_disk(lock, lock_file)
     except Timeout:
         raise BlendedError(f"another run is writing to {target}; wait until it has ended, or name another place.", option="out") from None
     except NotImplementedError:
@@ -123,6 +124,19 @@ def _locked(lock_file: Path, target: Path, seconds: float = 0.0) -> Iterator[Non
         with contextlib.suppress(OSError):  # before the release, so that the file of a later run is never removed
             lock_file.unlink(missing_ok=True)
         lock.release()
+
+
+def _on_disk(lock: BaseFileLock, lock_file: Path) -> BaseFileLock:
+    """A lock of the file that has the name now. Between the opening of a file and its locking, the run that held it may have removed it; then another
+    process could lock a new file of the same name."""
+    while True:
+        other = FileLock(lock_file, timeout=0)
+        try:
+            other.acquire()
+        except Timeout:
+            return lock
+        lock.release()
+        lock = other
 
 
 def _unwritable(target: Path, error: OSError) -> BlendedError:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import BlendedError
+from ..errors import BlendedError, reason
 from .atomic import check_file, shown_path, write_bytes
 from .metadata import ORIENTATION, Metadata, encoded, fitted, metadata_of
 
@@ -38,7 +38,6 @@ FLOAT_SHARE, OVERFLOW_SHARE = 0.5, 0.01
 """Shares of the values above 0 that may be larger than 1, and larger than 255, before a file is taken to be of the next larger range."""
 PHOTO_COLORS = 64
 """Colors of a picture, in steps of 16 of each channel, above which it is a photo: a mask has few, also with soft edges or compressed as JPEG."""
-LONGEST_REASON = 200
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
@@ -132,9 +131,8 @@ def _opened(path: Path, what: str, option: str) -> Iterator[_Opened]:
     except Image.DecompressionBombError as error:
         raise BlendedError(f"{what} {shown_path(path)} has more pixels than Pillow allows; scale it down first.", option) from error
     except Exception as error:  # decoders raise nearly every kind for a damaged file
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:LONGEST_REASON]
         raise BlendedError(
-            f"{what} {shown_path(path)} could not be read ({reason}); the file may be damaged or incomplete.", option
+            f"{what} {shown_path(path)} could not be read ({reason(error)}); the file may be damaged or incomplete.", option
         ) from error
 
 

@@ -157,19 +157,19 @@ def open_weights(path: Path, advice: str = "") -> WeightsFile:
     Raises:
         BlendedError: if the file is absent, damaged, holds no tensors, or could only be read by running code. The text does not name the file.
     """
-    if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
-        raise BlendedError(f"it is a folder in the layout of the diffusers library, not a checkpoint file. {advice}")
-    if path.is_dir():
-        raise BlendedError(f"{path} is a folder; give the checkpoint file in it.")
-    if not path.exists():
-        raise BlendedError(f"there is no file {path}; check the name.")
-    shard = SHARD.search(path.name)
-    if shard is not None and int(shard[2]) > 1:
-        raise BlendedError(
-            f"it is part {int(shard[1])} of {int(shard[2])} of a model that was saved in several files (shards). Join the parts into one file: load "
-            "each, and save all tensors together as safetensors."
-        )
     try:
+        if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
+            raise BlendedError(f"it is a folder in the layout of the diffusers library, not a checkpoint file. {advice}")
+        if path.is_dir():
+            raise BlendedError(f"{path} is a folder; give the checkpoint file in it.")
+        if not path.exists():
+            raise BlendedError(f"there is no file {path}; check the name.")
+        shard = SHARD.search(path.name)
+        if shard is not None and int(shard[2]) > 1:
+            raise BlendedError(
+                f"it is part {int(shard[1])} of {int(shard[2])} of a model that was saved in several files (shards). Join the parts into one file: "
+                "load each, and save all tensors together as safetensors."
+            )
         if not stat.S_ISREG(path.stat().st_mode):
             raise BlendedError(f"{path} is a pipe or a device, not a file.")
         with path.open("rb") as stream:
@@ -219,7 +219,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         BlendedError: if it cannot be read or is not a JSON object.
     """
     sidecar = path.with_suffix(".json")
-    if sidecar == path or not sidecar.is_file():
+    if sidecar == path or not os.path.isfile(sidecar):
         return {}
     try:
         with sidecar.open("rb") as stream:
@@ -241,10 +241,6 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BlendedError(f"{name} must be a JSON object of settings, not a {type(value).__name__}; fix or remove it.")
     return value
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _is_name(text: str) -> bool:
@@ -283,7 +279,7 @@ def _safetensor(entry: Mapping[str, Any], base: int) -> tuple[FileTensor, int]:
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     dtype = SAFETENSORS.get(kind)
     if dtype is None:  # a type of less than a byte
-        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {_printable(kind[:20])}"), base + end
+        return FileTensor(torch.uint8, shape, stride, base + begin, 0, f"its values are of the type {kind[:20]}"), base + end
     count = math.prod(shape)
     if count * dtype.itemsize != end - begin:
         raise ValueError("a tensor does not have the size of its shape")
@@ -366,7 +362,7 @@ def _refusal(name: str, advice: str) -> str:
     if name.startswith(("torch_utils.", "dnnlib.")):
         return f"it is a pickle with program code in the format of EDM and StyleGAN (torch_utils), which is not run here. {advice}".strip()
     return (
-        f"it holds more than tensors: it asks for {_printable(name[:100])}; reading it would run code, which weights do not need, so it is refused. If you trust "
+        f"it holds more than tensors: it asks for {name[:100]}; reading it would run code, which weights do not need, so it is refused. If you trust "
         "the file, save its state dict alone, preferably as safetensors, and use that."
     )
 

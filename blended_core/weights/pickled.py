@@ -39,6 +39,7 @@ IGNORED = {
     "argparse.Namespace", "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "complex", "bytearray", "list", "dict", "int", "float")),
     *(name for name in DTYPES if name.startswith("torch.")),
+    "torch.per_tensor_affine", "torch.per_channel_affine", "torch.per_channel_affine_float_qparams",
 }  # fmt: skip
 """Names of what stands beside weights and is not read: settings, and single numbers of numpy."""
 SCRIPTED, TYPED_LISTS = "__torch__", "torch.jit._pickle."
@@ -298,8 +299,7 @@ def _result(called: Any, arguments: Any) -> Any:
     if name in TENSORS:
         storage, offset, shape, stride = arguments[:4]
         dtype = _dtype(arguments[6]) if name.endswith("_v3") else None
-        made_tensor = _tensor(storage, offset, shape, stride, dtype)
-        return replace(made_tensor, problem="it is quantized") if name == "_rebuild_qtensor" else made_tensor
+        return _tensor(storage, offset, shape, stride, dtype)
     if name in PARAMETERS:
         return arguments[0]
     if name == "_rebuild_from_type_v2":
@@ -338,6 +338,8 @@ def _tensor(stored: Any, offset: Any, size: Any, step: Any, dtype: torch.dtype |
     capacity = storage.nbytes // made.dtype.itemsize
     if made.extent and made.offset + made.extent > capacity:
         raise ValueError("a tensor exceeds its storage")
+    if str(made.dtype).startswith("torch.q"):
+        return replace(made, problem="it is quantized")
     if made.count > capacity:
         return replace(made, problem=f"it claims {made.count} values, but the file has {capacity} for it")
     return made

@@ -25,7 +25,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 SHADOW = "shadow_params."
 """End of the prefix of a list of parameters of torch_ema."""
 MAX_LISTED, MAX_NAME_SHOWN = 8, 60
-"""Sets that a message lists, and characters of their names that it shows."""
+"""Sets that a message lists, and characters of a name in a file that it shows."""
 
 
 @dataclass(frozen=True)
