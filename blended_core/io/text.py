@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
+from ..errors import BlendedError
+
 OWN_FONTS = tuple(str(Path(__file__).with_name("fonts") / name) for name in ("western.ttf", "eastern.otf"))
 SYSTEM_FONTS = (
     "NotoSansCJK-Regular.ttc", "NotoSansThai-Regular.ttf", "NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf",
@@ -100,7 +102,8 @@ def draw_line(
     """Draws a text in one line, its top left corner at ``place``, shortened to ``width`` pixels."""
     x, y = place
     primary = font(OWN_FONTS[0], size)
-    assert primary is not None, "the fonts of the package are missing"
+    if primary is None:
+        raise BlendedError("the fonts of the package are missing (blended_core/io/fonts); install the package again.")
     baseline = y + primary.getmetrics()[0]
     for part, found in _runs(fitted(readable(text), size, width), size):
         draw.text((x, baseline), part, color, found, anchor="ls")
