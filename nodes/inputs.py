@@ -55,7 +55,8 @@ def steps(**changes: Any) -> io.Int.Input:
 def respacing() -> io.String.Input:
     """The option ``steps`` as a text, where a number is not enough."""
     tooltip = (
-        "Replaces steps, in the notation of guided-diffusion: ddim25 (a constant stride), or 50,25,10 (sections, the least noisy first)."
+        "Replaces steps, in the notation of guided-diffusion: ddim25 (a constant stride), or 50,25,10 (sections, the least noisy first). logsnr20 is "
+        "uniform in the logarithm of the signal-to-noise ratio."
     )
     return io.String.Input("respacing", default="", optional=True, advanced=True, tooltip=tooltip)
 
