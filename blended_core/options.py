@@ -297,7 +297,7 @@ class EditOptions:
     sampler: str = option(
         "ddpm",
         "ddpm adds noise at every step, as in the paper. ddim is deterministic and needs fewer steps. dpmpp-2m (DPM-Solver++) extrapolates from two "
-        "steps and needs the fewest, best with steps such as logsnr20.",
+        "steps and needs the fewest.",
         choices=("ddpm", "ddim", MULTISTEP),
     )  # fmt: skip
     eta: float = option(
