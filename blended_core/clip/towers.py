@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..weights.tensors import SkipInitialization
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x·σ(1.702 x), the activation of OpenAI's weights."""
@@ -235,7 +237,7 @@ def clip_of(config: dict[str, Any]) -> Clip:
     vision, text, dim = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
     images = BlockConfig(vision["layers"], vision["width"], vision["width"] // vision["head_width"], 4 * vision["width"])
     texts = BlockConfig(text["layers"], text["width"], text["heads"], 4 * text["width"])
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInitialization():
         return Clip(
             VisionConfig(vision["image_size"], vision["patch_size"], images, dim),
             TextConfig(text["context_length"], text["vocab_size"], texts, dim),
@@ -250,7 +252,7 @@ def vision_transformer(visual: Any) -> VisionTransformer | None:
     config = config_of(visual)
     if config is None:
         return None
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInitialization():
         own = VisionTransformer(config)
     weights = visual.state_dict()
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.state_dict().items()}:
