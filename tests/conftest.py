@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blended_core.adm import cache
+from blended_core.cli import edit as cli
 from blended_core.cli.process import STOP_SIGNALS
 from blended_core.clip.model import ClipModel
 from blended_core.denoiser import DiffusionModel
@@ -38,6 +39,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(cache, "user_cache_path", lambda *_, **__: folder)
         yield
+
+
+@pytest.fixture
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run uses the tiny networks."""
+    monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
 
 
 @pytest.fixture

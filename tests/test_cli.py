@@ -19,7 +19,7 @@ from PIL import Image
 
 from blended_core import edit as edit_module
 from blended_core.cli import edit as cli
-from blended_core.cli import main, process
+from blended_core.cli import process
 from blended_core.cli.messages import message_of
 from blended_core.cli.parser import HEADINGS, build_parser, flag_of
 from blended_core.cli.report_input import request_of_report
@@ -35,6 +35,7 @@ from blended_core.toy.models import CLIP, DDPM
 from blended_core.toy.world import Placed, Scene, render
 
 from . import tiny
+from .terminal import report_of, run
 
 SMALL = ["--steps", "4", "--candidates", "2", "--views", "2", "--batch", "1"]
 HEIGHT, WIDTH = 60, 84
@@ -49,23 +50,6 @@ def inputs(tmp_path: Path) -> list[str]:
     mask[10:50, 40:75] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     return [str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")]
-
-
-@pytest.fixture
-def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run uses the tiny networks."""
-    monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
-
-
-def run(*arguments: object) -> int:
-    return main([str(a) for a in arguments])
-
-
-def report_of(out: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(
-        (out / "report.json").read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
-    )
-    return report
 
 
 def files_in(folder: Path) -> list[str]:

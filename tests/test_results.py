@@ -17,7 +17,6 @@ from PIL import Image
 from blended_core import edit as edit_module
 from blended_core import timer
 from blended_core.cli import edit as cli
-from blended_core.cli import main
 from blended_core.cli.report_input import request_of_report
 from blended_core.errors import BlendedError
 from blended_core.io import contact_sheet as sheets
@@ -29,6 +28,7 @@ from blended_core.options import MOST
 
 from . import tiny
 from .fuzz import mutated
+from .terminal import report_of, run
 
 SMALL = ["--steps", "2", "--candidates", "2", "--views", "1", "--batch", "1"]
 HEIGHT, WIDTH = 60, 84
@@ -45,21 +45,6 @@ def inputs(tmp_path: Path) -> list[str]:
     mask[10:50, 40:75] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     return [str(tmp_path / "photo.jpg"), "--mask", str(tmp_path / "mask.png")]
-
-
-@pytest.fixture
-def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run uses the tiny networks."""
-    monkeypatch.setattr(cli, "load_models", lambda request: tiny.tiny_models())
-
-
-def run(*arguments: object) -> int:
-    return main([str(a) for a in arguments])
-
-
-def report_of(out: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((out / "report.json").read_text("utf-8"))
-    return report
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
