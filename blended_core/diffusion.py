@@ -51,7 +51,7 @@ class DiffusionConfig:
             raise BlendedError(f"unknown variance {self.variance!r}; known are {', '.join(VARIANCES)}.")
 
     def respaced(self, respacing: str | int) -> Schedule:
-        """The process shortened to ``respacing`` (see :func:`~blended_core.schedule.space_timesteps`)."""
+        """The process shortened to ``respacing`` (see :func:`~blended_core.respacing.space_timesteps`)."""
         return cached_schedule(self.schedule, self.steps, str(respacing), self.rescale_timesteps)
 
     def to_dict(self) -> dict[str, Any]:

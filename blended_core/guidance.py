@@ -11,7 +11,7 @@ from torch import Tensor
 from .denoiser import DiffusionModel
 from .diffusion import Prediction
 from .errors import BlendedError
-from .losses import Loss, LossTerm, StepInput
+from .losses import Loss, LossTerm, StepInput, pull_back
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,7 +98,7 @@ class Guidance:
         first, *others = (term.gradient for term in terms.values())
         gradient = sum(others, start=first)
         if self.decode is not None:
-            (gradient,) = torch.autograd.grad(image, leaf, gradient)
+            gradient = pull_back(image, leaf, gradient)
         return terms, gradient
 
 
@@ -113,8 +113,7 @@ def gradient_through(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     """
     largest = cotangent.flatten(1).abs().amax(1)
     exponent = torch.where(largest.isfinite() & (largest > 0), largest.log2().ceil(), 0.0).clamp(-100, 100)[:, None, None, None]
-    (gradient,) = torch.autograd.grad(output, x, cotangent * torch.exp2(-exponent))
-    return gradient * torch.exp2(exponent)
+    return pull_back(output, x, cotangent * torch.exp2(-exponent)) * torch.exp2(exponent)
 
 
 def zero_broken_rows(gradient: Tensor) -> tuple[Tensor, int]:

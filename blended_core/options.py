@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 from .errors import BlendedError, short_repr
-from .schedule import check_respacing
+from .respacing import check_respacing
 
 MAX_SEED = 2**64 - 1
 REGION = "mask and region"

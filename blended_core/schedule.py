@@ -13,12 +13,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BlendedError, short_repr
+from .errors import BlendedError
+from .respacing import LOG_SNR, space_timesteps, step_count
 
 Float64 = NDArray[np.float64]
-
-LOG_SNR = "logsnr"
-"""Prefix of a respacing that is uniform in the logarithm of the signal-to-noise ratio."""
 
 LOWEST_LOG_SNR = -10.2
 """About where the linear schedule ends."""
@@ -57,46 +55,6 @@ def named_betas(name: str, steps: int) -> Float64:
     return betas
 
 
-def space_timesteps(steps: int, respacing: str | int) -> list[int]:
-    """The steps of a process that respacing keeps, ascending.
-
-    Args:
-        steps: length of the process that the network was trained on.
-        respacing: a number (that many, evenly); ``'ddimN'`` (a whole stride that gives exactly N); or counts separated
-            by commas, one for each equal section of the process, the least noisy section first. ``'logsnrN'`` needs the noise schedule too
-            (:func:`log_snr_timesteps`).
-
-    Raises:
-        BlendedError: if the process cannot be divided in this way.
-    """
-    text = str(respacing).strip()
-    if text.startswith("ddim"):
-        count = _count(text[4:], text)
-        for stride in range(1, steps + 1):
-            kept = range(0, steps, stride)
-            if len(kept) == count:
-                return list(kept)
-        raise BlendedError(
-            f"no whole stride takes exactly {short_repr(count)} of {steps} steps; use {short_repr(str(count))} instead.", option="steps"
-        )
-    counts = [_count(part, text) for part in text.split(",")]
-    kept_steps: list[int] = []
-    start = 0
-    for i, count in enumerate(counts):
-        size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
-        if count > size:
-            raise BlendedError(
-                f"respacing {short_repr(text)} takes {short_repr(count)} steps of a section of {size}; take at most {size}.", option="steps"
-            )
-        stride_f = (size - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0
-        for _ in range(count):
-            kept_steps.append(start + round(position))
-            position += stride_f
-        start += size
-    return sorted(set(kept_steps))
-
-
 def log_snr_timesteps(alphas_cumprod: Float64, count: int) -> list[int]:
     """``count`` steps of a process, ascending, from the first to the last, whose logarithms of the signal-to-noise ratio are as evenly spaced as
     whole steps allow.
@@ -118,27 +76,6 @@ def log_snr_timesteps(alphas_cumprod: Float64, count: int) -> list[int]:
     kept = np.minimum(spread, np.arange(steps - count, steps))
     kept[-1] = steps - 1 if count > 1 else kept[-1]
     return [int(step) for step in kept]
-
-
-def check_respacing(respacing: str | int) -> None:
-    """Raises BlendedError if a respacing has the wrong form; whether it fits a process is checked with the process."""
-    text = str(respacing).strip()
-    prefix = next((p for p in ("ddim", LOG_SNR) if text.startswith(p)), "")
-    for part in [text[len(prefix) :]] if prefix else text.split(","):
-        _count(part, text)
-
-
-def _count(text: str, whole: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        raise BlendedError(
-            f"respacing {short_repr(whole)} has the wrong form; give a number (100), 'ddim25', 'logsnr20', or counts of sections ('50,25,10').",
-            option="steps",
-        ) from None
-    if count < 1:
-        raise BlendedError(f"respacing {short_repr(whole)} keeps {short_repr(count)} steps; keep at least 1.", option="steps")
-    return count
 
 
 @dataclass(frozen=True)
@@ -163,7 +100,7 @@ class Schedule:
         text = self.respacing.strip() or str(self.steps)
         if text.startswith(LOG_SNR):
             whole = np.cumprod(1 - named_betas(self.name, self.steps), dtype=np.float64)
-            return np.array(log_snr_timesteps(whole, _count(text[len(LOG_SNR) :], text)), np.int64)
+            return np.array(log_snr_timesteps(whole, step_count(text[len(LOG_SNR) :], text)), np.int64)
         return np.array(space_timesteps(self.steps, text), np.int64)
 
     @cached_property

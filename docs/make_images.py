@@ -8,7 +8,8 @@ import torch
 
 from blended_core import DeviceContext, Models, edit_picture, load_clip, load_ddpm, preset, to_uint8
 from blended_core.io.contact_sheet import contact_sheet
-from blended_core.toy.world import GUIDANCE_SCALE, demo_scene
+from blended_core.toy.models import GUIDANCE_SCALE
+from blended_core.toy.world import demo_scene
 
 HERE = Path(__file__).parent / "images"
 HERO = ("an apple", "a mushroom", "a pumpkin", "a cat", "a tree", "a balloon")

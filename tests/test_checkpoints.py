@@ -31,7 +31,7 @@ from blended_core.cli import main
 from blended_core.device import DeviceContext
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError, BlendedWarning
-from blended_core.toy.world import GUIDANCE_SCALE
+from blended_core.toy.models import GUIDANCE_SCALE
 
 from .families import FAMILIES, ODD, PREFIXES, hollow_file, same, table, whole_file
 

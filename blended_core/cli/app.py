@@ -36,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # These modules import no torch; a command imports it after its own checks, because that takes seconds.
-    from . import checkpoints, evaluate, request
+    if args.command in ("demo", "edit"):
+        from . import request
 
-    commands = {
-        "demo": request.demo,
-        "edit": request.edit,
-        "inspect": checkpoints.inspect,
-        "convert": checkpoints.convert,
-        "evaluate": evaluate.evaluate,
-    }
-    return commands[args.command](args)
+        return request.demo(args) if args.command == "demo" else request.edit(args)
+    if args.command == "evaluate":
+        from .evaluate import evaluate
+
+        return evaluate(args)
+    from . import checkpoints
+
+    return checkpoints.inspect(args) if args.command == "inspect" else checkpoints.convert(args)

@@ -8,11 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from ..errors import BlendedError
 from ..io.folder import claimed_path
-from ..io.images import read_picture
 from .messages import say
 from .process import cache_folder
 from .request import checkpoint_path, parse_overrides
@@ -56,6 +53,8 @@ def convert(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that a command names, in float32."""
     path, overrides = checkpoint_path(args.file), parse_overrides(args.overrides or ())
+    from ..io.images import read_picture
+
     picture = None if args.probe_picture is None else read_picture(args.probe_picture)
     from ..adm.load import load_checkpoint
     from ..device import DeviceContext
@@ -68,6 +67,8 @@ def _load(args: argparse.Namespace) -> Checkpoint:
 @contextlib.contextmanager
 def probe_options(picture: Tensor | None = None) -> Iterator[ProbeOptions]:
     """Options of the probe, with a progress bar; it is silent where stderr is not a terminal."""
+    from tqdm import tqdm
+
     from ..adm.probe import ProbeOptions
 
     # Most checkpoints need no probe. With a delay the bar appears at the first forward pass.

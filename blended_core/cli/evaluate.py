@@ -7,8 +7,6 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..errors import BlendedError
 from ..evaluation.rows import ROWS
 from ..io.atomic import sha256, write_bytes
@@ -57,6 +55,7 @@ def _check_folder(out: Path) -> None:
 
 def _evaluate(args: argparse.Namespace, out: Path, rows: Mapping[str, EditOptions]) -> int:
     import torch
+    from tqdm import tqdm
 
     from ..adm.load import load_ddpm
     from ..clip.model import load_clip

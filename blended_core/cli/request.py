@@ -1,6 +1,7 @@
 """The commands ``demo`` and ``edit`` until the run begins: from arguments to a request, its pictures, and its folder.
 
-Every input that is wrong in itself is refused here, before torch is imported and networks are loaded.
+Every input that is wrong in itself is refused here, before torch is imported and networks are loaded; what is wrong without a look into a picture,
+before numpy and Pillow are.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BlendedError
-from ..io.atomic import sha256
+from ..io.atomic import check_file, sha256
 from ..io.folder import REPORT, SHEET, claimed, old_results, replaced_files
-from ..io.images import Picture, for_format, mask_from_alpha, read_mask, read_picture, write_png
 from ..io.request import MACHINE, Request
 from ..options import PRESETS, EditOptions, GuidanceOptions, declared, preset
 from ..paths import absolute, expanded
-from ..schedule import check_respacing
+from ..respacing import check_respacing
 from ..timer import Timer
-from ..toy.world import demo_scene
 from .messages import print_note
 from .report_input import request_of_report
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..io.images import Picture
 
 MACHINE_OPTIONS = {name for name, (declaration, _) in declared(Request).items() if declaration.group == MACHINE}
 OUTPUT_ARGUMENTS = {"command", "from_report", "out", "overwrite", "animate", "format", "debug", "argv", "flags"}
@@ -66,6 +67,9 @@ def demo(args: argparse.Namespace) -> int:
         options=preset("best", steps="40", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
         **_given(args, Request),
     )
+    from ..io.images import write_png
+    from ..toy.world import demo_scene
+
     source, mask = demo_scene(args.background, args.seed)
     # The scene is moved to the results with the report. A demo that fails must not leave it beside the report of an earlier one.
     with claimed(args.out), tempfile.TemporaryDirectory() as folder:
@@ -197,9 +201,10 @@ def _check_folder(args: argparse.Namespace, generated: Sequence[str] = ()) -> No
 
 
 def _check_inputs(files: Mapping[str, Path], out: Path) -> None:
-    """Raises BlendedError if the run would replace one of its inputs: its report could not be repeated."""
+    """Raises BlendedError if an input is no file, or the run would replace it: its report could not be repeated."""
     replaced = {absolute(path) for path in (*old_results(out), out / SHEET, out / REPORT)}
     for name, file in files.items():
+        check_file(file, "the picture" if name == "image" else "the mask", name)
         if absolute(file) in replaced:
             raise BlendedError(
                 f"the {name} {file} is one of the results in {out} that this run replaces; copy it, or choose another --out."
@@ -208,6 +213,8 @@ def _check_inputs(files: Mapping[str, Path], out: Path) -> None:
 
 def _inputs(files: Mapping[str, Path], args: argparse.Namespace) -> Inputs:
     """Reads the picture and its mask, and prints what was converted."""
+    from ..io.images import for_format, mask_from_alpha, read_mask, read_picture
+
     timer = Timer()
     picture = read_picture(files["image"])
     mask = read_mask(files["mask"], picture.size, picture.notes) if "mask" in files else mask_from_alpha(picture)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import BlendedError
 from ..toy.models import JUDGE
-from ..toy.world import OBJECTS, SIDE
+from ..toy.models import SIDE
+from ..toy.world import OBJECTS
 
 NONE = "none"
 ANSWERS = (*OBJECTS, NONE)

@@ -30,7 +30,8 @@ from ..options import EditOptions
 from ..rank import clip_distance
 from ..result import EditResult
 from ..sample import Models, Step
-from ..toy.world import BACKGROUNDS, OBJECTS, SIDE, demo_scene
+from ..toy.models import SIDE
+from ..toy.world import BACKGROUNDS, OBJECTS, demo_scene
 from .judge import NONE, Judge
 from .rows import CANDIDATES
 

@@ -1,11 +1,11 @@
-"""The sets of options that an evaluation compares. Imports no torch."""
+"""The sets of options that an evaluation compares. Imports no numpy and no torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..options import PRESETS, EditOptions, preset
-from ..toy.world import GUIDANCE_SCALE, SIDE
+from ..toy.models import GUIDANCE_SCALE, SIDE
 
 STEPS = "40"
 CANDIDATES = 8

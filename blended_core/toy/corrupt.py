@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .world import OBJECTS, SIDE, FloatImage, Placed, Scene, draw_background, render, sprite
+from .models import SIDE
+from .world import OBJECTS, FloatImage, Placed, Scene, draw_background, render, sprite
 
 NAMES = list(OBJECTS)
 

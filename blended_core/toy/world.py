@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import BlendedError
+from .models import SIDE
 
-SIDE = 64  # px, side of a training scene
 MAX_CENTER_OFFSET = 0.5 / SIDE  # largest offset of a centered object from the middle of the scene
-GUIDANCE_SCALE = 3000.0  # for the embedded models; the presets hold the scale for models of photographs
 SPRITE_SIDE = 96
 SHEET_COLUMNS = 4
 SPRITES_PATH = Path(__file__).with_name("data") / "sprites.png"

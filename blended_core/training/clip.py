@@ -32,7 +32,8 @@ from ..diffusion import q_sample
 from ..io.atomic import replacing
 from ..toy.captions import Caption, describe
 from ..toy.corrupt import corrupted
-from ..toy.world import BACKGROUNDS, OBJECTS, SIDE, Placed, Scene, random_scene, render
+from ..toy.models import SIDE
+from ..toy.world import BACKGROUNDS, OBJECTS, Placed, Scene, random_scene, render
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 128,

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from ..adm.unet import UNet, UNetConfig
 from ..io.atomic import replacing
 from ..schedule import Schedule
-from ..toy.world import GUIDANCE_SCALE, OBJECTS, SIDE, Scene, random_scene, render
+from ..toy.models import GUIDANCE_SCALE, SIDE
+from ..toy.world import OBJECTS, Scene, random_scene, render
 
 CONFIG = UNetConfig(
     image_size=SIDE,

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..evaluation.judge import ANSWERS, NONE, Judge, JudgeNetwork
 from ..io.atomic import replacing
 from ..toy.corrupt import corrupted, render_float
-from ..toy.world import SIDE, FloatImage, Placed, random_scene, render
+from ..toy.models import SIDE
+from ..toy.world import FloatImage, Placed, random_scene, render
 from .clip import coverage, shape_mask
 
 SIZES = (24 / SIDE, 56 / SIDE)
