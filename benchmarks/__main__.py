@@ -24,12 +24,13 @@ from blended_core.device import DeviceContext
 from blended_core.io.atomic import write_bytes
 
 from .edit import measure_candidates, measure_edit
-from .loading import measure_import, measure_load
+from .loading import measure_load
 from .process import PROCESS_ROUNDS, measure_process
 from .report import plot, table
+from .start import measure_start
 from .step import measure_growth, measure_step
 
-PARTS = ("step", "edit", "load", "import", "process")
+PARTS = ("step", "edit", "load", "start", "process")
 ROUNDS = {"small": 10, "medium": 6, "full": 4}
 
 
@@ -76,8 +77,8 @@ def main() -> int:
             results["candidates"] = measure_candidates(context, log)
     if "load" in args.only:
         results["load"] = measure_load(args.rounds or ROUNDS["full"], log)
-    if "import" in args.only:
-        results["import"] = measure_import(args.rounds or ROUNDS["medium"], log)
+    if "start" in args.only and sys.platform != "win32":
+        results["start"] = measure_start(args.rounds or ROUNDS["medium"], log)
     if "process" in args.only and sys.platform == "linux" and context.device.type == "cpu":
         results["process"] = []
         for name in args.networks:

@@ -1,4 +1,4 @@
-"""Time and memory of loading the full network, and time of importing the library. Each measurement runs in its own process."""
+"""Time and memory of loading the full network. Each measurement runs in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -64,12 +63,6 @@ watcher.join()
 print(max(peak, anonymous_memory()) - before)
 """
 VARIANTS = ("float32", "float32 channels_last", "bfloat16")
-IMPORT = """
-import time
-start = time.perf_counter()
-import {module}
-print(time.perf_counter() - start)
-"""
 
 
 def measure_load(rounds: int, log: Log) -> dict[str, Any]:
@@ -99,19 +92,6 @@ def measure_load(rounds: int, log: Log) -> dict[str, Any]:
         "seconds": seconds,
         "memory_over_float32_weights": memory,
     }
-
-
-def measure_import(rounds: int, log: Log) -> dict[str, Any]:
-    """Seconds of importing torch, the library, and the library after torch, in new processes."""
-    log(f"import, {rounds} rounds")
-    seconds: dict[str, list[float]] = {"torch": [], "blended_core": [], "blended_core.edit": []}
-    for number in range(rounds + 1):  # the first round fills the file cache of the system
-        for name in list(seconds) if number % 2 else list(reversed(seconds)):
-            before = "import torch\n" if name.startswith("blended_core.") else ""
-            taken = float(run_python(before + IMPORT.format(module=name))[0])
-            if number:
-                seconds[name].append(taken)
-    return {"seconds": seconds, "median": {name: median(values) for name, values in seconds.items()}}
 
 
 def run_python(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:

@@ -19,7 +19,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of one variant relative to another: median and quartiles over the rounds."""
+    """Time of one variant relative to another, or another figure: median and quartiles over the rounds."""
 
     median: float
     low: float
@@ -32,9 +32,13 @@ class Ratio:
 
 def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
     """The ratio of two lists of seconds with one entry per round."""
-    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0], ratios[0], ratios[0])
-    return Ratio(median(ratios), low, high, len(ratios))
+    return quartiles([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def quartiles(values: list[float]) -> Ratio:
+    """The median and the quartiles of a figure with one entry per round."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0], values[0], values[0])
+    return Ratio(median(values), low, high, len(values))
 
 
 def time_interleaved(variants: Mapping[str, Work], rounds: int, device: torch.device, warm: bool = True) -> dict[str, list[float]]:

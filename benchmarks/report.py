@@ -8,6 +8,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .measure import Ratio
+from .start import FIRST
+from .start import TARGETS as START_TARGETS
 from .step import TARGETS
 
 # A bar of the plot: (network, figure), ratio or number, the value of the unit length, and the target.
@@ -49,9 +51,6 @@ def table(results: dict[str, Any]) -> str:
     for gradient in (g for g in ("unet", "x0") if g in many):
         what = f"{many['candidates']} candidates, {many['steps']} steps, {many['views']} views, gradient {gradient}"
         lines.append(f"| {what} | full | {many[gradient]['seconds']:.0f} s, {many[gradient]['over the floor']:.2f} of the floor | |")
-    if "import" in results:
-        text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in results["import"]["median"].items())
-        lines.append(f"| import | | {text} | |")
     return "\n".join(lines)
 
 
@@ -88,6 +87,10 @@ def figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[f
         )
     for name, value in load.get("memory_over_float32_weights", {}).items():
         out.append((("full", f"largest memory while loading as {name} / weights in float32"), value, (1.1, "most")))
+    for which, of in results.get("start", {}).get("quartiles", {}).items():
+        for name, value in of.items():
+            target = (START_TARGETS[name], "most") if which == FIRST and name in START_TARGETS else None
+            out.append(((which, f"CPU seconds, {name}"), value, target))
     return out
 
 
