@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import process
+from benchmarks import process, start
 from benchmarks.edit import FULL_EDIT, measure_candidates
 from benchmarks.measure import Ratio, peak_bytes, ratio, time_by_operation, time_interleaved
 from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
@@ -196,3 +196,37 @@ def test_the_report_marks_figures_that_meet_their_target(tmp_path: Path) -> None
     plot(tmp_path / "plot.png", result)
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 600
+
+
+def test_the_report_shows_both_starts_and_the_bars_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str, bool]] = []
+
+    def cpu_seconds(name: str, variables: dict[str, str]) -> float:
+        folder = Path(variables["PYTHONPYCACHEPREFIX"])
+        compiled = folder / start.ROOT.relative_to(start.ROOT.anchor) / "module.pyc"
+        if "PYTHONDONTWRITEBYTECODE" not in variables:  # the round that compiles
+            for path in (compiled, folder / "lib" / "site-packages" / "torch.pyc", folder / "lib" / "re.pyc"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        else:
+            assert (folder / "lib" / "re.pyc").exists(), "the standard library is compiled in both"
+            assert (folder / "lib" / "site-packages" / "torch.pyc").exists() == compiled.exists()
+            calls.append((folder.name, name, compiled.exists()))
+        return 8.0 if folder.name == start.FIRST else 2.0
+
+    monkeypatch.setattr(start, "cpu_seconds", cpu_seconds)
+    result = start.measure_start(2, lambda _line: None)
+    assert {(which, found) for which, _, found in calls} == {(start.FIRST, False), (start.LATER, True)}
+    assert len(calls) == 4 * len(result["seconds"][start.FIRST]) and set(start.PROGRAMS) <= set(result["seconds"][start.LATER])
+    text = table({"start": result})
+    assert "| CPU seconds, demo to the end of its first step | first start | 8.00 (8.00–8.00) | ≤ 7 |" in text
+    assert "| CPU seconds, demo to the end of its first step | later start | 2.00 (2.00–2.00) |  |" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell the time of a process that has ended")
+def test_the_time_of_a_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(start.TARGETS) - {start.PACK_IN_COMFYUI} <= set(start.PROGRAMS)
+    assert 0 < start.cpu_seconds("edit with a missing picture", {}) < 60
+    monkeypatch.setitem(start.PROGRAMS, "--version", "raise ValueError('broken')")
+    with pytest.raises(RuntimeError, match="broken"):
+        start.cpu_seconds("--version", {})

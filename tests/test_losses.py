@@ -14,7 +14,7 @@ from blended_core.diffusion import q_sample
 from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
 from blended_core.guidance import Guidance
-from blended_core.losses import LossTerm, RangeLoss, StepInput, differentiate
+from blended_core.losses import LossTerm, RangeLoss, StepInput, differentiate, pull_back
 from blended_core.mask import EditMask
 from blended_core.options import preset
 from blended_core.random import SeededRandom
@@ -317,3 +317,16 @@ def test_inputs_and_predictions_of_a_step_are_described_in_short() -> None:
     guided = guidance_from(preset("best", views=2).guidance, models, PROMPT)(models.ddpm, step)
     for value in (step, guided, guided.prediction, RangeLoss()(SOURCE, step)):
         assert len(repr(value)) < 200, repr(value)[:300]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_pulled_back_as_torch_does_with_its_argument(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float32).to(dtype).requires_grad_()
+    layer = torch.nn.Conv2d(3, 5, 3, dtype=dtype)
+    cotangent = torch.randn(2, 5, 6, 6, generator=generator).mul(1e-3).to(dtype)
+    (expected,) = torch.autograd.grad(layer(x).tanh(), x, cotangent)
+    assert torch.equal(pull_back(layer(x).tanh(), x, cotangent), expected)
+    with torch.no_grad():  # as a caller between two forward passes
+        output = torch.enable_grad()(lambda: layer(x).tanh())()
+        assert torch.equal(pull_back(output, x, cotangent), expected)

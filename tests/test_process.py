@@ -81,7 +81,7 @@ def test_freed_memory_is_kept_without_a_backward_pass_through_the_unet(monkeypat
     assert asked == [True]
 
 
-# --- wrong inputs, without networks and without torch -------------------------------------------------------------------
+# --- wrong inputs, before what is slow to import is imported -------------------------------------------------------------------
 
 REFUSED = """
 import sys
@@ -93,26 +93,31 @@ for line in sys.stdin.read().splitlines():
         code = main(line.split("|"))
     except SystemExit as stop:
         code = stop.code
-    results[line] = (code, "torch" in sys.modules)
+    results[line] = (code, [name for name in ("numpy", "PIL", "tqdm", "torch") if name in sys.modules])
 print(results)
 """
 WRONG = [
-    "edit|{tmp}/none.png|--prompt|x", "edit|{tmp}/text.png|--prompt|x", "edit|{tmp}|--prompt|x", "edit|{tmp}/rgb.png|--prompt|x",
-    "edit|{tmp}/rgb.png|--mask|{tmp}/none.png|--prompt|x", "edit|{tmp}/rgb.png|--mask|{tmp}/text.png|--prompt|x",
-    "edit|{tmp}/rgb.png|--mask|{tmp}/tall.png|--prompt|x", "edit|{tmp}/rgb.png|{tmp}/tall.png", "edit|{tmp}/rgb.png", "edit|--prompt|x",
+    "edit|{tmp}/none.png|--prompt|x", "edit|{tmp}|--prompt|x", "edit|{tmp}/rgb.png|--mask|{tmp}/none.png|--prompt|x",
+    "edit|{tmp}/rgb.png|--prompt|x|--nothing", "edit|{tmp}/rgb.png|--prompt|x|--sampler|none", "edit|{tmp}/rgb.png|{tmp}/tall.png", "edit|{tmp}/rgb.png", "edit|--prompt|x",
     "edit|{tmp}/rgb.png|--prompt|x|--steps|lots", "edit|{tmp}/rgb.png|--prompt|x|--strength|2", "edit|{tmp}/rgb.png|--prompt|x|--views|0",
     "edit|{tmp}/rgb.png|--prompt|x|--class|²", "edit|{tmp}/rgb.png|--prompt|x|--ddpm|{tmp}/none.pt", "edit|{tmp}/rgb.png|--prompt|x|--set|x",
     "edit|{tmp}/rgb.png|--prompt|x|--out|{tmp}/text.png", "edit|{tmp}/rgb.png|--prompt|x|--out|{tmp}/text.png/in",
     "edit|{tmp}/rgb.png|--prompt|x|--out|{tmp}/full", "edit|{tmp}/rgb.png|--prompt|x|--ddpm|~nobody-of-this-name/x.pt",
     "edit|--from|{tmp}/none.json", "edit|--from|{tmp}/text.png", "edit|{tmp}/rgb.png|--prompt|x|--threads|100000",
-    "demo|--background|moon|--out|{tmp}/x", "demo|--candidates|0|--out|{tmp}/x", "demo|--out|{tmp}/full", "demo|--out|{tmp}/text.png",
+    "demo|--candidates|0|--out|{tmp}/x", "demo|--out|{tmp}/full", "demo|--out|{tmp}/text.png",
     "inspect|{tmp}/none.pt", "convert|{tmp}/none.pt|{tmp}/x.safetensors", "convert|embedded|{tmp}/x.pt", "convert|embedded|{tmp}/a/x.safetensors",
     "convert|embedded|{tmp}/kept.safetensors", "evaluate|--only|nothing", "evaluate|--pairs|0", "evaluate|--candidates|0",
-    "evaluate|--out|{tmp}/text.png", "evaluate|--out|{tmp}", "evaluate|--threads|0",
+    "evaluate|--out|{tmp}/text.png", "evaluate|--out|{tmp}", "evaluate|--threads|0", "inspect|embedded|--set|x", "nothing", "",
+]  # fmt: skip
+WRONG_PICTURES = [
+    "edit|{tmp}/text.png|--prompt|x", "edit|{tmp}/rgb.png|--prompt|x", "edit|{tmp}/rgb.png|--mask|{tmp}/text.png|--prompt|x",
+    "edit|{tmp}/rgb.png|--mask|{tmp}/tall.png|--prompt|x", "demo|--background|moon|--out|{tmp}/x",
+    "inspect|embedded|--picture|{tmp}/none.png",
 ]  # fmt: skip
 
 
-def test_wrong_inputs_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_wrong_inputs_are_refused_before_what_is_slow_to_import(tmp_path: Path) -> None:
+    """Arguments and paths before numpy and Pillow, pictures before torch."""
     Image.new("RGB", (32, 24)).save(tmp_path / "rgb.png")
     Image.new("L", (24, 32), 255).save(tmp_path / "tall.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -120,13 +125,14 @@ def test_wrong_inputs_are_refused_before_torch_is_imported(tmp_path: Path) -> No
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "report.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    given = "\n".join(line.format(tmp=tmp_path) for line in WRONG)
+    given = "\n".join(line.format(tmp=tmp_path) for line in [*WRONG, *WRONG_PICTURES])
     run = subprocess.run(
         [sys.executable, "-c", REFUSED, str(ROOT)], cwd=tmp_path, input=given, capture_output=True, text=True, timeout=300, check=True
     )
     results = ast.literal_eval(run.stdout.splitlines()[-1])
-    assert len(results) == len(WRONG)
-    assert {line: found for line, found in results.items() if found != (2, False)} == {}, run.stderr
+    assert len(results) == len(WRONG) + len(WRONG_PICTURES)
+    expected = [(2, [])] * len(WRONG) + [(2, ["numpy", "PIL"])] * len(WRONG_PICTURES)
+    assert {line: found for (line, found), wanted in zip(results.items(), expected, strict=True) if found != wanted} == {}, run.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -116,16 +117,66 @@ def test_root_is_importable_without_comfyui_under_any_name(tmp_path: Path) -> No
     assert not hasattr(module, "NODE_CLASS_MAPPINGS")  # with it ComfyUI would never call the entry point
 
 
-def test_import_is_light() -> None:
-    code = "import sys, blended_core, blended_core.cli; print([m for m in ('torch', 'open_clip', 'kornia', 'lpips', 'timm') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert out.stdout.strip() == "[]"
+PACKAGES = """
+import importlib, sys
+def packages():  # that were installed, without this one
+    ours = {name.partition(".")[0] for name, module in list(sys.modules.items()) if "site-packages" in (getattr(module, "__file__", None) or "")}
+    return sorted(name for name in ours if not name.startswith(("_", "blended")))
+"""
+HELP = """
+from blended_core.cli import main
+for line in (["--help"], ["--version"], ["edit", "--help"], ["demo", "--help"]):
+    try:
+        main(line)
+    except SystemExit as stop:
+        assert stop.code == 0
+print(packages())
+"""
+EDIT = """
+from blended_core.cli import main
+picture, mask, out, *names = sys.argv[1:]
+short = ["--steps", "2", "--views", "2", "--candidates", "1"]
+assert main(["edit", picture, "--mask", mask, "--prompt", "an apple", "--out", out, *short]) == 0
+print([name for name in names if name in sys.modules])
+"""
 
 
-def test_help_is_light() -> None:
-    code = "import sys; from blended_core.cli.parser import build_parser; build_parser(); print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert out.stdout.strip() == "False"
+def imported(program: str, *arguments: str) -> list[str]:
+    """What a program prints last in a new interpreter: the installed packages that it has imported."""
+    run = [sys.executable, "-c", PACKAGES + program, *arguments]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found: list[str] = ast.literal_eval(out.stdout.splitlines()[-1])
+    return found
+
+
+def test_help_and_version_import_no_package() -> None:
+    assert imported(HELP) == []
+
+
+def test_the_nodes_import_only_what_comfyui_has_and_what_files_need() -> None:
+    """No CLIP, no LPIPS, no augmentations before a node runs."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "nodes").glob("*.py")]
+    inner = sorted(
+        {str(n.module) for t in trees for n in t.body if isinstance(n, ast.ImportFrom) and str(n.module).startswith("blended_core")}
+    )
+    assert len(inner) > 15
+    code = "import torch, numpy\nbefore = set(packages())\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    found = imported(code + "print(sorted(set(packages()) - before))", *inner)
+    assert set(found) <= {"PIL", "filelock", "platformdirs", "safetensors"}, found
+    outer = {a.name for t in trees for n in t.body if isinstance(n, ast.Import) for a in n.names}
+    outer |= {str(n.module) for t in trees for n in t.body if isinstance(n, ast.ImportFrom) and n.level == 0}
+    assert {name.partition(".")[0] for name in outer} - set(sys.stdlib_module_names) <= {
+        "PIL", "comfy", "comfy_api", "comfy_execution", "folder_paths", "torch",
+    }  # fmt: skip
+
+
+def test_an_embedded_edit_imports_no_package_for_other_models(tmp_path: Path) -> None:
+    heavy = ("open_clip", "torchvision", "lpips", "timm", "transformers", "huggingface_hub", "sympy", "torch._dynamo")
+    files = [str(tmp_path / name) for name in ("source.png", "mask.png", "out")]
+    for file, pixels in zip(files, demo_scene(), strict=False):
+        Image.fromarray(pixels).save(file)
+    assert imported(EDIT, *files, *heavy) == []
+    assert (tmp_path / "out" / "report.json").is_file()
 
 
 def test_the_page_of_options_is_current() -> None:

@@ -67,13 +67,13 @@ def demo(args: argparse.Namespace) -> int:
         options=preset("best", steps="40", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
         **_given(args, Request),
     )
-    from ..io.images import write_png
-    from ..toy.world import demo_scene
-
-    source, mask = demo_scene(args.background, args.seed)
     # The scene is moved to the results with the report. A demo that fails must not leave it beside the report of an earlier one.
     with claimed(args.out), tempfile.TemporaryDirectory() as folder:
         _check_folder(args, [path.name for path in scene.values()])
+        from ..io.images import write_png
+        from ..toy.world import demo_scene
+
+        source, mask = demo_scene(args.background, args.seed)
         generated = {"image": Path(folder, "source.png"), "mask": Path(folder, "mask.png")}
         write_png(generated["image"], source)
         write_png(generated["mask"], mask)

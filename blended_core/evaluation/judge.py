@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import BlendedError
-from ..toy.models import JUDGE
-from ..toy.models import SIDE
+from ..toy.models import JUDGE, SIDE
 from ..toy.world import OBJECTS
 
 NONE = "none"
