@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -24,6 +25,29 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, "--no-cache", "--config", str(folder / "pyproject.toml")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests" / "mypy_path")])}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+SLOW = {"kornia", "open_clip", "lpips", "huggingface_hub"}
+"""Packages that the function imports which uses them."""
+PLACES = {"blended_core/__init__.py": {""}, "blended_core/io/images.py": {"torch"}}
+"""Where a function may import something else, besides the commands of the terminal: file → packages, '' for this one."""
+
+
+def imports_of_functions(file: Path) -> set[str]:
+    """The packages that functions of a file import in their bodies; '' for this package."""
+    functions = [f for f in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    nodes = [node for function in functions for node in ast.walk(function)]
+    found = {name.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return found | {"" if node.level else str(node.module).partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_functions_import_only_where_the_rule_allows_it() -> None:
+    found = {file.relative_to(ROOT).as_posix(): imports_of_functions(file) for file in (ROOT / "blended_core").rglob("*.py")}
+    assert set.union(*found.values()) >= SLOW | {"", "torch"}
+    for file, packages in found.items():
+        assert file.startswith("blended_core/cli/") or packages - SLOW <= PLACES.get(file, set()), file
+    nodes = [imports_of_functions(file) for file in (ROOT / "nodes").glob("*.py")]
+    assert set.union(*nodes) == set()
 
 
 @pytest.fixture
