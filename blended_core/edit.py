@@ -142,7 +142,7 @@ def edit_picture(
             images = list(range(first, min(first + options.batch, options.candidates)))
             step = None
             for step in edit_steps(models, source, region_mask, prompt, options, random, images, losses):
-                strongest_shift, broken = max(strongest_shift, step.shift), broken + step.broken
+                strongest_shift, broken = max(strongest_shift, float(step.shift)), broken + int(step.broken)
                 if on_step is not None:
                     on_step(step)
                 if not _finite_rows(step.x).any():

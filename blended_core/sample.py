@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .clip.model import ClipModel, Prompt
 from .denoiser import DiffusionModel
-from .device import DeviceContext
+from .device import DeviceContext, upload
 from .diffusion import ddim_step, ddpm_step, dpmpp_2m_step, guided_x0, q_sample
 from .errors import BlendedError
 from .guidance import Guidance, GuidedPrediction
@@ -68,7 +68,8 @@ class Step:
         x: the sample at that level [B, C, H, W]; x0: x̂0 of the step.
         clip_distance: mean distance of the views [B], or None.
         shift: root mean square by which guidance moved the step, in units of noise: of the step's own (DDPM), or of ε (DDIM); 0 without guidance.
-        broken: number of images whose gradient was not finite and was left out.
+        broken: number of images whose gradient was not finite and was left out. It and ``shift`` are tensors with one value where guidance acts:
+            ``float(step.shift)`` waits for the device, which nothing in a step does.
         gradient: of minus the losses [B, C, H, W], or None without guidance.
     """
 
@@ -79,8 +80,8 @@ class Step:
     x: Tensor
     x0: Tensor
     clip_distance: Tensor | None = None
-    shift: float = 0.0
-    broken: int = 0
+    shift: float | Tensor = 0.0
+    broken: int | Tensor = 0
     gradient: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -96,7 +97,7 @@ def noise_background(
     """
     if level == CLEAN:
         return source.expand(len(images), -1, -1, -1)
-    noise = random.noise(purpose, level, images, tuple(source.shape[1:])).to(source)
+    noise = upload(random.noise(purpose, level, images, tuple(source.shape[1:])), source.device, source.dtype)
     return q_sample(source, level, noise, schedule)
 
 
@@ -114,21 +115,26 @@ def class_labels(model: DiffusionModel, choice: str | int, step: StepInput) -> T
     if choice == "zero":
         return torch.zeros(len(step.images), model.label_dim, device=step.x.device)
     if choice == "random":
-        return step.random.labels(step.index, step.images, model.num_classes).to(step.x.device)
+        return upload(step.random.labels(step.index, step.images, model.num_classes), step.x.device)
     if not isinstance(choice, int) or not 0 <= choice < model.num_classes:
         raise BlendedError(f"class {choice} does not exist; the model has classes 0 to {model.num_classes - 1}.", option="class_choice")
     return torch.full((len(step.images),), choice, device=step.x.device)
+
+
+def step_noise(step: StepInput) -> Tensor:
+    """The noise of a step, [B, C, H, W]."""
+    return upload(step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])), step.x.device, step.x.dtype)
 
 
 @dataclass(frozen=True)
 class DDPM:
     """A step of the random process (Ho et al. 2020), its mean moved by Σ·g (Dhariwal & Nichol 2021, Algorithm 1)."""
 
-    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, x̂0, how far guidance moved it)."""
         prediction, gradient = guided.prediction, guided.gradient
-        noise = step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])).to(step.x) if step.index > 0 else step.x
-        shift = 0.0 if gradient is None else float(((0.5 * prediction.log_variance).exp() * gradient).square().mean().sqrt())
+        noise = step_noise(step) if step.index > 0 else step.x
+        shift = 0.0 if gradient is None else ((0.5 * prediction.log_variance).exp() * gradient).square().mean().sqrt()
         return ddpm_step(prediction, step.index, noise, gradient), prediction.x0, shift
 
 
@@ -144,31 +150,31 @@ class DDIM:
     eta: float = 0.0
     matched: bool = True
 
-    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, guided x̂0, how far guidance moved it)."""
         x0, shift = self.target(guided, step)
         return ddim_step(step.x, x0, step.index, self.noise(step), step.schedule, self.eta), x0, shift
 
-    def target(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, float]:
+    def target(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, float | Tensor]:
         """(guided x̂0, how far guidance moved ε)."""
         if guided.gradient is None:
             return guided.prediction.x0, 0.0
         gradient = guided.gradient * (2 / (1 + self.eta**2)) if self.matched else guided.gradient
-        shift = float(step.schedule.sqrt_one_minus_alphas_cumprod[step.index] * gradient.square().mean().sqrt())
+        shift = gradient.square().mean().sqrt() * float(step.schedule.sqrt_one_minus_alphas_cumprod[step.index])
         return guided_x0(step.x, guided.prediction.x0, step.index, step.schedule, gradient), shift
 
     def noise(self, step: StepInput) -> Tensor | None:
         """The noise of a step, or None where it has none."""
         if self.eta == 0 or step.index == 0:
             return None
-        return step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])).to(step.x)
+        return step_noise(step)
 
 
 @dataclass(frozen=True)
 class DPMSolver(DDIM):
     """A step of DPM-Solver++(2M) (Lu et al. 2022), its x̂0 moved as that of DDIM. It extrapolates x̂0 from two levels."""
 
-    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, guided x̂0, how far guidance moved it); ``previous``: guided x̂0 of the next noisier level."""
         x0, shift = self.target(guided, step)
         return dpmpp_2m_step(step.x, x0, previous, step.index, self.noise(step), step.schedule, self.eta), x0, shift

@@ -12,10 +12,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ..blended_core.adm.recompute import works_on
 from ..blended_core.clip.model import ClipModel, Prompt
 from ..blended_core.denoiser import DiffusionModel
-from ..blended_core.device import DTYPES, DeviceContext
+from ..blended_core.device import DTYPES, DeviceContext, normalizes_groups, prefers_channels_last
 from ..blended_core.memory import MemoryLimits
 from ..blended_core.options import GuidanceOptions
 from ..blended_core.perceptual import Perceptual, load_perceptual
@@ -108,7 +107,7 @@ def device_context(dtype: str = "auto") -> DeviceContext:
     precision = mm.unet_dtype(device, supported_dtypes=[torch.bfloat16, torch.float16, torch.float32]) if dtype == "auto" else DTYPES[dtype]
     if precision not in DTYPES.values():  # float8 or float64, set by a command-line option of ComfyUI
         precision = torch.float32
-    return ManagedContext(device, precision, channels_last=device.type == "cuda")
+    return ManagedContext(device, precision, prefers_channels_last(device, precision))
 
 
 def offload_context(context: DeviceContext) -> DeviceContext:
@@ -179,7 +178,7 @@ def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, opt
     guided = clip is not None and options.uses_clip
     backward = clip is not None and options.gradient == "unet" and options.has_losses
     width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
-    backward_bytes = BACKWARD_BYTES_PER_PIXEL[itemsize] * (1 if works_on(mm.get_torch_device()) else 2)
+    backward_bytes = BACKWARD_BYTES_PER_PIXEL[itemsize] * (1 if normalizes_groups(mm.get_torch_device()) else 2)
     needed = pixels * width * (backward_bytes if backward else FORWARD_BYTES_PER_PIXEL[itemsize])
     if guided and clip is not None:
         images = pixels / ddpm.image_size**2
