@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,8 @@ class DeviceContext:
             raise BlendedError(f"the device {device!r} cannot be used on this computer{why}; {_present()}.", option="device") from None
         if dtype != "auto" and dtype not in DTYPES:
             raise BlendedError(f"unknown precision {dtype!r}; known are auto, {', '.join(DTYPES)}.", option="dtype")
-        if dtype != "auto":
-            precision = DTYPES[dtype]
-        else:
-            precision = fast_precision(chosen) if chosen.type == "cuda" else torch.float32
+        automatic = fast_precision(chosen) if chosen.type == "cuda" else torch.float32
+        precision = automatic if dtype == "auto" else DTYPES[dtype]
         return cls(chosen, precision, prefers_channels_last(chosen, precision), cuda_graphs and chosen.type == "cuda")
 
     def place(self, network: nn.Module) -> nn.Module:
@@ -77,13 +76,13 @@ class DeviceContext:
     def release(self) -> None:
         """Returns unused memory to the device."""
         gc.collect()
-        backend = getattr(torch, self.device.type, None)  # torch.cuda, torch.mps, torch.xpu; torch.cpu has no cache
+        backend: Any = getattr(torch, self.device.type, None)  # torch.cuda, torch.mps, torch.xpu; torch.cpu has no cache
         if hasattr(backend, "empty_cache"):
             backend.empty_cache()
 
     def free_bytes(self) -> int | None:
         """Memory that new tensors can take on the device; None where it is unknown, as on a CPU, which shares it with everything else."""
-        backend = getattr(torch, self.device.type, None)
+        backend: Any = getattr(torch, self.device.type, None)
         if self.device.type not in ("cuda", "xpu") or not hasattr(backend, "mem_get_info"):
             return None
         free, _ = backend.mem_get_info(self.device)

@@ -7,6 +7,7 @@ and ``blend``, which the graph nodes call one by one. Source: Avrahami, Lischins
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +21,7 @@ from .errors import BlendedError
 from .guidance import Guidance, GuidedPrediction
 from .losses import BackgroundLoss, ClipLoss, Distance, Loss, PerceptualDistance, RangeLoss, StepInput, cosine_distance, spherical_distance
 from .mask import EditMask, blend
-from .memory import GuidedWork, MemoryLimits, run_within_memory
+from .memory import GuidedWork, MemoryLimits, fitting_batch, memory_needed, run_within_memory
 from .options import EditOptions, GuidanceOptions
 from .random import RandomSource
 from .reference import BatchBackgroundLoss, Deviations, MixedInput, unclamped_distance
@@ -56,6 +57,19 @@ class Models:
     def __repr__(self) -> str:
         return f"Models({self.ddpm}, clip={self.clip}, on {self.context.device})"
 
+    @contextmanager
+    def recorded(self) -> Iterator[Models]:
+        """The networks of one edit: the diffusion model as CUDA graphs, where the context asks for them, until the edit ends."""
+        if not self.context.cuda_graphs:
+            yield self
+            return
+        ddpm = self.ddpm.recorded()
+        try:
+            yield replace(self, ddpm=ddpm)
+        finally:
+            if ddpm.graphs is not None:
+                ddpm.graphs.clear()
+
 
 @dataclass(frozen=True, repr=False)
 class Step:
@@ -68,8 +82,8 @@ class Step:
         x: the sample at that level [B, C, H, W]; x0: x̂0 of the step.
         clip_distance: mean distance of the views [B], or None.
         shift: root mean square by which guidance moved the step, in units of noise: of the step's own (DDPM), or of ε (DDIM); 0 without guidance.
-        broken: number of images whose gradient was not finite and was left out. It and ``shift`` are tensors with one value where guidance acts:
-            ``float(step.shift)`` waits for the device, which nothing in a step does.
+        broken: number of images whose gradient was not finite and was left out. It and ``shift`` are numbers, and tensors on the device in a step that
+            nothing has waited for yet (``guided_step(…, wait=False)``).
         gradient: of minus the losses [B, C, H, W], or None without guidance.
     """
 
@@ -83,6 +97,10 @@ class Step:
     shift: float | Tensor = 0.0
     broken: int | Tensor = 0
     gradient: Tensor | None = None
+
+    def settled(self) -> Step:
+        """The step with its numbers on the CPU; waits for the device."""
+        return replace(self, shift=float(self.shift), broken=int(self.broken))
 
     def __repr__(self) -> str:
         return f"Step({self.done} of {self.total}, candidates {list(self.images)}, level {self.level})"
@@ -193,6 +211,15 @@ def with_scale(options: GuidanceOptions, model: DiffusionModel) -> GuidanceOptio
     return replace(options, scale=options.scale_for(model.guidance_scale, model.image_size))
 
 
+def with_batch(options: EditOptions, models: Models, prompted: bool) -> EditOptions:
+    """The options with the batch size that fits into free memory, where they leave it open."""
+    if options.batch:
+        return options
+    context, clip = models.context, models.clip if prompted else None
+    image = memory_needed(models.ddpm, clip, models.ddpm.image_size**2, options.guidance, context.dtype.itemsize, context.device)
+    return replace(options, batch=fitting_batch(context.free_bytes(), image, options.candidates))
+
+
 def guidance_from(options: GuidanceOptions, models: Models, prompt: Prompt | None, losses: Sequence[Loss] = ()) -> Guidance:
     """The guidance that options describe, toward a prompt.
 
@@ -247,6 +274,7 @@ def guided_step(
     source: Tensor | None = None,
     losses: Sequence[Loss] = (),
     previous: Tensor | None = None,
+    wait: bool = True,
 ) -> Step:
     """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a step of the sampler. Nothing is blended.
 
@@ -260,6 +288,7 @@ def guided_step(
         source: [B or 1, C, H, W] in −1..1, needed where the background loss is on.
         losses: further losses of guidance.
         previous: x̂0 of the step before [B, C, H, W], which a multistep sampler extrapolates from; None at the first step.
+        wait: for the device. False only queues the work, so that the CPU can draw random numbers meanwhile.
 
     Returns:
         The step, its ``done`` and ``total`` left at 0.
@@ -290,8 +319,10 @@ def guided_step(
         guided=prompted or bool(losses),
         views=prompted and guidance.uses_clip,
         whole_batch=prompted and guidance.needs_perceptual and guidance.background_loss == "reference",
+        graphs=models.ddpm.graphs,
     )  # fmt: skip
-    return concat_steps(run_within_memory(work, description, models.limits, models.context))
+    step = concat_steps(run_within_memory(work, description, models.limits, models.context))
+    return step.settled() if wait else step
 
 
 def _step(models: Models, inputs: StepInput, options: EditOptions, guidance: Guidance, previous: Tensor | None) -> Step:
@@ -352,11 +383,11 @@ def blended_diffusion(
     x = noise_background(source, start, schedule, random, images, "start")
     previous = None
     for index in range(start, -1, -1):
-        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous)
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous, wait=False)
         previous = step.x0
         background = noise_background(source, deviations.background_index(index), schedule, random, deviations.background_images(images))
         x = blend(step.x, background, mask.at_level(index, start))
-        yield replace(step, x=x, done=start - index + 1, total=start + 1)
+        yield replace(step, x=x, done=start - index + 1, total=start + 1).settled()
 
 
 def local_clip_guided_diffusion(
@@ -375,10 +406,10 @@ def local_clip_guided_diffusion(
     x = noise_background(source, start, schedule, random, images, "start")
     previous = None
     for index in range(start, -1, -1):
-        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous)
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous, wait=False)
         previous = step.x0
         x = step.x
-        yield replace(step, done=start - index + 1, total=start + 1)
+        yield replace(step, done=start - index + 1, total=start + 1).settled()
 
 
 def edit_steps(
