@@ -378,7 +378,7 @@ def test_an_edit_chooses_its_batch_from_free_memory() -> None:
 
     small = replace(models, context=Small())
     assert with_batch(options, small, True).batch == 2
-    assert with_batch(options, small, False).batch == 6, "no memory for CLIP is needed without a prompt"
+    assert with_batch(options, small, False).batch == 3, "no memory for CLIP is needed without a prompt"
     seen: list[tuple[int, ...]] = []
     result = edit_picture(picture(), square(), "a tree", small, options, lambda step: seen.append(step.images))
     assert seen[::2] == [(0, 1), (2, 3), (4, 5)] and result.options.batch == 2
