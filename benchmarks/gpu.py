@@ -204,6 +204,7 @@ def measure_gpu(
             for name in DTYPES:
                 what = f"UNet fp32, CLIP {name}"
                 session.measure(part, what, partial(in_variant, master, torch.float32, False, name, gradient, expected[gradient]))
+            session.measure(part, "fp32, TF32 matrices", partial(in_tf32, master, gradient, expected[gradient]))
             if gradient == "unet":
                 plainly = partial(step_figures, master, gradient, expected[gradient], plain_attention)
                 session.measure(part, "fp32, plain attention", plainly)
@@ -219,6 +220,16 @@ def measure_gpu(
 def in_variant(master: Setting, dtype: torch.dtype, channels_last: bool, clip: str, gradient: str, expected: Any) -> dict[str, Any]:
     """The figures of a step in another precision and layout."""
     return step_figures(variant(master, dtype, channels_last, clip), gradient, expected)
+
+
+def in_tf32(setting: Setting, gradient: str, expected: Any) -> dict[str, Any]:
+    """The figures of a step in float32 whose matrices are multiplied in TF32, which torch leaves off."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return step_figures(setting, gradient, expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def with_graphs(setting: Setting, gradient: str, expected: Any) -> dict[str, Any]:

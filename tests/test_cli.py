@@ -374,7 +374,7 @@ def test_a_request_is_the_same_after_a_report() -> None:
     assert Request.from_dict(values) == REQUEST
     assert list(values) == [
         "command", "image", "mask", "prompts", "weights", "ddpm", "ddpm_weights", "overrides", "clip", "lpips", "options", "device", "dtype",
-        "clip_dtype", "checkpointing", "threads",
+        "clip_dtype", "cuda_graphs", "checkpointing", "threads",
     ]  # fmt: skip
 
 
