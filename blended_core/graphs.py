@@ -34,7 +34,7 @@ class GraphedNetwork:
     values in the same place need nothing. Inputs of another shape, precision or layout, with or without a gradient, have recordings of their own.
 
     Where a recording is impossible, the network is called as it is: on other devices, with weights that need a gradient, with hooks, with gradient
-    checkpointing, with inputs other than tensors, and after a recording has failed.
+    checkpointing, under autocast, and after a recording has failed.
 
     One edit uses one object from one thread; it ends with :meth:`clear`.
 
@@ -56,7 +56,7 @@ class GraphedNetwork:
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """The output of the network, in memory of its own."""
         inputs = (x, timesteps) if labels is None else (x, timesteps, labels)
-        if self.refused or not can_record(self.network, inputs):
+        if self.refused or x.device.type != RECORDED_ON:
             return self._plain(inputs)
         weights = tuple(tensor.data_ptr() for tensor in (*self.network.parameters(), *self.network.buffers()))
         if weights != self._weights:
@@ -67,7 +67,7 @@ class GraphedNetwork:
             # The first call is not recorded: it may be the only one of its kind.
             self._seen.add(kind)
             return self._plain(inputs)
-        if kind not in self._recordings and not self._record(kind, inputs):
+        if kind not in self._recordings and not (can_record(self.network, inputs) and self._record(kind, inputs)):
             return self._plain(inputs)
         # The output of a recording is overwritten by its next replay.
         return self._recordings[kind](*inputs).clone()
@@ -110,23 +110,23 @@ class GraphedNetwork:
         self._seen.clear()
 
 
-def can_record(network: nn.Module, inputs: tuple[Any, ...]) -> bool:
+def can_record(network: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Whether replaying a network would do what calling it does."""
-    if not all(isinstance(value, Tensor) and value.device.type == RECORDED_ON for value in inputs):
-        return False
     # Checkpointing saves the state of random numbers, which is not allowed while recording. A compiled network records itself if it is asked to.
     if getattr(network, "gradient_checkpointing", False) or getattr(network, "_compiled_call_impl", None) is not None:
         return False
-    if torch.is_autocast_enabled(RECORDED_ON) or any(value.requires_grad for value in (*inputs[1:], *network.parameters())):
+    if torch.is_autocast_enabled(RECORDED_ON) or any(value.device != inputs[0].device for value in (*inputs, *network.parameters())):
+        return False
+    if any(value.requires_grad for value in (*inputs[1:], *network.parameters())):
         return False
     return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in network.modules())
 
 
 def kind_of(network: nn.Module, inputs: tuple[Tensor, ...]) -> Hashable:
     """What a recording depends on beside the values of its inputs and weights."""
-    layout = tuple((value.shape, value.stride(), value.dtype, value.device) for value in inputs)
-    settings = tuple(getattr(network, name, None) for name in ("compute_dtype", "recompute", "training", "config"))
-    return layout, settings, needs_gradient(inputs)
+    layout = tuple((value.shape, value.stride(), value.dtype, value.device, value.requires_grad) for value in inputs)
+    settings = tuple(getattr(network, name, None) for name in ("compute_dtype", "recompute", "training", "gradient_checkpointing"))
+    return layout, settings, needs_gradient(inputs), torch.is_autocast_enabled(RECORDED_ON)
 
 
 def needs_gradient(inputs: tuple[Tensor, ...]) -> bool:
