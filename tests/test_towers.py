@@ -160,6 +160,7 @@ def large_clip() -> ClipModel:
 
 @pytest.mark.parametrize(("asked", "able", "expected"), [
     ("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("fp32", True, torch.float32), ("bf16", False, torch.bfloat16),
+    ("fp16", True, torch.float16),
 ])  # fmt: skip
 def test_the_precision_of_the_image_encoder_is_chosen(
     monkeypatch: pytest.MonkeyPatch, asked: str, able: bool, expected: torch.dtype

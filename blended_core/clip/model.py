@@ -161,7 +161,12 @@ class ClipModel:
                 :func:`~blended_core.device.fast_precision` says of the device, else float32. Gradients in bfloat16 differ by about a hundredth.
                 open_clip's own encoders, such as ResNets, stay in float32, because they are slower in bfloat16.
             device: where it will compute, if its weights are elsewhere now.
+
+        Raises:
+            BlendedError: for an unknown precision.
         """
+        if name != "auto" and name not in DTYPES:
+            raise BlendedError(f"unknown precision {name!r}; known are auto, {', '.join(DTYPES)}.", option="clip_dtype")
         visual = getattr(self.model, "visual", None)
         if isinstance(visual, VisionTransformer):
             large = visual.config.blocks.width >= LARGE_WIDTH
