@@ -23,7 +23,8 @@ import torch
 from blended_core.device import DeviceContext
 from blended_core.io.atomic import write_bytes
 
-from .edit import measure_candidates, measure_edit
+from .edit import measure_edit
+from .gpu import BUDGET, gpu_table, run_session
 from .loading import measure_load
 from .process import PROCESS_ROUNDS, measure_process
 from .report import plot, table
@@ -31,13 +32,15 @@ from .start import measure_start
 from .step import measure_growth, measure_step
 
 PARTS = ("step", "edit", "load", "start", "process")
+GPU = "gpu"
 ROUNDS = {"small": 10, "medium": 6, "full": 4}
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure (default: all)")
+    parser.add_argument("--only", choices=[*PARTS, GPU], nargs="+", help=f"parts to measure (default: {GPU} on a GPU, else all others)")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds of the part {GPU} (default: %(default)g)")
     parser.add_argument(
         "--networks", choices=list(ROUNDS), nargs="+", default=list(ROUNDS), help="networks of the parts step and process (default: all)"
     )
@@ -57,6 +60,7 @@ def main() -> int:
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    only = args.only or ([GPU] if context.device.type == "cuda" else PARTS)
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(context)}
 
@@ -64,29 +68,29 @@ def main() -> int:
         write_bytes(args.out / "benchmarks.json", json.dumps(results, indent=1).encode() + b"\n")
         write_bytes(args.out / "benchmarks.md", f"{table(results)}\n".encode())
 
-    if "step" in args.only:
+    if GPU in only:
+        results[GPU] = run_session(context.device, args.out, args.budget, log)
+    if "step" in only:
         results["steps"] = []
         for name in args.networks:
             results["steps"].append(measure_step(name, context, args.rounds or ROUNDS[name], log))
             save()
         if "small" in args.networks:
             results["growth"] = measure_growth(context, args.rounds or ROUNDS["small"], log)
-    if "edit" in args.only:
+    if "edit" in only:
         results["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], log)
-        if context.device.type == "cuda":  # on a CPU it would take days
-            results["candidates"] = measure_candidates(context, log)
-    if "load" in args.only:
+    if "load" in only:
         results["load"] = measure_load(args.rounds or ROUNDS["full"], log)
-    if "start" in args.only and sys.platform != "win32":
+    if "start" in only and sys.platform != "win32":
         results["start"] = measure_start(args.rounds or ROUNDS["medium"], log)
-    if "process" in args.only and sys.platform == "linux" and context.device.type == "cpu":
+    if "process" in only and sys.platform == "linux" and context.device.type == "cpu":
         results["process"] = []
         for name in args.networks:
             results["process"].append(measure_process(name, args.rounds or PROCESS_ROUNDS[name], log))
             save()
     save()
     plot(args.out / "benchmarks.png", results)
-    print(table(results))
+    print("\n".join(gpu_table(results[GPU])) if GPU in results else table(results))
     return 0
 
 

@@ -47,10 +47,6 @@ def table(results: dict[str, Any]) -> str:
     for process in results.get("process", []):
         text = ", ".join(f"{variant} {mib:.0f}" for variant, mib in process["memory_mib"].items())
         lines.append(f"| largest memory of the process, MiB | {process['network']} | {text} | |")
-    many = results.get("candidates", {})
-    for gradient in (g for g in ("unet", "x0") if g in many):
-        what = f"{many['candidates']} candidates, {many['steps']} steps, {many['views']} views, gradient {gradient}"
-        lines.append(f"| {what} | full | {many[gradient]['seconds']:.0f} s, {many[gradient]['over the floor']:.2f} of the floor | |")
     return "\n".join(lines)
 
 

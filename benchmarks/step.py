@@ -14,7 +14,7 @@ from blended_core.device import DeviceContext
 
 from .measure import Work, peak_bytes, ratio, time_by_operation, time_interleaved
 from .networks import SIZES
-from .structure import Setting, checkpointed, clip_pass, clip_views, compiled, floor, forward, library_step, plain_attention, reference_step
+from .structure import Setting, checkpointed, clip_pass, clip_views, floor, forward, library_step, reference_step
 
 Log = Callable[[str], None]
 MIB = 2**20
@@ -31,9 +31,7 @@ TARGETS = {
 }
 
 
-WARM_UP_CALLS = 3
-"""Calls before a measurement on a GPU."""
-INEXACT = ("reference", "floor", "forward", "x0", "fp32", "bf16", "fp16")
+INEXACT = ("reference", "floor", "forward", "x0", "bf16")
 """Variants whose results are not compared with those of the reference: the reference itself, variants without a result, and variants
 with another gradient or precision."""
 
@@ -63,18 +61,11 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
         "x0": lambda: library_step(setting, "x0"),
         "forward": partial(forward, setting),
     }
-    if context.device.type == "cuda":
-        variants |= gpu_variants(setting)
-    elif native_bf16():
+    if context.device.type == "cpu" and native_bf16():
         variants["bf16"] = partial(library_step, with_context(setting, dtype=torch.bfloat16))
     log(f"{name}: {', '.join(variants)}, {rounds} rounds")
     results: dict[str, Any] = {}
     with context.autograd():
-        if context.device.type == "cuda":
-            # The first call compiles a network, the second records its CUDA graph. Libraries allocate their workspaces.
-            for work in variants.values():
-                for _ in range(WARM_UP_CALLS):
-                    work()
         # The measurement of memory is also the warm-up round, because a round of the full network takes minutes.
         memory = {
             variant: peak_bytes(partial(store_result, results, variant, work), context.device) / MIB for variant, work in variants.items()
@@ -115,21 +106,6 @@ def with_context(setting: Setting, **changes: Any) -> Setting:
     context = replace(setting.context, **changes)
     shared = setting.clip if context.channels_last == setting.context.channels_last else None
     return Setting.build(setting.size, context, shared)
-
-
-def gpu_variants(setting: Setting) -> dict[str, Work]:
-    """Variants of the step on a GPU: other precisions, the other memory format, attention without a fused kernel, the network compiled, and
-    compiled with CUDA graphs."""
-    layout = "contiguous" if setting.context.channels_last else "channels_last"
-    others = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    variants: dict[str, Work] = {
-        name: partial(library_step, with_context(setting, dtype=d)) for d, name in others.items() if d != setting.context.dtype
-    }
-    variants[layout] = partial(library_step, with_context(setting, channels_last=not setting.context.channels_last))
-    variants["plain attention"] = plain_attention(setting)
-    variants["compiled"] = compiled(with_context(setting), graphs=False)
-    variants["CUDA graphs"] = compiled(with_context(setting), graphs=True)
-    return variants
 
 
 def attention_kernels(times: dict[str, float]) -> list[str]:

@@ -17,14 +17,14 @@ from blended_core.augment import ViewParameters, warp_views
 from blended_core.clip.model import ClipModel, Prompt
 from blended_core.denoiser import DiffusionModel
 from blended_core.device import DeviceContext
-from blended_core.diffusion import ddpm_step
+from blended_core.diffusion import DiffusionConfig, ddpm_step
 from blended_core.losses import ClipLoss, masked_view, prompt_distance, range_loss
 from blended_core.options import EditOptions, GuidanceOptions
 from blended_core.random import SeededRandom
 from blended_core.sample import Models, guided_step
 from blended_core.schedule import Schedule
 
-from .networks import Size, clip_model, diffusion_model, random_prompt
+from .networks import Size, clip_model, random_prompt, random_unet
 
 INDEX = 50  # level of 100
 
@@ -46,12 +46,18 @@ class Setting:
     @classmethod
     def build(cls, size: Size, context: DeviceContext, clip: ClipModel | None = None) -> Setting:
         """Networks of a size with a batch of noise. ``clip`` can be that of another setting."""
-        model = diffusion_model(size, context)
+        network = random_unet(size.unet).set_compute_dtype(context.dtype)
+        return cls.of(size, context, network, clip or clip_model(size, context))
+
+    @classmethod
+    def of(cls, size: Size, context: DeviceContext, unet: UNet, clip: ClipModel) -> Setting:
+        """Given networks with a batch of noise; the UNet is moved to the device."""
+        context.place(unet)
+        model = DiffusionModel.from_unet(unet, DiffusionConfig())
         side = size.unet.image_size
         mask = torch.zeros(1, 1, side, side)
         mask[..., side // 6 : -side // 6, side // 6 : -side // 6] = 1
         x = torch.randn(size.batch, 3, side, side, generator=torch.Generator().manual_seed(3))
-        clip = clip or clip_model(size, context)
         return cls(
             size, context, model, clip, random_prompt(size, context), context.put(x), context.put(mask),
             model.config.respaced("100"), SeededRandom(0),
@@ -233,12 +239,13 @@ def plain_attention(setting: Setting) -> Callable[[], Result]:
     return work
 
 
-def compiled(setting: Setting, graphs: bool) -> Callable[[], Result]:
+def compiled(setting: Setting, graphs: bool, gradient: str = "unet", backend: str = "inductor") -> Callable[[], Result]:
     """The step of the library with the UNet compiled, and with ``graphs`` also CUDA graphs. The network of the setting stays compiled."""
-    setting.model.network.compile(mode="reduce-overhead" if graphs else "default")
+    mode = {"mode": "reduce-overhead"} if graphs and backend == "inductor" else {}
+    setting.model.network.compile(backend=backend, **mode)
 
     def work() -> Result:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return library_step(setting)
+        return library_step(setting, gradient)
 
     return work

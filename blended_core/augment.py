@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .device import upload
+
 DEGREES = 15.0
 TRANSLATE = 0.1
 DISTORTION = 0.7
@@ -108,14 +110,18 @@ def warp_views(pictures: Tensor, parameters: ViewParameters) -> Tensor:
     from kornia.geometry.transform import warp_affine, warp_perspective
 
     size = (pictures.shape[2], pictures.shape[3])
-    rows = parameters.affine_gate.nonzero().flatten().to(pictures.device)
+    rows, matrices = _gated(parameters.affine_gate, parameters.affine[:, :2], pictures)
     if len(rows):
-        matrices = parameters.affine.to(pictures)[rows, :2]
         warped = warp_affine(pictures[rows], matrices, size, align_corners=False, padding_mode="border")
         pictures = pictures.index_copy(0, rows, warped)
-    rows = parameters.perspective_gate.nonzero().flatten().to(pictures.device)
+    rows, matrices = _gated(parameters.perspective_gate, parameters.perspective, pictures)
     if len(rows):
-        matrices = parameters.perspective.to(pictures)[rows]
         warped = warp_perspective(pictures[rows], matrices, size, align_corners=False, padding_mode="zeros")
         pictures = pictures.index_copy(0, rows, warped)
     return pictures
+
+
+def _gated(gate: Tensor, matrices: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows whose gate is open, and their matrices, on the device of the pictures; chosen on the CPU, so that nothing waits for the device."""
+    rows = gate.nonzero().flatten()
+    return upload(rows, pictures.device), upload(matrices[rows], pictures.device, pictures.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .diffusion import DiffusionConfig, Prediction, log_variance, posterior_mean, predict_x0
 from .errors import BlendedError
+from .graphs import GraphedNetwork
 from .schedule import Schedule
 
 
@@ -22,6 +24,9 @@ class DiffusionModel:
         num_classes: None for an unconditional network.
         label_dim: size of a class embedding that the network accepts in place of class indices; 0 if it accepts none.
         guidance_scale: the guidance scale that its checkpoint recommends (:meth:`GuidanceOptions.scale_for`), or None.
+
+    Attributes:
+        graphs: the network as CUDA graphs, which :meth:`predict` then calls; None: it calls the network (:meth:`recorded`).
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class DiffusionModel:
         self.multiple_of = multiple_of
         self.label_dim = label_dim
         self.guidance_scale = guidance_scale
+        self.graphs: GraphedNetwork | None = None
 
     def __repr__(self) -> str:
         classes = f", {self.num_classes} classes" if self.num_classes is not None else ""
@@ -51,6 +57,12 @@ class DiffusionModel:
             4 * unet.config.model_channels, guidance_scale,
         )  # fmt: skip
 
+    def recorded(self) -> DiffusionModel:
+        """The same model with its network as CUDA graphs; end it with ``graphs.clear()``."""
+        model = copy.copy(self)
+        model.graphs = GraphedNetwork(self.network)
+        return model
+
     def predict(self, x_t: Tensor, index: int | Tensor, schedule: Schedule, labels: Tensor | None = None) -> Prediction:
         """One forward pass: x̂0, and mean and variance of p(x_{t−1} | x_t).
 
@@ -63,7 +75,7 @@ class DiffusionModel:
             timesteps = torch.full((x_t.shape[0],), schedule.model_timestep(index), device=x_t.device)
         else:
             timesteps = torch.tensor([schedule.model_timestep(int(i)) for i in index], device=x_t.device)
-        output = self.network(x_t, timesteps, labels)
+        output = (self.graphs or self.network)(x_t, timesteps, labels)
         fraction = None
         if self.config.variance == "learned_range":
             output, fraction = output.chunk(2, dim=1)

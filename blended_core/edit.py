@@ -25,7 +25,7 @@ from .random import SeededRandom
 from .rank import Score, background_error, clip_distance, clip_distance_of_views, seam_energy
 from .region import PictureRegion, feather_notes, region_around
 from .result import Candidate, EditResult
-from .sample import Models, Step, edit_steps, final_image, with_scale
+from .sample import Models, Step, edit_steps, final_image, with_batch, with_scale
 from .timer import Timer
 
 RANKINGS = {"views": clip_distance_of_views, "corrected": clip_distance, "reference": reference.clip_distance}
@@ -115,12 +115,13 @@ def edit_picture(
     options = options or PRESETS["best"]
     check_picture(picture, mask)
     context = models.context
-    with context.autograd():
+    with context.autograd(), models.recorded() as models:
         if isinstance(prompt, str):
             prompt = _encoded(prompt, models.clip)
         notes: list[Note] = []
         prompt = _without_zero_weights(prompt, notes)
         options = replace(options, guidance=with_scale(options.guidance, models.ddpm))
+        options = with_batch(options, models, prompt is not None and len(prompt) > 0)
         original = picture.detach().to("cpu", torch.float32).clone()
         used = EditMask.of(mask.detach().cpu(), options.mask_rule, options.invert_mask)
         prepared = prepare(original, used, models.ddpm.image_size, options.crop, options.context)
@@ -142,7 +143,7 @@ def edit_picture(
             images = list(range(first, min(first + options.batch, options.candidates)))
             step = None
             for step in edit_steps(models, source, region_mask, prompt, options, random, images, losses):
-                strongest_shift, broken = max(strongest_shift, step.shift), broken + step.broken
+                strongest_shift, broken = max(strongest_shift, float(step.shift)), broken + int(step.broken)
                 if on_step is not None:
                     on_step(step)
                 if not _finite_rows(step.x).any():

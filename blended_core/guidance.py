@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .denoiser import DiffusionModel
+from .device import gradient_through, pull_back
 from .diffusion import Prediction
 from .errors import BlendedError
-from .losses import Loss, LossTerm, StepInput, pull_back
+from .losses import Loss, LossTerm, StepInput
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,13 +23,13 @@ class GuidedPrediction:
         prediction: of the network; nothing in it is guided.
         gradient: of minus the sum of the losses [B, C, H, W], or None without guidance.
         values: the unweighted value of each loss per image [B], by its name.
-        broken: number of images whose gradient was not finite and was replaced by zero.
+        broken: number of images whose gradient was not finite and was replaced by zero; on a device a tensor, so that nothing waits for it.
     """
 
     prediction: Prediction
     gradient: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
-    broken: int = 0
+    broken: int | Tensor = 0
 
     def __repr__(self) -> str:
         means = ", ".join(f"{name} {float(value.mean()):.4g}" for name, value in self.values.items())
@@ -102,26 +103,10 @@ class Guidance:
         return terms, gradient
 
 
-def gradient_through(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
-    """The gradient of ⟨output, cotangent⟩ with respect to x; the cotangent of each image is scaled to what half precision can hold.
-
-    In float16 values below 6e-8 are lost, and the gradient of a mean over many pixels is of that size. It is scaled so that its largest value is
-    about 1 before the network, and back afterward, by powers of two, which round nothing.
-
-    Args:
-        output: [B, C, H, W], computed from x [B, C, H, W]; cotangent: [B, C, H, W] float32.
-    """
-    largest = cotangent.flatten(1).abs().amax(1)
-    exponent = torch.where(largest.isfinite() & (largest > 0), largest.log2().ceil(), 0.0).clamp(-100, 100)[:, None, None, None]
-    return pull_back(output, x, cotangent * torch.exp2(-exponent)) * torch.exp2(exponent)
-
-
-def zero_broken_rows(gradient: Tensor) -> tuple[Tensor, int]:
-    """The gradient with zero for every image that has a NaN or Inf, and the number of such images."""
+def zero_broken_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient with zero for every image that has a NaN or Inf, and the number of such images, a tensor with one value."""
     finite = gradient.isfinite().flatten(1).all(1)
-    if bool(finite.all()):
-        return gradient, 0
-    return torch.where(finite.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0), int((~finite).sum())
+    return torch.where(finite.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0), (~finite).sum()
 
 
 def clamp_rows(gradient: Tensor, limit: float) -> Tensor:

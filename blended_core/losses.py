@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .augment import ViewParameters, warp_views
 from .clip.model import ClipModel, Prompt
+from .device import gradient_through, pull_back, upload
 from .errors import BlendedError
 from .random import RandomSource
 from .schedule import Schedule
@@ -89,17 +90,6 @@ def differentiate(function: Callable[[Tensor], Tensor], image: Tensor, scale: fl
     return LossTerm(value.detach(), gradient)
 
 
-def pull_back(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
-    """The gradient of ⟨output, cotangent⟩ with respect to x, from which ``output`` was computed; ``cotangent`` has the shape of ``output``.
-
-    It is equal in every bit to that of torch.autograd.grad with the cotangent as an argument, for which torch imports sympy: more CPU time than the
-    first step of a small edit.
-    """
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad((output * cotangent).sum(), x)
-    return gradient
-
-
 def spherical_distance(image: Tensor, text: Tensor) -> Tensor:
     """Squared great-circle distance 2·arcsin²(‖a − b‖/2), from 0 to π²/2; neither embedding needs to be normalized.
 
@@ -118,7 +108,7 @@ def cosine_distance(image: Tensor, text: Tensor) -> Tensor:
 def prompt_distance(embeddings: Tensor, prompt: Prompt, distance: Distance = spherical_distance) -> Tensor:
     """Weighted sum of the distances to all texts of a prompt; [N, D] → [N]."""
     total = torch.zeros(len(embeddings), device=embeddings.device)
-    for text, weight in zip(prompt.embeddings.to(embeddings), prompt.weights, strict=True):
+    for text, weight in zip(upload(prompt.embeddings, embeddings.device, embeddings.dtype), prompt.weights, strict=True):
         total = total + weight * distance(embeddings, text)
     return total
 
@@ -207,8 +197,11 @@ class ClipLoss:
         with torch.no_grad():
             views = warped_views().requires_grad_()
         with torch.enable_grad():
-            distance = prompt_distance(self.clip.encode_image(views), self.prompt, self.distance)
-            (cotangent,) = torch.autograd.grad(distance.sum(), views)
+            embeddings = self.clip.encode_image(views)
+            leaf_of_network = embeddings.detach().requires_grad_()
+            distance = prompt_distance(leaf_of_network, self.prompt, self.distance)
+            (cotangent,) = torch.autograd.grad(distance.sum(), leaf_of_network)
+            cotangent = gradient_through(embeddings, views, cotangent)
         distance = distance.detach().view(stop - start, batch).sum(0)
         # The views are warped a second time for their own backward pass, which is cheap, so they take no memory while CLIP needs it.
         del views

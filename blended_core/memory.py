@@ -1,4 +1,4 @@
-"""What happens when memory runs out in a guided step: the same work in smaller parts.
+"""How much memory a guided step needs, and what happens when it runs out: the same work in smaller parts.
 
 First the memory that other networks occupy, then fewer images, then fewer views through CLIP, then gradient checkpointing. All of that changes memory
 and time; the result stays the same up to rounding. Only the gradient at x̂0 changes the result, and it is taken only where the options allow it.
@@ -10,13 +10,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .device import DeviceContext
+from .clip.model import ClipModel
+from .denoiser import DiffusionModel
+from .device import DeviceContext, normalizes_groups
 from .errors import BlendedWarning, OutOfMemoryError
+from .graphs import GraphedNetwork
 from .options import GuidanceOptions
 
 Result = TypeVar("Result")
@@ -25,6 +28,21 @@ OUT_OF_MEMORY_TEXTS = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "not enough gpu video memory", "alloc_failed",
 )  # fmt: skip
 """In messages of CUDA, MPS and the CPU allocator, where they have no exception of their own."""
+BACKWARD_BYTES_PER_PIXEL, FORWARD_BYTES_PER_PIXEL = {4: 128, 2: 88}, {4: 48, 2: 62}
+"""Bytes that a UNet keeps per pixel and unit of width, with and without a backward pass, by the size of a value in bytes. The width is the
+square root of the sum of the convolutions' output channels. Half precision needs more than half, because normalization and the last layers
+run in float32. Measured (benchmarks.measure.peak_bytes): 110 and 43 at 64 px and 64 channels, 120 and 32 at 128 px and 128 channels, in half
+precision 80 and 57 at 64 px; twice as much for a backward pass by plain autograd."""
+VIT_VALUES_PER_TOKEN = 17
+"""Values that a vision transformer keeps per token, unit of width and layer. Measured: 17 in a tiny one, 11 in ViT-B/16."""
+RESNET_VALUES_PER_PIXEL = 500
+"""Values that another image encoder keeps per pixel of its input. Counted for a ResNet-50."""
+USUAL_BATCH = 4
+"""Candidates at once where free memory is unknown; the default of the option."""
+SHARE_OF_FREE_MEMORY = 0.8
+"""The part of free memory that a batch is chosen for. The rest is for workspaces of libraries and for gaps between tensors."""
+MOST_FITTING = 32
+"""Candidates at once that are chosen at most; more are not faster."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,6 +80,8 @@ class MemoryLimits:
 
     def lower(self, work: GuidedWork) -> str:
         """Lowers the next limit and says which; '' if none is left."""
+        if work.graphs is not None and work.graphs.give_up():
+            return "continuing without CUDA graphs, which keep memory"
         options = self.applied(work.options)
         rows = min(work.batch, self.rows or work.batch)
         if rows > 1 and not work.whole_batch:
@@ -102,6 +122,7 @@ class GuidedWork:
     Attributes:
         batch: number of images. options: as the user gave them. network: the UNet.
         guided: whether a gradient is taken. views: whether CLIP takes part. whole_batch: whether the images must not be processed apart.
+        graphs: the network as CUDA graphs, if it is used so.
     """
 
     batch: int
@@ -110,6 +131,7 @@ class GuidedWork:
     guided: bool
     views: bool
     whole_batch: bool = False
+    graphs: GraphedNetwork | None = None
 
 
 def run_within_memory(
@@ -196,3 +218,41 @@ def _nothing_left(reason: str, work: GuidedWork, context: DeviceContext) -> OutO
         advice.append(("run on the CPU", "device"))
     texts = [text for text, _ in advice] + ["close other programs"]
     return OutOfMemoryError(f"memory ran out even with {unit} ({reason}); {', or '.join(texts)}.", option=[name for _, name in advice])
+
+
+def memory_needed(
+    ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, options: GuidanceOptions | None, itemsize: int, device: torch.device
+) -> int:
+    """Estimate, rather too high than too low, of the bytes that a step on ``pixels`` pixels needs in addition to the weights.
+
+    Args:
+        ddpm, clip: the networks; None for no guidance by CLIP. options: of guidance.
+        itemsize: bytes of a value in the UNet. device: where the step runs.
+    """
+    options = options or GuidanceOptions()
+    guided = clip is not None and options.uses_clip
+    backward = clip is not None and options.gradient == "unet" and options.has_losses
+    width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
+    backward_bytes = BACKWARD_BYTES_PER_PIXEL[itemsize] * (1 if normalizes_groups(device) else 2)
+    needed = pixels * width * (backward_bytes if backward else FORWARD_BYTES_PER_PIXEL[itemsize])
+    if guided and clip is not None:
+        images = pixels / ddpm.image_size**2
+        most_views = max(options.views, options.early_views)
+        needed += images * min(options.view_chunk or most_views, most_views) * clip.image_dtype.itemsize * values_per_image(clip)
+    return int(needed)
+
+
+def values_per_image(clip: ClipModel) -> int:
+    """Values that CLIP's image encoder keeps of one image for the backward pass."""
+    visual: Any = getattr(clip.model, "visual", clip.model)
+    blocks, positions = getattr(getattr(visual, "transformer", None), "resblocks", None), getattr(visual, "positional_embedding", None)
+    if blocks is None or positions is None:
+        return RESNET_VALUES_PER_PIXEL * clip.image_size**2
+    return int(VIT_VALUES_PER_TOKEN * positions.numel() * len(blocks))
+
+
+def fitting_batch(free: int | None, image_bytes: int, candidates: int) -> int:
+    """Candidates at once for ``free`` bytes, None: unknown, where each needs ``image_bytes``; all batches of an edit have about the same size."""
+    most = USUAL_BATCH if free is None else min(MOST_FITTING, int(SHARE_OF_FREE_MEMORY * free) // max(1, image_bytes))
+    batches = -(-candidates // max(1, min(most, candidates)))
+    return -(-candidates // batches)

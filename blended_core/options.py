@@ -319,8 +319,8 @@ class EditOptions:
     candidates: int = option(8, "Number of results, ranked by CLIP, best first.", low=1, high=MOST, node_high=256, metavar="N")
     batch: int = option(
         4,
-        "Candidates that are processed at once. Changes time and memory, not the random numbers.",
-        low=1,
+        "Candidates that are processed at once; 0: as many as fit into the free memory of a GPU. Changes time and memory, not the random numbers.",
+        low=0,
         high=MOST,
         node_high=64,
         metavar="N",

@@ -7,6 +7,7 @@ and ``blend``, which the graph nodes call one by one. Source: Avrahami, Lischins
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from .clip.model import ClipModel, Prompt
 from .denoiser import DiffusionModel
-from .device import DeviceContext
+from .device import DeviceContext, upload
 from .diffusion import ddim_step, ddpm_step, dpmpp_2m_step, guided_x0, q_sample
 from .errors import BlendedError
 from .guidance import Guidance, GuidedPrediction
 from .losses import BackgroundLoss, ClipLoss, Distance, Loss, PerceptualDistance, RangeLoss, StepInput, cosine_distance, spherical_distance
 from .mask import EditMask, blend
-from .memory import GuidedWork, MemoryLimits, run_within_memory
+from .memory import GuidedWork, MemoryLimits, fitting_batch, memory_needed, run_within_memory
 from .options import EditOptions, GuidanceOptions
 from .random import RandomSource
 from .reference import BatchBackgroundLoss, Deviations, MixedInput, unclamped_distance
@@ -56,6 +57,19 @@ class Models:
     def __repr__(self) -> str:
         return f"Models({self.ddpm}, clip={self.clip}, on {self.context.device})"
 
+    @contextmanager
+    def recorded(self) -> Iterator[Models]:
+        """The networks of one edit: the diffusion model as CUDA graphs, where the context asks for them, until the edit ends."""
+        if not self.context.cuda_graphs:
+            yield self
+            return
+        ddpm = self.ddpm.recorded()
+        try:
+            yield replace(self, ddpm=ddpm)
+        finally:
+            if ddpm.graphs is not None:
+                ddpm.graphs.clear()
+
 
 @dataclass(frozen=True, repr=False)
 class Step:
@@ -68,7 +82,8 @@ class Step:
         x: the sample at that level [B, C, H, W]; x0: x̂0 of the step.
         clip_distance: mean distance of the views [B], or None.
         shift: root mean square by which guidance moved the step, in units of noise: of the step's own (DDPM), or of ε (DDIM); 0 without guidance.
-        broken: number of images whose gradient was not finite and was left out.
+        broken: number of images whose gradient was not finite and was left out. It and ``shift`` are numbers, and tensors on the device in a step that
+            nothing has waited for yet (``guided_step(…, wait=False)``).
         gradient: of minus the losses [B, C, H, W], or None without guidance.
     """
 
@@ -79,9 +94,13 @@ class Step:
     x: Tensor
     x0: Tensor
     clip_distance: Tensor | None = None
-    shift: float = 0.0
-    broken: int = 0
+    shift: float | Tensor = 0.0
+    broken: int | Tensor = 0
     gradient: Tensor | None = None
+
+    def settled(self) -> Step:
+        """The step with its numbers on the CPU; waits for the device."""
+        return replace(self, shift=float(self.shift), broken=int(self.broken))
 
     def __repr__(self) -> str:
         return f"Step({self.done} of {self.total}, candidates {list(self.images)}, level {self.level})"
@@ -96,7 +115,7 @@ def noise_background(
     """
     if level == CLEAN:
         return source.expand(len(images), -1, -1, -1)
-    noise = random.noise(purpose, level, images, tuple(source.shape[1:])).to(source)
+    noise = upload(random.noise(purpose, level, images, tuple(source.shape[1:])), source.device, source.dtype)
     return q_sample(source, level, noise, schedule)
 
 
@@ -114,21 +133,26 @@ def class_labels(model: DiffusionModel, choice: str | int, step: StepInput) -> T
     if choice == "zero":
         return torch.zeros(len(step.images), model.label_dim, device=step.x.device)
     if choice == "random":
-        return step.random.labels(step.index, step.images, model.num_classes).to(step.x.device)
+        return upload(step.random.labels(step.index, step.images, model.num_classes), step.x.device)
     if not isinstance(choice, int) or not 0 <= choice < model.num_classes:
         raise BlendedError(f"class {choice} does not exist; the model has classes 0 to {model.num_classes - 1}.", option="class_choice")
     return torch.full((len(step.images),), choice, device=step.x.device)
+
+
+def step_noise(step: StepInput) -> Tensor:
+    """The noise of a step, [B, C, H, W]."""
+    return upload(step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])), step.x.device, step.x.dtype)
 
 
 @dataclass(frozen=True)
 class DDPM:
     """A step of the random process (Ho et al. 2020), its mean moved by Σ·g (Dhariwal & Nichol 2021, Algorithm 1)."""
 
-    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, x̂0, how far guidance moved it)."""
         prediction, gradient = guided.prediction, guided.gradient
-        noise = step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])).to(step.x) if step.index > 0 else step.x
-        shift = 0.0 if gradient is None else float(((0.5 * prediction.log_variance).exp() * gradient).square().mean().sqrt())
+        noise = step_noise(step) if step.index > 0 else step.x
+        shift = 0.0 if gradient is None else ((0.5 * prediction.log_variance).exp() * gradient).square().mean().sqrt()
         return ddpm_step(prediction, step.index, noise, gradient), prediction.x0, shift
 
 
@@ -144,31 +168,31 @@ class DDIM:
     eta: float = 0.0
     matched: bool = True
 
-    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, guided x̂0, how far guidance moved it)."""
         x0, shift = self.target(guided, step)
         return ddim_step(step.x, x0, step.index, self.noise(step), step.schedule, self.eta), x0, shift
 
-    def target(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, float]:
+    def target(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, float | Tensor]:
         """(guided x̂0, how far guidance moved ε)."""
         if guided.gradient is None:
             return guided.prediction.x0, 0.0
         gradient = guided.gradient * (2 / (1 + self.eta**2)) if self.matched else guided.gradient
-        shift = float(step.schedule.sqrt_one_minus_alphas_cumprod[step.index] * gradient.square().mean().sqrt())
+        shift = gradient.square().mean().sqrt() * float(step.schedule.sqrt_one_minus_alphas_cumprod[step.index])
         return guided_x0(step.x, guided.prediction.x0, step.index, step.schedule, gradient), shift
 
     def noise(self, step: StepInput) -> Tensor | None:
         """The noise of a step, or None where it has none."""
         if self.eta == 0 or step.index == 0:
             return None
-        return step.random.noise("step", step.index, step.images, tuple(step.x.shape[1:])).to(step.x)
+        return step_noise(step)
 
 
 @dataclass(frozen=True)
 class DPMSolver(DDIM):
     """A step of DPM-Solver++(2M) (Lu et al. 2022), its x̂0 moved as that of DDIM. It extrapolates x̂0 from two levels."""
 
-    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, guided x̂0, how far guidance moved it); ``previous``: guided x̂0 of the next noisier level."""
         x0, shift = self.target(guided, step)
         return dpmpp_2m_step(step.x, x0, previous, step.index, self.noise(step), step.schedule, self.eta), x0, shift
@@ -185,6 +209,15 @@ def sampler_of(options: EditOptions) -> DDPM | DDIM:
 def with_scale(options: GuidanceOptions, model: DiffusionModel) -> GuidanceOptions:
     """The options with the guidance scale that they mean for a model, where they give none."""
     return replace(options, scale=options.scale_for(model.guidance_scale, model.image_size))
+
+
+def with_batch(options: EditOptions, models: Models, prompted: bool) -> EditOptions:
+    """The options with the batch size that fits into free memory, where they leave it open."""
+    if options.batch:
+        return options
+    context, clip = models.context, models.clip if prompted else None
+    image = memory_needed(models.ddpm, clip, models.ddpm.image_size**2, options.guidance, context.dtype.itemsize, context.device)
+    return replace(options, batch=fitting_batch(context.free_bytes(), image, options.candidates))
 
 
 def guidance_from(options: GuidanceOptions, models: Models, prompt: Prompt | None, losses: Sequence[Loss] = ()) -> Guidance:
@@ -241,6 +274,7 @@ def guided_step(
     source: Tensor | None = None,
     losses: Sequence[Loss] = (),
     previous: Tensor | None = None,
+    wait: bool = True,
 ) -> Step:
     """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a step of the sampler. Nothing is blended.
 
@@ -254,6 +288,7 @@ def guided_step(
         source: [B or 1, C, H, W] in −1..1, needed where the background loss is on.
         losses: further losses of guidance.
         previous: x̂0 of the step before [B, C, H, W], which a multistep sampler extrapolates from; None at the first step.
+        wait: for the device. False only queues the work, so that the CPU can draw random numbers meanwhile.
 
     Returns:
         The step, its ``done`` and ``total`` left at 0.
@@ -284,8 +319,10 @@ def guided_step(
         guided=prompted or bool(losses),
         views=prompted and guidance.uses_clip,
         whole_batch=prompted and guidance.needs_perceptual and guidance.background_loss == "reference",
+        graphs=models.ddpm.graphs,
     )  # fmt: skip
-    return concat_steps(run_within_memory(work, description, models.limits, models.context))
+    step = concat_steps(run_within_memory(work, description, models.limits, models.context))
+    return step.settled() if wait else step
 
 
 def _step(models: Models, inputs: StepInput, options: EditOptions, guidance: Guidance, previous: Tensor | None) -> Step:
@@ -346,11 +383,11 @@ def blended_diffusion(
     x = noise_background(source, start, schedule, random, images, "start")
     previous = None
     for index in range(start, -1, -1):
-        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous)
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous, wait=False)
         previous = step.x0
         background = noise_background(source, deviations.background_index(index), schedule, random, deviations.background_images(images))
         x = blend(step.x, background, mask.at_level(index, start))
-        yield replace(step, x=x, done=start - index + 1, total=start + 1)
+        yield replace(step, x=x, done=start - index + 1, total=start + 1).settled()
 
 
 def local_clip_guided_diffusion(
@@ -369,10 +406,10 @@ def local_clip_guided_diffusion(
     x = noise_background(source, start, schedule, random, images, "start")
     previous = None
     for index in range(start, -1, -1):
-        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous)
+        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous, wait=False)
         previous = step.x0
         x = step.x
-        yield replace(step, done=start - index + 1, total=start + 1)
+        yield replace(step, done=start - index + 1, total=start + 1).settled()
 
 
 def edit_steps(

@@ -167,11 +167,11 @@ class LoadCLIP(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=["auto", "fp32", "bf16"],
+                    options=["auto", "fp32", "bf16", "fp16"],
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Precision of the image encoder. auto: bf16 for large encoders where the device computes with it, else fp32.",
+                    tooltip="Precision of the image encoder. auto: bf16, or fp16 on older GPUs, for large encoders where the device is faster with it, else fp32.",
                 ),
             ],
             outputs=[inputs.CLIP.Output("clip", display_name="clip", tooltip="The CLIP, for Encode Prompt.")],

@@ -1,37 +1,26 @@
-"""Networks in ComfyUI's memory manager, and how much memory a step needs."""
+"""Networks in ComfyUI's memory manager."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ..blended_core.adm.recompute import works_on
 from ..blended_core.clip.model import ClipModel, Prompt
 from ..blended_core.denoiser import DiffusionModel
-from ..blended_core.device import DTYPES, DeviceContext
-from ..blended_core.memory import MemoryLimits
+from ..blended_core.device import DTYPES, DeviceContext, prefers_channels_last
+from ..blended_core.memory import MemoryLimits, memory_needed, values_per_image
 from ..blended_core.options import GuidanceOptions
 from ..blended_core.perceptual import Perceptual, load_perceptual
 from ..blended_core.sample import Models
 
 ALL_BYTES = 1e32
 """More bytes than any device has: asks the manager to free everything."""
-BACKWARD_BYTES_PER_PIXEL, FORWARD_BYTES_PER_PIXEL = {4: 128, 2: 88}, {4: 48, 2: 62}
-"""Bytes that a UNet keeps per pixel and unit of width, with and without a backward pass, by the size of a value in bytes. The width is the
-square root of the sum of the convolutions' output channels. Half precision needs more than half, because normalization and the last layers
-run in float32. Measured (benchmarks.measure.peak_bytes): 110 and 43 at 64 px and 64 channels, 120 and 32 at 128 px and 128 channels, in half
-precision 80 and 57 at 64 px; twice as much for a backward pass by plain autograd."""
-VIT_VALUES_PER_TOKEN = 17
-"""Values that a vision transformer keeps per token, unit of width and layer. Measured: 17 in a tiny one, 11 in ViT-B/16."""
-RESNET_VALUES_PER_PIXEL = 500
-"""Values that another image encoder keeps per pixel of its input. Counted for a ResNet-50."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +71,10 @@ class ManagedContext(DeviceContext):
 
     patchers: tuple[ModelPatcher, ...] = ()
 
+    def free_bytes(self) -> int | None:
+        """Memory that new tensors can take, as ComfyUI counts it; None on a CPU."""
+        return None if self.device.type == "cpu" else int(mm.get_free_memory(self.device))
+
     def make_room(self) -> bool:
         """Unloads the networks that are not in use; whether that freed memory."""
         # An unloaded network stays in the same memory on the CPU, and with --highvram on a GPU.
@@ -93,7 +86,7 @@ class ManagedContext(DeviceContext):
 
 def with_patchers(context: DeviceContext, patchers: Sequence[ModelPatcher]) -> ManagedContext:
     """The context while these networks are in use."""
-    return ManagedContext(context.device, context.dtype, context.channels_last, tuple(patchers))
+    return ManagedContext(context.device, context.dtype, context.channels_last, context.cuda_graphs, tuple(patchers))
 
 
 def unload_others(device: torch.device, patchers: Sequence[ModelPatcher]) -> bool:
@@ -108,7 +101,7 @@ def device_context(dtype: str = "auto") -> DeviceContext:
     precision = mm.unet_dtype(device, supported_dtypes=[torch.bfloat16, torch.float16, torch.float32]) if dtype == "auto" else DTYPES[dtype]
     if precision not in DTYPES.values():  # float8 or float64, set by a command-line option of ComfyUI
         precision = torch.float32
-    return ManagedContext(device, precision, channels_last=device.type == "cuda")
+    return ManagedContext(device, precision, prefers_channels_last(device, precision))
 
 
 def offload_context(context: DeviceContext) -> DeviceContext:
@@ -151,7 +144,7 @@ def load_to_device(
     """
     context = ddpm.context if ddpm is not None else device_context("fp32")
     if ddpm is not None:
-        needed = memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize)
+        needed = memory_needed(ddpm.model, clip.model if clip else None, pixels, options, context.dtype.itemsize, context.device)
     else:
         needed = images_per_pass * 4 * values_per_image(clip.model) if clip is not None else 0
     patchers = [network.patcher for network in (ddpm, clip, perceptual) if network is not None]
@@ -171,27 +164,3 @@ def load_to_device(
 def edit_models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None, context: ManagedContext) -> Models:
     """The library's bundle of loaded networks; ``context`` from :func:`load_to_device`."""
     return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, context, ddpm.limits)
-
-
-def memory_needed(ddpm: DiffusionModel, clip: ClipModel | None, pixels: int, options: GuidanceOptions | None, itemsize: int) -> int:
-    """Estimate, rather too high than too low, of the bytes that a step on ``pixels`` pixels needs in addition to the weights."""
-    options = options or GuidanceOptions()
-    guided = clip is not None and options.uses_clip
-    backward = clip is not None and options.gradient == "unet" and options.has_losses
-    width = sum(p.shape[0] for p in ddpm.network.parameters() if p.ndim == 4) ** 0.5
-    backward_bytes = BACKWARD_BYTES_PER_PIXEL[itemsize] * (1 if works_on(mm.get_torch_device()) else 2)
-    needed = pixels * width * (backward_bytes if backward else FORWARD_BYTES_PER_PIXEL[itemsize])
-    if guided and clip is not None:
-        images = pixels / ddpm.image_size**2
-        most_views = max(options.views, options.early_views)
-        needed += images * min(options.view_chunk or most_views, most_views) * 4 * values_per_image(clip)
-    return int(needed)
-
-
-def values_per_image(clip: ClipModel) -> int:
-    """Values that CLIP's image encoder keeps of one image for the backward pass."""
-    visual: Any = clip.model.visual
-    blocks, grid = getattr(getattr(visual, "transformer", None), "resblocks", None), getattr(visual, "grid_size", None)
-    if blocks is None or grid is None:
-        return RESNET_VALUES_PER_PIXEL * clip.image_size**2
-    return int(VIT_VALUES_PER_TOKEN * (grid[0] * grid[1] + 1) * visual.conv1.out_channels * len(blocks))

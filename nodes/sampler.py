@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..blended_core.clip.model import Prompt
 from ..blended_core.edit import edit_picture
+from ..blended_core.memory import USUAL_BATCH
 from ..blended_core.options import PRESETS, EditOptions, preset
 from ..blended_core.result import Candidate, EditResult
 from ..blended_core.sample import Models, Step
@@ -169,7 +170,7 @@ class BlendedSampler(io.ComfyNode):
             if prompt is not None and not len(prompt.prompt):
                 prompt = None
             clip = prompt.clip if prompt is not None else None
-            pixels = min(batch, candidates) * ddpm.model.image_size**2
+            pixels = min(batch or USUAL_BATCH, candidates) * ddpm.model.image_size**2
             managed = load_to_device(ddpm, clip, perceptual, pixels, resolved.guidance)
             ddpm.limits.reset()
             models = edit_models(ddpm, clip, perceptual, managed)

@@ -37,7 +37,7 @@ class NoiseBackground(io.ComfyNode):
             edit_option("strength", optional=False),
             # Without control_after_generate: the web page adds that widget again each time it builds the inputs of a mode.
             edit_option("seed", optional=False),
-            edit_option("batch", optional=False, default=1, tooltip="Number of candidates of each image. They are made at once."),
+            edit_option("batch", optional=False, default=1, min=1, tooltip="Number of candidates of each image. They are made at once."),
             io.Mask.Input(
                 "mask",
                 optional=True,

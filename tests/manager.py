@@ -63,7 +63,7 @@ def main() -> None:
         "unguided": (None, options()), "x0": (clip, options()), "x0, 64 views": (clip, options(views=64)),
         "x0, 64 in chunks": (clip, options(views=64, view_chunk=8)), "unet": (clip, options(gradient="unet")),
     }  # fmt: skip
-    needed = {name: memory.memory_needed(ddpm, way[0], 4 * 64**2, way[1], 4) for name, way in ways.items()}
+    needed = {name: memory.memory_needed(ddpm, way[0], 4 * 64**2, way[1], 4, context.device) for name, way in ways.items()}
     wrapped = memory.LoadedDDPM(ddpm, memory.manage(ddpm.network), context), memory.LoadedCLIP(clip, memory.manage(clip.model))
     modes = {
         state.name: guided_in(memory, runtime, *wrapped, state)
@@ -167,7 +167,7 @@ def told_and_taken(memory: Any, load: Any, clip: Any) -> dict[str, list[float]]:
 
             for name, work, gradient in (("forward", partial(model.network, x, times), "x0"), ("back", back, "unet")):
                 options = memory.GuidanceOptions(gradient=gradient, scale=0.0)
-                needed = memory.memory_needed(model, clip, 64**2, options, dtype.itemsize)
+                needed = memory.memory_needed(model, clip, 64**2, options, dtype.itemsize, context.device)
                 found[f"{dtype} {name}, here"] = [needed, measure.peak_bytes(work, context.device)]
                 if dtype == torch.bfloat16:
                     found[f"{dtype} {name}, with"] = [needed, live_bytes(work)]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import process, start
-from benchmarks.edit import FULL_EDIT, measure_candidates
+from benchmarks import gpu, process, start
 from benchmarks.measure import Ratio, peak_bytes, ratio, time_by_operation, time_interleaved
 from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
 from benchmarks.report import as_text, figures, meets_target, plot, table
@@ -23,8 +22,10 @@ from benchmarks.step import above_floor, attention_kernels, differences, largest
 from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, library_step, plain_attention, reference_step
 from blended_core.adm.unet import AttentionBlock, UNet
 from blended_core.denoiser import DiffusionModel
-from blended_core.device import DeviceContext
+from blended_core.device import DTYPES, DeviceContext
+from blended_core.options import preset
 
+from .test_gpu import Recorder
 from .tiny import CONFIG
 
 CPU = DeviceContext()
@@ -134,17 +135,66 @@ def test_settings_in_another_precision_or_memory_format(setting: Setting) -> Non
         assert difference["x"] < 1e-4 and difference["gradient"] < 1e-3
 
 
-def test_an_edit_is_compared_with_its_floor(setting: Setting) -> None:
-    messages: list[str] = []
-    result = measure_candidates(CPU, messages.append, setting.size, candidates=6, steps=2)
-    assert (FULL_EDIT.batch, FULL_EDIT.views, FULL_EDIT.unet.image_size) == (8, 16, 256) and len(messages) == 2
-    for variant in (result["unet"], result["x0"]):
-        # Six candidates in batches of two: three batches with two steps each.
-        assert len(variant["floors"]) == 4 and variant["over the floor"] == pytest.approx(
-            variant["seconds"] / (6 * median(variant["floors"]))
-        )
-        assert variant["seconds"] == pytest.approx(sum(variant["parts"].values())) and variant["parts"]["diffusion"] > 0
-    assert f"6 candidates, 2 steps, 3 views, gradient x0 | full | {result['x0']['seconds']:.0f} s" in table({"candidates": result})
+@pytest.fixture
+def tiny_session(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[gpu.Session, list[str]]]:
+    """The session of a GPU, with tiny networks on the CPU."""
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(gpu, "BATCHES", (1, 2))
+    monkeypatch.setattr(gpu, "preset", lambda name, **changes: preset(name, **{**changes, "steps": "2", "views": 2}))
+    monkeypatch.setattr(gpu, "peak_bytes", lambda work, _device: work() and 2**20)
+
+    def run(seconds: float, **changes: object) -> tuple[gpu.Session, list[str]]:
+        now, saved = [0.0], []
+
+        def log(_text: str) -> None:
+            now[0] += 1.0
+
+        session = gpu.Session(lambda results: saved.append(json.dumps(results)), log, seconds, lambda: now[0])
+        size = Size("tiny", CONFIG, TINY_CLIP, batch=2, views=2)
+        gpu.measure_gpu(CPU.device, session, size, candidates=3, compiler="eager", **changes)  # type: ignore[arg-type]
+        return session, saved
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_session_on_a_gpu_measures_everything(
+    tiny_session: Callable[..., tuple[gpu.Session, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    session, saved = tiny_session(10_000.0)
+    results = session.results
+    assert results["failed"] == {} and results["left out"] == [] and json.loads(saved[-1]) == results
+    assert recorder.replayed > 30, "the variants with CUDA graphs replay recordings"
+    for gradient in gpu.GRADIENTS:
+        step = results[f"step, gradient {gradient}, batch 2"]
+        assert {"fp32", "automatic", "automatic, CUDA graphs", "automatic, compiled", "automatic, compiled with CUDA graphs"} <= set(step)
+        assert {f"UNet {name}{last}, CLIP fp32" for name in DTYPES for last in ("", ", channels last")} <= set(step)
+        assert step["fp32"]["difference"] == {"x": 0.0, "gradient": 0.0} == step["automatic, CUDA graphs"]["difference"]
+        assert 0 < step["UNet bf16, CLIP fp32"]["difference"]["gradient"] < 0.1
+        assert 0 < step["UNet fp32, CLIP bf16"]["difference"]["gradient"] < 0.1
+        assert list(results[f"batch, gradient {gradient}, CUDA graphs"]) == ["1", "2"]
+    assert list(results["edit"]) == ["gradient x0", "gradient x0, CUDA graphs", "gradient unet", "gradient unet, CUDA graphs"]
+    edit = results["edit"]["gradient x0"]
+    assert (edit["candidates"], edit["batch"], edit["steps"]) == (3, 3, 2) and edit["seconds"] > 0 and not edit["warnings"]
+    text = "\n".join(gpu.gpu_table(results))
+    assert "| edit | gradient unet, CUDA graphs |" in text and "for 3 candidates of 2 steps, 3 at once" in text
+
+
+def test_a_session_keeps_to_its_budget_and_survives_failures(
+    tiny_session: Callable[..., tuple[gpu.Session, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction")
+
+    monkeypatch.setattr(gpu, "waits", fails)
+    session, saved = tiny_session(10.0)
+    results = session.results
+    assert results["failed"] == {f"waits of a step: {g}": "RuntimeError: CUDA error: an illegal instruction" for g in gpu.GRADIENTS}
+    measured = sum(len(figures) for part, figures in results.items() if part not in ("left out", "failed"))
+    # Every measurement takes a second of this clock, and the last one starts with five seconds left.
+    assert measured == 4 and len(results["left out"]) > 20 and any("compiled" in name for name in results["left out"])
+    assert len(saved) == 2 + measured + len(results["left out"])
 
 
 def test_processes_alternate_and_differ_in_their_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,18 +205,25 @@ def test_a_conversion_of_the_picture_is_printed_and_reported(tmp_path: Path, inp
 
 
 def test_an_option_without_effect_gives_a_note(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
-    added = ["--eta", "1", "--class", "3", "--lpips", "alex", "--checkpointing"]
+    added = ["--eta", "1", "--class", "3", "--lpips", "alex", "--checkpointing", "--cuda-graphs", "auto"]
     assert run("edit", *inputs, "--prompt", "", *SMALL, *added, "--out", tmp_path / "out") == 0
     notes = capsys.readouterr().err
     assert "eta 1 has no effect: only the samplers ddim and dpmpp-2m use it (--eta)." in notes
     assert "class_choice 3 has no effect: the diffusion model is not class-conditional (--class)." in notes
     assert "views 2 has no effect: there is no prompt (--views)." in notes
     assert "(--lpips)" in notes and "(--checkpointing)" in notes
+    assert "cuda_graphs auto has no effect on cpu (--cuda-graphs)." in notes
     assert [note for note in report_of(tmp_path / "out")["notes"] if "--eta" in note], "the report has them too"
     for arguments in (["--sampler", "ddim", "--eta", "1"], ["--preset", "official"]):
         assert run("edit", *inputs, "--prompt", "", *SMALL, *arguments, "--overwrite", "--out", tmp_path / "out") == 0
         notes = capsys.readouterr().err
         assert "eta" not in notes and "class_choice" not in notes
+
+
+def test_the_report_states_the_batch_that_was_chosen(tmp_path: Path, inputs: list[str], small_networks: None) -> None:
+    assert run("edit", *inputs, "--prompt", "", *SMALL, "--candidates", "3", "--batch", "0", "--out", tmp_path / "out") == 0
+    report = report_of(tmp_path / "out")
+    assert report["request"]["options"]["batch"] == 3 and len(report["candidates"]) == 3
 
 
 def test_the_report_states_the_guidance_scale_of_the_checkpoint(
@@ -374,7 +381,7 @@ def test_a_request_is_the_same_after_a_report() -> None:
     assert Request.from_dict(values) == REQUEST
     assert list(values) == [
         "command", "image", "mask", "prompts", "weights", "ddpm", "ddpm_weights", "overrides", "clip", "lpips", "options", "device", "dtype",
-        "clip_dtype", "checkpointing", "threads",
+        "clip_dtype", "cuda_graphs", "checkpointing", "threads",
     ]  # fmt: skip
 
 

@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measure import peak_bytes
 from blended_core.adm import recompute
 from blended_core.adm.unet import ResBlock, UNet, UNetConfig
-from blended_core.device import DeviceContext
-from blended_core.guidance import gradient_through
+from blended_core.device import DeviceContext, gradient_through
 from blended_core.memory import MemoryLimits
 from blended_core.options import preset
 from blended_core.random import SeededRandom
@@ -167,7 +166,7 @@ def test_where_a_kernel_is_missing_the_plain_layers_run(monkeypatch: pytest.Monk
     plain = there_and_back(unet.set_recompute(False))
     unet.set_recompute(True)
     assert not torch.equal(there_and_back(unet)[1], plain[1]), "scale and shift are summed in another order, which tells the two apart"
-    monkeypatch.setattr(recompute, "works_on", lambda _device: False)
+    monkeypatch.setattr(recompute, "normalizes_groups", lambda _device: False)
     for found, wanted in zip(there_and_back(unet), plain, strict=True):
         assert torch.equal(found, wanted)
 

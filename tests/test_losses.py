@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from blended_core.device import pull_back
 from blended_core.diffusion import q_sample
 from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
 from blended_core.guidance import Guidance
-from blended_core.losses import LossTerm, RangeLoss, StepInput, differentiate, pull_back
+from blended_core.losses import LossTerm, RangeLoss, StepInput, differentiate
 from blended_core.mask import EditMask
 from blended_core.options import preset
 from blended_core.random import SeededRandom

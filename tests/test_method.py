@@ -726,7 +726,7 @@ def test_options_survive_a_report() -> None:
 
 def test_options_are_checked() -> None:
     bad: list[dict[str, Any]] = [
-        {"algorithm": "x"}, {"strength": 0}, {"strength": 1.01}, {"candidates": 0}, {"batch": 0}, {"eta": 2}, {"feather": -1},
+        {"algorithm": "x"}, {"strength": 0}, {"strength": 1.01}, {"candidates": 0}, {"batch": -1}, {"eta": 2}, {"feather": -1},
         {"sampler": "euler"}, {"mask_rule": "x"}, {"crop": "x"}, {"output": "x"}, {"ranking": "x"}, {"background_level": "x"},
     ]  # fmt: skip
     for values in bad:

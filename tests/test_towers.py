@@ -160,11 +160,12 @@ def large_clip() -> ClipModel:
 
 @pytest.mark.parametrize(("asked", "able", "expected"), [
     ("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("fp32", True, torch.float32), ("bf16", False, torch.bfloat16),
+    ("fp16", True, torch.float16),
 ])  # fmt: skip
 def test_the_precision_of_the_image_encoder_is_chosen(
     monkeypatch: pytest.MonkeyPatch, asked: str, able: bool, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr("blended_core.clip.model.computes_bfloat16", lambda device: able)
+    monkeypatch.setattr("blended_core.clip.model.fast_precision", lambda device: torch.bfloat16 if able else torch.float32)
     exact, chosen = large_clip(), large_clip().in_precision(asked)
     assert chosen.image_dtype == expected
     picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
@@ -177,7 +178,7 @@ def test_the_precision_of_the_image_encoder_is_chosen(
 
 
 def test_small_and_foreign_encoders_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blended_core.clip.model.computes_bfloat16", lambda device: True)
+    monkeypatch.setattr("blended_core.clip.model.fast_precision", lambda device: torch.bfloat16)
     assert load_clip(DeviceContext()).in_precision("auto").image_dtype == torch.float32
     foreign = large_clip()
     foreign.model.visual = tower("ViT-B-16")

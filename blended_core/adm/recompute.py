@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..device import normalizes_groups
+
 
 def can_replace(layer: nn.Module, *others: Tensor | None) -> bool:
     """Whether the functions below compute what calling the layer would; ``others``: its inputs beside the image."""
@@ -30,11 +32,6 @@ def can_replace(layer: nn.Module, *others: Tensor | None) -> bool:
     if not known or not torch.is_grad_enabled():
         return known
     return not any(value is not None and value.requires_grad for value in (*layer.parameters(), *others))
-
-
-def works_on(device: torch.device) -> bool:
-    """Whether torch has the kernels called below on a device; on others the plain layers run."""
-    return device.type in ("cpu", "cuda")
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, recompute: bool = True) -> Tensor:
@@ -52,7 +49,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
     if (
         not recompute
         or channels_last
-        or not works_on(x.device)
+        or not normalizes_groups(x.device)
         or torch.is_autocast_enabled(x.device.type)
         or not can_replace(norm, scale, shift)
     ):
@@ -94,12 +91,14 @@ class _NormSilu(torch.autograd.Function):
 def _wide(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     """A batch laid out as the channels of one image, in float32, and its sizes for torch's kernels: images, channels, pixels, groups."""
     b, c, height, width = x.shape
-    return x.float().reshape(1, b * c, height, width), (1, b * c, height * width, b * groups)
+    # Both conversions in one copy.
+    wide = x.to(torch.float32, memory_format=torch.contiguous_format).reshape(1, b * c, height, width)
+    return wide, (1, b * c, height * width, b * groups)
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, recompute: bool = True) -> Tensor:
     """``layer(x)`` without storing x for the backward pass; ``recompute`` False calls the layer."""
-    if not recompute or not works_on(x.device) or torch.is_autocast_enabled(x.device.type) or not can_replace(layer):
+    if not recompute or not normalizes_groups(x.device) or torch.is_autocast_enabled(x.device.type) or not can_replace(layer):
         out: Tensor = layer(x)
         return out
     out = _Convolve.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)

@@ -24,7 +24,7 @@ from ..mask import EditMask
 from ..options import EditOptions
 from ..perceptual import load_perceptual
 from ..result import EditResult
-from ..sample import Models, Step, with_scale
+from ..sample import Models, Step, with_batch, with_scale
 from .checkpoints import probe_options
 from .messages import message_of, print_note, say
 from .process import INTERRUPTED, keep_freed_memory, uninterrupted
@@ -107,7 +107,7 @@ def run(request: Request, args: argparse.Namespace, inputs: Inputs) -> int:
 
 def load_models(request: Request) -> Models:
     """The networks that a request needs, on its device."""
-    context = DeviceContext.choose(request.device, request.dtype)
+    context = DeviceContext.choose(request.device, request.dtype, request.cuda_graphs == "auto")
     with context.autograd():
         with probe_options() as probe:
             ddpm = load_ddpm(context, request.ddpm, request.overrides, probe=probe, weights=request.ddpm_weights)
@@ -130,6 +130,8 @@ def networks_without_effect(request: Request) -> list[Note]:
         found.append(Note(f"lpips {request.lpips} has no effect: the background loss is off.", option="lpips"))
     if request.checkpointing and not (prompted and guidance.gradient == "unet"):
         found.append(Note("checkpointing has no effect: no gradient is taken through the diffusion model.", option="checkpointing"))
+    if request.cuda_graphs != "off" and not request.device.startswith("cuda"):
+        found.append(Note(f"cuda_graphs {request.cuda_graphs} has no effect on {request.device}.", option="cuda_graphs"))
     return found
 
 
@@ -148,10 +150,11 @@ def keep_memory(options: EditOptions) -> None:
 
 
 def _as_run(request: Request, models: Models) -> Request:
-    """The request with the device, precision, threads, LPIPS network and guidance scale in use, so that the report depends on no default."""
+    """The request with the device, precision, batch, threads, LPIPS network and guidance scale in use, so that the report depends on no default."""
+    options = replace(request.options, guidance=with_scale(request.options.guidance, models.ddpm))
     return replace(
         request,
-        options=replace(request.options, guidance=with_scale(request.options.guidance, models.ddpm)),
+        options=with_batch(options, models, bool(request.texts)),
         device=str(models.context.device),
         dtype=precision_of(models.context.dtype),
         clip_dtype=request.clip_dtype if models.clip is None else precision_of(models.clip.image_dtype),

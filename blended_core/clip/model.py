@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..device import DeviceContext, computes_bfloat16
+from ..device import DTYPES, DeviceContext, fast_precision
 from ..errors import BlendedError, BlendedWarning
 from ..paths import expanded
 from ..toy.world import BACKGROUNDS, OBJECTS
@@ -157,20 +157,28 @@ class ClipModel:
         """This model, its image encoder in another precision; texts are always encoded in float32.
 
         Args:
-            name: 'fp32', 'bf16', or 'auto': bfloat16 for a vision transformer of at least :data:`LARGE_WIDTH` on a device that computes with it, else
-                float32. Gradients in bfloat16 differ by about a hundredth. open_clip's own encoders, such as ResNets, stay in float32, because
-                they are slower in bfloat16.
+            name: 'fp32', 'bf16', 'fp16', or 'auto': for a vision transformer of at least :data:`LARGE_WIDTH` what
+                :func:`~blended_core.device.fast_precision` says of the device, else float32. Gradients in bfloat16 differ by about a hundredth.
+                open_clip's own encoders, such as ResNets, stay in float32, because they are slower in bfloat16.
             device: where it will compute, if its weights are elsewhere now.
+
+        Raises:
+            BlendedError: for an unknown precision.
         """
+        if name != "auto" and name not in DTYPES:
+            raise BlendedError(f"unknown precision {name!r}; known are auto, {', '.join(DTYPES)}.", option="clip_dtype")
         visual = getattr(self.model, "visual", None)
         if isinstance(visual, VisionTransformer):
             large = visual.config.blocks.width >= LARGE_WIDTH
-            half = name == "bf16" or (name == "auto" and large and computes_bfloat16(device or self.device))
-            visual.to(torch.bfloat16 if half else torch.float32)
+            automatic = fast_precision(device or self.device) if large else torch.float32
+            visual.to(automatic if name == "auto" else DTYPES[name])
         return self
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] in −1..1, S = ``image_size`` → embeddings [B, D] float32, differentiable."""
+        if self.mean.device != images.device:  # once: a copy to a device waits for it
+            with torch.inference_mode(False):
+                self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return self.encode_normalized(((images + 1) / 2 - self.mean.to(images)) / self.std.to(images))
 
 

@@ -13,7 +13,7 @@ from ..options import EditOptions, is_finite, option, validate
 MACHINE = "machine and output"
 MOST_THREADS = 1024
 DEFAULTS_OF_OLD_REPORTS = {"ddim_guidance": "score"}
-REQUEST_DEFAULTS_OF_OLD_REPORTS = {"ddpm_weights": "", "clip_dtype": "fp32"}
+REQUEST_DEFAULTS_OF_OLD_REPORTS = {"ddpm_weights": "", "clip_dtype": "fp32", "cuda_graphs": "off"}
 GUIDANCE_DEFAULTS_OF_OLD_REPORTS = {"reference_size": 0}
 """Values of options that did not exist when the report was written, where they differ from today's defaults."""
 
@@ -64,13 +64,18 @@ class Request:
     )
     dtype: str = option(
         "auto",
-        "Precision of the diffusion model. auto: fp32 on the CPU, half precision on CUDA.",
+        "Precision of the diffusion model. auto: fp32 on the CPU; on CUDA bf16, fp16 or fp32, the fastest that the GPU has.",
         choices=("auto", "fp32", "bf16", "fp16"), node_input="precision", group=MACHINE,
     )  # fmt: skip
     clip_dtype: str = option(
         "auto",
-        "Precision of CLIP's image encoder. auto: bf16 for large encoders where the device computes with it, else fp32, and fp32 in preset official.",
-        choices=("auto", "fp32", "bf16"), group=MACHINE,
+        "Precision of CLIP's image encoder. auto: bf16, or fp16 on older GPUs, for large encoders where the device is faster with it, else fp32, and fp32 in preset official.",
+        choices=("auto", "fp32", "bf16", "fp16"), group=MACHINE,
+    )  # fmt: skip
+    cuda_graphs: str = option(
+        "off",
+        "CUDA graphs of the diffusion model: its kernels are recorded once and started together. auto: on CUDA; the same results, more memory.",
+        choices=("off", "auto"), group=MACHINE,
     )  # fmt: skip
     checkpointing: bool = option(
         False,
