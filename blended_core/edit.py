@@ -163,15 +163,17 @@ def edit_picture(
             timer.lap("score")
             for row, (index, distance) in enumerate(zip(images, distances, strict=True)):
                 candidate = Candidate(index, edited[row : row + 1].float().cpu(), Score(distance, None, None, 0.0))
-                full = result.picture(candidate)
+                candidate.part = box, pasted = result.part(candidate)
+                around = used.part(box)
                 gain = None if distance is None or result.source_distance is None else result.source_distance - distance
-                error = background_error(full, original, used)
-                candidate.score = Score(distance, gain, error, seam_energy(full, used), background_pixels)
+                error = background_error(pasted, original[box.slices], around, background_pixels)
+                candidate.score = Score(distance, gain, error, seam_energy(pasted, around), background_pixels)
                 result.candidates.append(candidate)
                 timer.lap("paste and score")
                 if on_candidate is not None:
                     on_candidate(candidate, result)
                     timer.lap("write")
+                candidate.part = None
         if dropped:
             found = nothing_finite(dropped, options, strongest_shift, context.dtype, scorer.guided)
             if not result.candidates:
@@ -201,9 +203,11 @@ def _delivered(result: EditResult, edited: Tensor) -> Tensor:
     if not result.options.keeps_background or not (result.options.feather or result.mask.soft):
         return edited
     score = Score(None, None, None, 0.0)
-    parts = [result.picture(Candidate(0, row[None].float().cpu(), score)) for row in edited]
-    cut = [result.region.cut(visible(part), edited.shape[-1]) * 2 - 1 for part in parts]
-    return torch.cat(cut).to(edited)
+
+    def cut(row: Tensor) -> Tensor:
+        return result.region.cut(visible(result.picture(Candidate(0, row[None].float().cpu(), score))), edited.shape[-1]) * 2 - 1
+
+    return torch.cat([cut(row) for row in edited]).to(edited)
 
 
 def _without_zero_weights(prompt: Prompt | None, notes: list[Note]) -> Prompt | None:
@@ -221,9 +225,9 @@ def _without_zero_weights(prompt: Prompt | None, notes: list[Note]) -> Prompt | 
 
 def _picture_notes(picture: Tensor) -> list[Note]:
     """About values of a picture that are not finite."""
-    count = int((~picture.isfinite()).sum())
-    if not count:
+    if _is_finite(picture):
         return []
+    count = int((~picture.isfinite()).sum())
     return [Note(f"{count} values of the picture are NaN or Inf. Outside the mask they stay; the model sees gray, black or white there.")]
 
 
@@ -254,13 +258,18 @@ def check_range(values: Tensor, name: str, highest: float = HIGHEST_VALUE) -> No
     Room is left for overshoot, and up to ``highest`` for high dynamic range. Whole numbers above 1 are 8-bit values however small they are.
     """
     finite = values.detach()
-    if not bool(finite.isfinite().all()):
+    if not _is_finite(finite):
         finite = finite.nan_to_num(0.0, 0.0, 0.0)
     low, high = (float(v) for v in finite.aminmax()) if finite.numel() else (0.0, 0.0)
     if low < LOWEST_VALUE:
         raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in −1..1: ({name} + 1) / 2.")
     if high > highest or (high > 1 and bool((finite == finite.round()).all())):
         raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in 0..255: {name} / 255.")
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite, without a second tensor of that size: the extremes of a tensor with NaN are NaN."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
 def _encoded(text: str, clip: ClipModel | None) -> Prompt | None:

@@ -115,6 +115,10 @@ class EditMask:
             return self
         return replace(self, values=self.values[rows if isinstance(rows, slice) else list(rows)])
 
+    def part(self, box: Box) -> EditMask:
+        """The masks of a part of the picture; nothing is copied."""
+        return self.with_values(self.values[box.slices])
+
     def with_values(self, values: Tensor) -> EditMask:
         """A mask of the same kind with other values: cut, moved to a device."""
         return replace(self, values=values)
