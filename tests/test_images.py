@@ -24,7 +24,7 @@ from blended_core.cli.report_input import request_of_report
 from blended_core.errors import BlendedError
 from blended_core.io import images as pictures
 from blended_core.io.atomic import write_bytes
-from blended_core.io.images import for_format, transparency, read_mask, read_picture, to_uint8, write_picture, write_png
+from blended_core.io.images import for_format, read_mask, read_picture, to_uint8, transparency, write_picture, write_png
 from blended_core.mask import EditMask, from_labels
 from blended_core.toy.world import Placed, Scene, render
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -310,7 +310,8 @@ def mask_values(path: str | Path, size: tuple[int, int], notes: list[str] | None
                 f"the brightest pixel of the mask, {before / OPAQUE:.3g}, was lost when it was scaled; {gray.max(initial=0) / OPAQUE:.3g} is left. "
                 "Draw the mask at the size of the picture."
             )
-    return gray.astype(np.float32) / np.float32(OPAQUE)
+    values: Float32 = gray.astype(np.float32) / np.float32(OPAQUE)
+    return values
 
 
 def _color_count(pixels: UInt8) -> int:
@@ -328,7 +329,8 @@ def transparency(picture: Picture) -> Float32:
             "no mask was given and the picture has no transparent part; give a mask that is white where the picture should change.",
             option="mask",
         )
-    return 1 - picture.alpha.astype(np.float32) / np.float32(OPAQUE)
+    values: Float32 = 1 - picture.alpha.astype(np.float32) / np.float32(OPAQUE)
+    return values
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
