@@ -24,12 +24,13 @@ from blended_core.device import DeviceContext
 from blended_core.io.atomic import write_bytes
 
 from .edit import measure_candidates, measure_edit
+from .large import measure_large
 from .loading import measure_import, measure_load
 from .process import PROCESS_ROUNDS, measure_process
 from .report import plot, table
 from .step import measure_growth, measure_step
 
-PARTS = ("step", "edit", "load", "import", "process")
+PARTS = ("step", "edit", "large", "load", "import", "process")
 ROUNDS = {"small": 10, "medium": 6, "full": 4}
 
 
@@ -74,6 +75,9 @@ def main() -> int:
         results["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], log)
         if context.device.type == "cuda":  # on a CPU it would take days
             results["candidates"] = measure_candidates(context, log)
+    if "large" in args.only and os.name == "posix":
+        results["large"] = measure_large(args.rounds or ROUNDS["full"], log)
+        save()
     if "load" in args.only:
         results["load"] = measure_load(args.rounds or ROUNDS["full"], log)
     if "import" in args.only:

@@ -95,7 +95,7 @@ class EditMask:
     @property
     def outside_pixels(self) -> int:
         """Number of pixels that an edit may not change."""
-        return int((~self.inside).sum())
+        return self.values.numel() - int(self.inside.count_nonzero())  # a sum would copy the mask as int64
 
     @property
     def notes(self) -> list[Note]:
