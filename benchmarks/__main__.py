@@ -25,13 +25,14 @@ from blended_core.io.atomic import write_bytes
 
 from .edit import measure_edit
 from .gpu import BUDGET, gpu_table, run_session
+from .large import measure_large
 from .loading import measure_load
 from .process import PROCESS_ROUNDS, measure_process
 from .report import plot, table
 from .start import measure_start
 from .step import measure_growth, measure_step
 
-PARTS = ("step", "edit", "load", "start", "process")
+PARTS = ("step", "edit", "large", "load", "start", "process")
 GPU = "gpu"
 ROUNDS = {"small": 10, "medium": 6, "full": 4}
 
@@ -79,6 +80,9 @@ def main() -> int:
             results["growth"] = measure_growth(context, args.rounds or ROUNDS["small"], log)
     if "edit" in only:
         results["edit"] = measure_edit(context, args.rounds or ROUNDS["medium"], log)
+    if "large" in only and os.name == "posix":
+        results["large"] = measure_large(args.rounds or ROUNDS["full"], log)
+        save()
     if "load" in only:
         results["load"] = measure_load(args.rounds or ROUNDS["full"], log)
     if "start" in only and sys.platform != "win32":

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .large import TARGETS as LARGE_TARGETS
 from .measure import Ratio
 from .start import FIRST
 from .start import TARGETS as START_TARGETS
@@ -47,6 +48,12 @@ def table(results: dict[str, Any]) -> str:
     for process in results.get("process", []):
         text = ", ".join(f"{variant} {mib:.0f}" for variant, mib in process["memory_mib"].items())
         lines.append(f"| largest memory of the process, MiB | {process['network']} | {text} | |")
+    large = results.get("large", {})
+    for case, found in large.get("cases", {}).items():
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["stages"].items() if seconds >= 0.05)
+        lines.append(f"| whole edit, {case} | embedded | {as_text(found['seconds'])} s: {stages}; {found['memory_mib']:.0f} MiB | |")
+    for name, found in large.get("png", {}).items():
+        lines.append(f"| PNG file of 6000×4000, compression {name} | | {as_text(found['seconds'])} s, {found['mib']:.1f} MiB | |")
     return "\n".join(lines)
 
 
@@ -72,6 +79,8 @@ def figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[f
         out.append((("small", f"cut, paste and score, picture of {n} px / 256"), value, None))
     if edit:
         out.append((("small", "cut, paste and score a pixel, 4096 px / 2048"), edit["a pixel, 4096 / 2048"], (1.1, "most")))
+    for what, value in results.get("large", {}).get("bars", {}).items():
+        out.append((("embedded", f"6000×4000: {what}"), value, (LARGE_TARGETS[what], "most")))
     for process in results.get("process", []):
         for what, value in process["ratios"].items():
             out.append(((process["network"], f"x̂0 step, {what}"), value, None))

@@ -6,6 +6,7 @@ part after it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ def prepare(picture: Tensor, mask: EditMask, size: int, crop: str = "region", co
 
 def visible(picture: Tensor) -> Tensor:
     """A picture with its values limited to 0..1, and NaN as gray; the picture itself where that changes nothing."""
-    low, high = (float(v) for v in picture.aminmax())  # both NaN if one value is
+    low, high = _extremes(picture)  # both NaN if one value is
     return picture if low >= 0 and high <= 1 else picture.nan_to_num(0.5, 1.0, 0.0).clamp(0, 1)
 
 
@@ -164,15 +165,17 @@ def edit_picture(
             timer.lap("score")
             for row, (index, distance) in enumerate(zip(images, distances, strict=True)):
                 candidate = Candidate(index, edited[row : row + 1].float().cpu(), Score(distance, None, None, 0.0))
-                full = result.picture(candidate)
+                candidate.part = box, pasted = result.part(candidate)
+                around = used.part(box)
                 gain = None if distance is None or result.source_distance is None else result.source_distance - distance
-                error = background_error(full, original, used)
-                candidate.score = Score(distance, gain, error, seam_energy(full, used), background_pixels)
+                error = background_error(pasted, original[box.slices], around, background_pixels)
+                candidate.score = Score(distance, gain, error, seam_energy(pasted, around), background_pixels)
                 result.candidates.append(candidate)
                 timer.lap("paste and score")
                 if on_candidate is not None:
                     on_candidate(candidate, result)
                     timer.lap("write")
+                candidate.part = None
         if dropped:
             found = nothing_finite(dropped, options, strongest_shift, context.dtype, scorer.guided)
             if not result.candidates:
@@ -202,9 +205,11 @@ def _delivered(result: EditResult, edited: Tensor) -> Tensor:
     if not result.options.keeps_background or not (result.options.feather or result.mask.soft):
         return edited
     score = Score(None, None, None, 0.0)
-    parts = [result.picture(Candidate(0, row[None].float().cpu(), score)) for row in edited]
-    cut = [result.region.cut(visible(part), edited.shape[-1]) * 2 - 1 for part in parts]
-    return torch.cat(cut).to(edited)
+
+    def cut(row: Tensor) -> Tensor:
+        return result.region.cut(visible(result.picture(Candidate(0, row[None].float().cpu(), score))), edited.shape[-1]) * 2 - 1
+
+    return torch.cat([cut(row) for row in edited]).to(edited)
 
 
 def _without_zero_weights(prompt: Prompt | None, notes: list[Note]) -> Prompt | None:
@@ -222,9 +227,9 @@ def _without_zero_weights(prompt: Prompt | None, notes: list[Note]) -> Prompt | 
 
 def _picture_notes(picture: Tensor) -> list[Note]:
     """About values of a picture that are not finite."""
-    count = int((~picture.isfinite()).sum())
-    if not count:
+    if math.isfinite(sum(_extremes(picture))):
         return []
+    count = int((~picture.isfinite()).sum())
     return [Note(f"{count} values of the picture are NaN or Inf. Outside the mask they stay; the model sees gray, black or white there.")]
 
 
@@ -255,13 +260,19 @@ def check_range(values: Tensor, name: str, highest: float = HIGHEST_VALUE) -> No
     Room is left for overshoot, and up to ``highest`` for high dynamic range. Whole numbers above 1 are 8-bit values however small they are.
     """
     finite = values.detach()
-    if not bool(finite.isfinite().all()):
+    low, high = _extremes(finite)
+    if not math.isfinite(low + high):
         finite = finite.nan_to_num(0.0, 0.0, 0.0)
-    low, high = (float(v) for v in finite.aminmax()) if finite.numel() else (0.0, 0.0)
+        low, high = _extremes(finite)
     if low < LOWEST_VALUE:
         raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in −1..1: ({name} + 1) / 2.")
     if high > highest or (high > 1 and bool((finite == finite.round()).all())):
         raise BlendedError(f"the {name} has values from {low:.3g} to {high:.3g}; give 0..1, for a {name} in 0..255: {name} / 255.")
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value, both NaN if one value is; 0 without any. Needs no copy, as aminmax does of an image with channels last."""
+    return (float(values.amin()), float(values.amax())) if values.numel() else (0.0, 0.0)
 
 
 def _encoded(text: str, clip: ClipModel | None) -> Prompt | None:

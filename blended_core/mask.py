@@ -95,7 +95,7 @@ class EditMask:
     @property
     def outside_pixels(self) -> int:
         """Number of pixels that an edit may not change."""
-        return int((~self.inside).sum())
+        return self.values.numel() - int(self.inside.count_nonzero())  # a sum would copy the mask as int64
 
     @property
     def notes(self) -> list[Note]:
@@ -114,6 +114,10 @@ class EditMask:
         if len(self) == 1:
             return self
         return replace(self, values=self.values[rows if isinstance(rows, slice) else list(rows)])
+
+    def part(self, box: Box) -> EditMask:
+        """The masks of a part of the picture; nothing is copied."""
+        return self.with_values(self.values[box.slices])
 
     def with_values(self, values: Tensor) -> EditMask:
         """A mask of the same kind with other values: cut, moved to a device."""

@@ -13,6 +13,7 @@ from .augment import ViewParameters, draw_views, warp_views
 from .clip.model import ClipModel, Prompt
 from .losses import Distance, masked_view, prompt_distance, spherical_distance
 from .mask import EditMask
+from .region import SEAM_MARGIN
 
 RANKING_VIEWS = 32
 """Views of :func:`clip_distance_of_views`; the first is not warped."""
@@ -21,8 +22,6 @@ RANKING_VIEWS_AT_ONCE = 8
 """As many as a guided step of the presets, which in addition keeps what the backward pass needs."""
 BAND_PIXELS = 2**18
 """Pixels that are compared at once: their differences fit into the cache of a processor."""
-SEAM_MARGIN = 3
-"""Pixels around the mask within which its seam is measured."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,18 @@ def clip_distance_of_views(
     return total / views
 
 
-def background_error(result: Tensor, original: Tensor, mask: EditMask) -> float | None:
-    """Mean |result − original| over the pixels outside the mask; pictures [1, C, H, W]; None if there are none."""
+def background_error(result: Tensor, original: Tensor, mask: EditMask, pixels: int | None = None) -> float | None:
+    """Mean |result − original| over the pixels outside the mask; pictures [1, C, H, W]; None if there are none.
+
+    ``pixels``: number of pixels outside in the whole picture, where a part of it is given that holds all that differs.
+    """
     rows = max(1, BAND_PIXELS // result.shape[-1])
     total, count = 0.0, 0
     for changed, kept, inside in zip(*(torch.split(tensor, rows, 2) for tensor in (result, original, mask.inside)), strict=True):
         outside = (~inside).expand_as(changed)
         total += float(torch.where(outside, (changed - kept).abs(), 0.0).sum(dtype=torch.float64))
         count += int(outside.sum())
+    count = count if pixels is None else pixels * result.shape[1]
     return total / count if count else None
 
 

@@ -17,8 +17,8 @@ SMALLEST = 4
 """A region is at least 1/SMALLEST of the model's side, however small the mask: beyond that enlarging shows CLIP a blur."""
 SNAP = 1.6
 """A region is widened to the model's own side, where nothing has to be resampled, if that is at most this factor away."""
-
-
+SEAM_MARGIN = 3
+"""Pixels around the mask within which its seam is measured; :func:`pasted_part` contains them."""
 ASPECT_TOLERANCE = 0.02
 """Relative difference of two aspect ratios up to which one picture is scaled to the size of the other."""
 
@@ -41,7 +41,9 @@ class Region:
         """[B, C, height, width] → the region as [B, C, size, size]. Exact where ``side == size``."""
         rows = _reflected(self.top, self.side, self.height).to(picture.device)
         columns = _reflected(self.left, self.side, self.width).to(picture.device)
-        return resize(picture.index_select(2, rows).index_select(3, columns), size)
+        first, last = int(columns.min()), int(columns.max())
+        narrow = picture[..., first : last + 1]  # rows of a large picture are not copied at its full width
+        return resize(narrow.index_select(2, rows).index_select(3, columns - first), size)
 
     def cut_mask(self, mask: EditMask, size: int) -> EditMask:
         """[B, 1, height, width] → [B, 1, size, size]; 0 beyond the edges of the picture.
@@ -199,16 +201,30 @@ def paste(
     Returns:
         [B, C, H, W] in the original's dtype; with ``keep_background`` the original bit for bit outside the mask.
     """
+    box, part = pasted_part(edited, original, mask, region, feather, keep_background)
+    if part.shape[-2:] == original.shape[-2:]:
+        return part
+    out = original.expand(len(part), -1, -1, -1).clone()
+    out[box.slices] = part
+    return out
+
+
+def pasted_part(
+    edited: Tensor, original: Tensor, mask: EditMask, region: PictureRegion, feather: int = 0, keep_background: bool = True
+) -> tuple[Box, Tensor]:
+    """The part of :func:`paste` that can differ from the original, so that nothing is computed or copied for the rest of a large picture.
+
+    Returns:
+        Its box: the region and :data:`SEAM_MARGIN` pixels or more around it; without ``keep_background`` the whole picture. And its pixels
+        [B, C, h, w], as :func:`paste` returns them.
+    """
     values = (edited.to(original) + 1) / 2
     if not keep_background:
-        return region.put_back(values, original).clamp(0, 1)
-    # The mask lies in the region, so nothing else of a large picture is computed; the feather reads a little beyond.
-    around = region.inner().grown(feather + 1, region.width, region.height)
-    part = original[around.slices]
-    pasted = final_paste(region.within(around).put_back(values, part), part, mask.with_values(mask.values[around.slices]), feather)
-    out = original.expand(len(pasted), -1, -1, -1).clone()
-    out[around.slices] = pasted
-    return out
+        return Box(0, 0, region.width, region.height), region.put_back(values, original).clamp(0, 1)
+    # The mask lies in the region; the feather reads a little beyond.
+    box = region.inner().grown(max(feather + 1, SEAM_MARGIN), region.width, region.height)
+    part = original[box.slices]
+    return box, final_paste(region.within(box).put_back(values, part), part, mask.part(box), feather)
 
 
 def feather_notes(mask: EditMask, region: PictureRegion, feather: int) -> list[Note]:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .errors import Note
-from .mask import EditMask, final_paste
+from .mask import Box, EditMask, final_paste
 from .options import EditOptions
 from .rank import Score, ranking
-from .region import PictureRegion, paste
+from .region import PictureRegion, paste, pasted_part
 
 
 @dataclass(repr=False)
 class Candidate:
-    """One result. ``edited`` [1, C, S, S] in −1..1 is the region at the model's size; rank 1 is the best."""
+    """One result.
+
+    Attributes:
+        index: its number, from 0.
+        edited: the region at the model's size [1, C, S, S] in −1..1.
+        score: by which it is ranked, and measures of its background and seam.
+        rank: 1 is the best.
+        part: what :meth:`EditResult.part` returns, while ``on_candidate`` is called for it, so that the paste is computed once; later None.
+    """
 
     index: int
     edited: Tensor
     score: Score
     rank: int = 0
+    part: tuple[Box, Tensor] | None = None
 
     def __repr__(self) -> str:
         distance = self.score.clip_distance
@@ -48,6 +57,7 @@ class EditResult:
     source_distance: float | None
     notes: list[Note]
     seconds: dict[str, float]
+    _shown: tuple[Tensor, EditMask] | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         height, width = self.original.shape[-2:]
@@ -64,10 +74,18 @@ class EditResult:
         """A candidate pasted into the original, [1, C, H, W] in 0..1 on the CPU."""
         return paste(candidate.edited, self.original, self.mask, self.region, self.options.feather, self.options.keeps_background)
 
+    def part(self, candidate: Candidate) -> tuple[Box, Tensor]:
+        """The part of :meth:`picture` that can differ from the original: its box, and its pixels [1, C, h, w] in 0..1 on the CPU."""
+        if candidate.part is not None:
+            return candidate.part
+        return pasted_part(candidate.edited, self.original, self.mask, self.region, self.options.feather, self.options.keeps_background)
+
     def preview(self, x0: Tensor) -> Tensor:
         """x̂0 [1, C, S, S] of a step over the original's region, [1, C, S, S] in 0..1."""
         size = x0.shape[-1]
         edited = ((x0 + 1) / 2).clamp(0, 1)
         if not self.options.keeps_background:
             return edited
-        return final_paste(edited, self.region.cut(self.original, size).clamp(0, 1), self.region.cut_mask(self.mask, size))
+        if self._shown is None or self._shown[0].shape[-1] != size:  # cut once: a preview follows every step
+            self._shown = self.region.cut(self.original, size).clamp(0, 1), self.region.cut_mask(self.mask, size)
+        return final_paste(edited, *self._shown)

@@ -10,27 +10,39 @@ from torch import Tensor
 
 from ..blended_core.edit import check_range
 from ..blended_core.errors import BlendedError, BlendedWarning
-from ..blended_core.mask import from_labels
+from ..blended_core.mask import Box, from_labels
 from .latent import as_mask_batch, shape_of
 
 
-def from_image(image: Tensor, name: str = "IMAGE") -> tuple[Tensor, Tensor | None]:
-    """IMAGE [B, H, W, 3 or 4] → (RGB [B, 3, H, W] float32 in 0..1, alpha [B, 1, H, W] or None), copies on the CPU."""
+def checked_image(image: Tensor, name: str = "IMAGE") -> Tensor:
+    """An IMAGE as [B, H, W, 3 or 4] float32 on the CPU; the IMAGE itself where it is that already, which must not be written to.
+
+    Raises:
+        BlendedError: if its shape is another one, or its values cannot be values in 0..1.
+    """
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise BlendedError(f"the {name} has shape {shape_of(image)}; give images [batch, height, width, 3 (RGB) or 4 (RGBA)].")
     check_range(image, name)
-    values = image.detach().to("cpu", torch.float32).permute(0, 3, 1, 2)
-    rgb, *alpha = (part.clone(memory_format=torch.contiguous_format) for part in torch.split(values, 3, 1))
-    return rgb, alpha[0] if alpha else None
+    return image.detach().to("cpu", torch.float32)
+
+
+def from_image(image: Tensor, name: str = "IMAGE") -> Tensor:
+    """RGB [B, 3, H, W] float32 in 0..1 of :func:`checked_image`. A view: a large picture is not copied."""
+    return checked_image(image, name)[..., :3].permute(0, 3, 1, 2)
+
+
+def write_part(images: Tensor, box: Box, part: Tensor) -> None:
+    """Writes a part of pictures [B, 3, h, w] into its box of IMAGEs [B, H, W, 3 or 4]; their alpha channel stays."""
+    images[:, box.top : box.bottom, box.left : box.right, :3] = part.permute(0, 2, 3, 1)
 
 
 def from_mask(mask: Tensor) -> Tensor:
-    """MASK [B, H, W] → [B, 1, H, W] float32, a copy on the CPU. Raises BlendedError for an empty mask.
+    """MASK [B, H, W] → [B, 1, H, W] float32 on the CPU, a view where possible. Raises BlendedError for an empty mask.
 
     Warns:
         BlendedWarning: if the mask was made of the values 0 and 1 of an 8-bit file, which are taken as black and white.
     """
-    values = as_mask_batch(mask).clone()
+    values = as_mask_batch(mask)
     if (labels := from_labels(values)) is not None:
         values = labels
         warnings.warn(BlendedWarning("the MASK has the values 0 and 1 of 255 only; 1 is taken as white."), stacklevel=2)
@@ -47,10 +59,8 @@ def from_optional_mask(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else from_mask(mask)
 
 
-def to_image(values: Tensor, alpha: Tensor | None = None) -> Tensor:
-    """[B, 3, H, W] in 0..1, with alpha [B or 1, 1, H, W] or None → IMAGE."""
-    if alpha is not None:
-        values = torch.cat([values, alpha.expand(len(values), -1, -1, -1).to(values)], 1)
+def to_image(values: Tensor) -> Tensor:
+    """[B, 3, H, W] in 0..1 → IMAGE."""
     return values.permute(0, 2, 3, 1).contiguous().to(mm.intermediate_device())
 
 

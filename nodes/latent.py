@@ -362,8 +362,9 @@ def fit_mask(mask: Tensor, size: tuple[int, int], soft: bool) -> EditMask:
         BlendedWarning: if it is soft and has pixels that are nearly black.
     """
     scaled = scale_mask(mask, size)
-    check_stretched(mask, scaled, mask_rule(soft))
     used = EditMask.of(scaled, mask_rule(soft))
+    if not used.inside.any():
+        check_stretched(mask, scaled, mask_rule(soft))
     for note in used.notes:
         warn(note)
     return used

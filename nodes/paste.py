@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import comfy.model_management as mm
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..blended_core.errors import BlendedError, Note
-from ..blended_core.mask import final_paste
-from ..blended_core.region import feather_notes, paste, resize, same_aspect
+from ..blended_core.mask import Box, final_paste
+from ..blended_core.region import feather_notes, pasted_part, resize, same_aspect
 from . import inputs
-from .images import from_image, from_optional_mask, to_image
+from .images import checked_image, from_image, from_optional_mask, write_part
 from .inputs import edit_option, row_indices
 from .latent import START_NODE, Latent, fit_mask, unpack, warn
 from .runtime import library_scope
@@ -60,17 +62,20 @@ class FinalPaste(io.ComfyNode):
         cls, edited: Latent | Tensor, original: Tensor, mask: Tensor | None = None, feather: int = 0, soft_mask: bool = False
     ) -> io.NodeOutput:
         with library_scope(NAME):
-            rgb, alpha = from_image(original, "original")
+            images = checked_image(original, "original")
+            rgb = images[..., :3].permute(0, 3, 1, 2)
             given = from_optional_mask(mask)
             if isinstance(edited, dict):
-                pasted, image_of = paste_latent(edited, rgb, given, feather)
+                box, part, image_of = paste_latent(edited, rgb, given, feather)
             else:
-                pasted, image_of = paste_image(edited, rgb, given, soft_mask, feather)
-            return io.NodeOutput(to_image(pasted, None if alpha is None else alpha[image_of]))
+                box, part, image_of = paste_image(edited, rgb, given, soft_mask, feather)
+            pasted = images[image_of]  # the only copy at the full size
+            write_part(pasted, box, part)
+            return io.NodeOutput(pasted.to(mm.intermediate_device()))
 
 
-def paste_latent(latent: Latent, original: Tensor, mask: Tensor | None, feather: int) -> tuple[Tensor, list[int]]:
-    """(the edits of a clean LATENT in their source images [B, 3, H, W], the index of each one's source image)."""
+def paste_latent(latent: Latent, original: Tensor, mask: Tensor | None, feather: int) -> tuple[Box, Tensor, list[int]]:
+    """(the box that the edits of a clean LATENT can change, their pixels there [B, 3, h, w], the index of each one's source image)."""
     noisy = unpack(latent, NAME)
     state = noisy.state
     if not state.clean:
@@ -92,16 +97,21 @@ def paste_latent(latent: Latent, original: Tensor, mask: Tensor | None, feather:
     rows, masks = [rows[i] for i in kept], noisy.mask_rows(used, "masks").rows(kept)
     for note in feather_notes(masks, state.region, feather):
         warn(note)
-    return paste(noisy.samples[kept], original[rows], masks, state.region, feather), rows
+    # One image at a time: only its part around the mask is copied.
+    found = [
+        pasted_part(noisy.samples[i : i + 1], original[row : row + 1], masks.rows([at]), state.region, feather)
+        for at, (i, row) in enumerate(zip(kept, rows, strict=True))
+    ]
+    return found[0][0], torch.cat([part for _, part in found]), rows
 
 
-def paste_image(edited: Tensor, original: Tensor, mask: Tensor | None, soft: bool, feather: int) -> tuple[Tensor, list[int]]:
+def paste_image(edited: Tensor, original: Tensor, mask: Tensor | None, soft: bool, feather: int) -> tuple[Box, Tensor, list[int]]:
     """As :func:`paste_latent`, of an edited IMAGE."""
     if mask is None:
         raise BlendedError(f"{NAME} got an IMAGE and no mask; connect a MASK that is white where the edit should be taken.")
     height, width = original.shape[-2:]
     size = (height, width)
-    image, _ = from_image(edited, "edited IMAGE")
+    image = from_image(edited, "edited IMAGE")
     if not same_aspect((image.shape[-2], image.shape[-1]), size):
         raise BlendedError(
             f"the edited IMAGE is {image.shape[-1]}×{image.shape[-2]} and the original {width}×{height}, a different aspect ratio; connect an edited "
@@ -111,5 +121,8 @@ def paste_image(edited: Tensor, original: Tensor, mask: Tensor | None, soft: boo
     full = resize(image, size)
     masks = fit_mask(mask, size, soft)
     rows = max(len(full), len(original), len(masks))
-    image_of, masks = row_indices(len(original), rows, "originals"), masks.rows(row_indices(len(masks), rows, "masks"))
-    return final_paste(full[row_indices(len(full), rows, "edited images")], original[image_of], masks, feather), image_of
+    image_of, edited_of = row_indices(len(original), rows, "originals"), row_indices(len(full), rows, "edited images")
+    mask_of = row_indices(len(masks), rows, "masks")
+    box = masks.box().grown(feather + 1, width, height)
+    part = final_paste(full[box.slices][edited_of], original[box.slices][image_of], masks.part(box).rows(mask_of), feather)
+    return box, part, image_of

@@ -52,7 +52,7 @@ class RankByCLIP(io.ComfyNode):
         with library_scope(NAME):
             if not len(prompt.prompt):
                 raise BlendedError("Rank by CLIP needs a prompt with text; enter one in Encode Prompt.")
-            rgb, _ = from_image(images)
+            rgb = from_image(images)
             given = from_optional_mask(mask)
             height, width = rgb.shape[-2:]
             masks = EditMask(rgb.new_ones(1, 1, height, width)) if given is None else fit_mask(given, (height, width), False)

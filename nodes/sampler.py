@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import comfy.model_management as mm
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..blended_core.options import PRESETS, EditOptions, preset
 from ..blended_core.result import Candidate, EditResult
 from ..blended_core.sample import Models, Step
 from . import inputs
-from .images import from_image, from_mask, sample_to_image, to_image
+from .images import checked_image, from_mask, sample_to_image, write_part
 from .inputs import edit_option, row_indices
 from .latent import check_stretched, scale_mask
 from .memory import LoadedDDPM, LoadedGuidance, LoadedPrompt, edit_models, load_managed_perceptual, load_to_device
@@ -159,10 +160,10 @@ class BlendedSampler(io.ComfyNode):
             changes["class_choice"] = inputs.parse_class(class_choice)
         with library_scope(NAME):
             resolved = resolve_options(preset, changes, options)
-            rgb, alpha = from_image(image)
+            images = checked_image(image)
             masks = from_mask(mask)
-            rows = max(len(rgb), len(masks))
-            image_of = row_indices(len(rgb), rows, "images")
+            rows = max(len(images), len(masks))
+            image_of = row_indices(len(images), rows, "images")
             masks = masks[row_indices(len(masks), rows, "masks")]
             perceptual = options.perceptual if options is not None else None
             if perceptual is None and resolved.guidance.needs_perceptual:
@@ -174,14 +175,13 @@ class BlendedSampler(io.ComfyNode):
             managed = load_to_device(ddpm, clip, perceptual, pixels, resolved.guidance)
             ddpm.limits.reset()
             models = edit_models(ddpm, clip, perceptual, managed)
-            results = edit_all(models, rgb[image_of], masks, prompt.prompt if prompt is not None else None, resolved)
-            images = [
-                to_image(result.picture(candidate), None if alpha is None else alpha[image_of[i]][None])
-                for i, result in enumerate(results)
-                for candidate in result.candidates
-            ]
-            regions = [sample_to_image(candidate.edited) for result in results for candidate in result.candidates]
-            return io.NodeOutput(torch.cat(images), torch.cat(regions), scores(results, prompt is not None))
+            results = edit_all(models, images, image_of, masks, prompt.prompt if prompt is not None else None, resolved)
+            made = [(index, result, candidate) for index, result in zip(image_of, results, strict=True) for candidate in result.candidates]
+            edited = images[[index for index, _, _ in made]]  # the only copy at the full size
+            for row, (_, result, candidate) in enumerate(made):
+                write_part(edited[row : row + 1], *result.part(candidate))
+            regions = [sample_to_image(candidate.edited) for _, _, candidate in made]
+            return io.NodeOutput(edited.to(mm.intermediate_device()), torch.cat(regions), scores(results, prompt is not None))
 
 
 def resolve_options(name: str, changes: dict[str, Any], guidance: LoadedGuidance | None) -> EditOptions:
@@ -211,11 +211,14 @@ class EditProgress:
         self.progress.update(self.done, self.result.preview(step.x0[:1].cpu()) * 2 - 1)
 
 
-def edit_all(models: Models, images: Tensor, masks: Tensor, prompt: Prompt | None, options: EditOptions) -> list[EditResult]:
-    """One edit per image."""
-    progress = EditProgress(len(images))
+def edit_all(
+    models: Models, images: Tensor, image_of: list[int], masks: Tensor, prompt: Prompt | None, options: EditOptions
+) -> list[EditResult]:
+    """One edit per mask [N, 1, h, w], of the images [B, H, W, 3 or 4] that ``image_of`` names."""
+    progress = EditProgress(len(masks))
     results = []
-    for image, mask in zip(images, masks, strict=True):
+    for index, mask in zip(image_of, masks, strict=True):
+        image = images[index, ..., :3].permute(2, 0, 1)
         height, width = image.shape[-2:]
         scaled = scale_mask(mask[None], (height, width))
         if not options.invert_mask:

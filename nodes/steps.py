@@ -86,7 +86,7 @@ class NoiseBackground(io.ComfyNode):
     def execute(cls, image: Tensor, mode: dict[str, Any]) -> io.NodeOutput:
         values = {k: v for k, v in mode.items() if k != "mode" and v is not None}  # an unconnected input comes as None
         with library_scope(NOISE):
-            rgb, _ = from_image(image)
+            rgb = from_image(image)
             return io.NodeOutput(start_edit(rgb, **values) if mode["mode"] == "start" else match_level(rgb, **values))
 
 
@@ -210,7 +210,7 @@ class CLIPGuidanceStep(io.ComfyNode):
             if given is None and prompt is not None:
                 raise BlendedError(f"{STEP} has a prompt and no mask; connect a MASK to Noise Background (start) or to this node.")
             area = torch.ones(1, 1, state.size, state.size) if given is None else given.for_clip()
-            sources = noisy.sources if source is None else noisy.cut(from_image(source, "source")[0], "source")
+            sources = noisy.sources if source is None else noisy.cut(from_image(source, "source"), "source")
             done = state.start - state.level
             progress = Progress(state.start + 1)
             progress.update(done)
@@ -289,13 +289,14 @@ class BlendLatents(io.ComfyNode):
             front, back = unpack(foreground, f"{BLEND} (foreground)"), unpack(background, f"{BLEND} (background)")
             check_same_level(front, back)
             given = from_optional_mask(mask)
-            state, area = front.state, front.region_mask(given, BLEND)
+            state = front.state
+            # Final Paste needs the mask at full size: what the samples show of it is too coarse.
+            carried = None if given is None else front.full_mask(given, BLEND)
+            area = front.region_mask(None, BLEND) if carried is None else state.region.cut_mask(carried, state.size)
             if area is None:
                 raise BlendedError(f"{BLEND} has no mask; connect a MASK to Noise Background (start) or to this node.")
             row_indices(len(back), len(front), "background rows")
             weights = area.at_level(state.level + 1, state.start).to(front.samples)
-            # Final Paste needs the mask at full size: what the samples show of it is too coarse.
-            carried = None if given is None else front.full_mask(given, BLEND)
             blended = to_intermediate(blend(front.samples, back.samples, weights))
             return io.NodeOutput(front.at(state.level, blended, carried, front.previous))
 

@@ -24,7 +24,7 @@ from blended_core.cli.report_input import request_of_report
 from blended_core.errors import BlendedError
 from blended_core.io import images as pictures
 from blended_core.io.atomic import write_bytes
-from blended_core.io.images import for_format, mask_from_alpha, read_mask, read_picture, to_uint8, write_picture, write_png
+from blended_core.io.images import for_format, read_mask, read_picture, to_uint8, transparency, write_picture, write_png
 from blended_core.mask import EditMask, from_labels
 from blended_core.toy.world import Placed, Scene, render
 
@@ -291,15 +291,15 @@ def test_masks_of_another_size_are_scaled(tmp_path: Path) -> None:
 
 def test_the_transparent_part_is_the_mask() -> None:
     picture = pictures.Picture(RGB, np.ascontiguousarray(RGBA[..., 3]))
-    mask = mask_from_alpha(picture)
-    assert mask.shape == (1, 1, HEIGHT, WIDTH)
-    assert torch.equal(mask[0, 0, 0], torch.ones(WIDTH)) and torch.allclose(mask[0, 0], 1 - torch.from_numpy(RGBA[..., 3]).float() / 255)
+    mask = transparency(picture)
+    assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.float32
+    assert (mask[0] == 1).all() and np.allclose(mask, 1 - RGBA[..., 3] / 255)
     # 127 of 255 is more transparent than not
-    two = mask_from_alpha(pictures.Picture(RGB[:1, :2], np.array([[127, 128]], np.uint8)))
-    assert (two >= 0.5).flatten().tolist() == [True, False]
+    two = transparency(pictures.Picture(RGB[:1, :2], np.array([[127, 128]], np.uint8)))
+    assert (two >= 0.5).ravel().tolist() == [True, False]
     for alpha in (None, np.full((HEIGHT, WIDTH), 255, np.uint8)):
         with pytest.raises(BlendedError, match="no mask was given and the picture has no transparent part"):
-            mask_from_alpha(pictures.Picture(RGB, alpha))
+            transparency(pictures.Picture(RGB, alpha))
 
 
 # --- values of more than 8 bits ---------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``blended-diffusion``; returns the exit code."""
+    from ..timer import Timer
+
+    timer = Timer()  # before the imports, which belong to the time of a run
     from .app import main as run
 
-    return run(argv)
+    return run(argv, timer)

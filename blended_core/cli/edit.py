@@ -18,6 +18,7 @@ from ..edit import edit_picture
 from ..errors import BlendedError, Note, with_controls
 from ..io.atomic import sha256
 from ..io.folder import REPORT, SHEET
+from ..io.formats import FAST
 from ..io.request import Request
 from ..io.results import Writer
 from ..mask import EditMask
@@ -36,7 +37,8 @@ def run(request: Request, args: argparse.Namespace, inputs: Inputs) -> int:
     """Runs a request and writes its results. After Ctrl-C or an error, finished candidates are kept."""
     timer = inputs.timer
     options = request.options
-    EditMask.of(inputs.mask, options.mask_rule, options.invert_mask).box()  # an empty mask is an error before networks are loaded
+    mask = torch.from_numpy(inputs.mask)[None, None]
+    EditMask.of(mask, options.mask_rule, options.invert_mask).box()  # an empty mask is an error before networks are loaded
     if request.threads:
         torch.set_num_threads(request.threads)
     keep_memory(options)
@@ -46,9 +48,13 @@ def run(request: Request, args: argparse.Namespace, inputs: Inputs) -> int:
     options = request.options
     command = shlex.join(["blended-diffusion", *args.argv])
     provenance = {"command": command, "inputs": inputs.sha256, "networks": _networks(request, models)}
-    writer = Writer(args.out, request, inputs.picture, provenance, inputs.generated, args.animate, args.format)
+    writer = Writer(
+        args.out, request, inputs.picture, provenance, inputs.generated, args.animate, args.format, args.png_compression or FAST
+    )
     folder = args.out / "candidates"
     timer.lap("load")
+    picture = inputs.picture.tensor()
+    timer.lap("prepare")
 
     error: BaseException | None = None
     told: list[Note] = []
@@ -68,7 +74,7 @@ def run(request: Request, args: argparse.Namespace, inputs: Inputs) -> int:
                     _advance(bar, step)
                     writer.step(step)
 
-                result = edit_picture(inputs.picture.tensor(), inputs.mask, prompt, models, options, on_step, writer.candidate, on_start)
+                result = edit_picture(picture, mask, prompt, models, options, on_step, writer.candidate, on_start)
         except (KeyboardInterrupt, Exception) as caught:
             if writer.result is None or not writer.files:
                 if not isinstance(caught, OSError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import BlendedError
-from ..io.formats import FORMATS
+from ..io.formats import FAST, FORMATS, PNG_COMPRESSIONS
 from ..io.request import MACHINE, Request
 from ..io.versions import own_version
 from ..options import PRESETS, REGION, EditOptions, GuidanceOptions, Option, declared
@@ -239,6 +239,11 @@ def _machine(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--format", choices=tuple(FORMATS), default="png",
         help="Format of the results. Only png, webp and tiff, which are lossless, keep the pixels outside the mask exactly. Default: %(default)s.",
+    )  # fmt: skip
+    group.add_argument(
+        "--png-compression", choices=PNG_COMPRESSIONS, metavar="LEVEL",
+        help="How hard png results are compressed; their pixels are the same. fast is best for photographs; 0 to 9 are levels of zlib: 6 makes drawings "
+        f"smaller, and takes several times as long. Default: {FAST}.",
     )  # fmt: skip
     group.add_argument("--animate", action="store_true", help="Write an animation of each candidate, animations/*.webp.")
 

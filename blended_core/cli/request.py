@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BlendedError
+from ..errors import BlendedError, Note
 from ..io.atomic import check_file, sha256
 from ..io.folder import REPORT, SHEET, claimed, old_results, replaced_files
 from ..io.request import MACHINE, Request
@@ -27,33 +27,31 @@ from .messages import print_note
 from .report_input import request_of_report
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..io.images import Picture
+    from ..io.images import Float32, Picture
 
 MACHINE_OPTIONS = {name for name, (declaration, _) in declared(Request).items() if declaration.group == MACHINE}
-OUTPUT_ARGUMENTS = {"command", "from_report", "out", "overwrite", "animate", "format", "debug", "argv", "flags"}
+OUTPUT_ARGUMENTS = {"command", "from_report", "out", "overwrite", "animate", "format", "png_compression", "debug", "argv", "flags"}
 """Arguments of ``edit`` that do not change the result."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The picture and the mask [1, 1, H, W] in 0..1 of a run.
+    """The picture and the mask [H, W] in 0..1 of a run.
 
     Attributes:
-        timer: runs since the reading began.
+        timer: runs since the command began.
         sha256: of the files 'image' and 'mask', which may change during the run; None where there is none.
         generated: temporary files of the picture and the mask that are moved to the paths in the request with the results.
     """
 
     picture: Picture
-    mask: Tensor
+    mask: Float32
     timer: Timer
     sha256: Mapping[str, str | None]
     generated: Mapping[str, Path] = field(default_factory=dict)
 
 
-def demo(args: argparse.Namespace) -> int:
+def demo(args: argparse.Namespace, timer: Timer) -> int:
     """Creates a scene of the embedded world and edits it."""
     count = args.candidates
     scene = {"image": args.out / "source.png", "mask": args.out / "mask.png"}
@@ -77,10 +75,10 @@ def demo(args: argparse.Namespace) -> int:
         generated = {"image": Path(folder, "source.png"), "mask": Path(folder, "mask.png")}
         write_png(generated["image"], source)
         write_png(generated["mask"], mask)
-        return _run(request, args, replace(_inputs(generated, args), generated=generated))
+        return _run(request, args, replace(_inputs(generated, args, timer), generated=generated))
 
 
-def edit(args: argparse.Namespace) -> int:
+def edit(args: argparse.Namespace, timer: Timer) -> int:
     """Edits a picture, or repeats the run of a report."""
     request = None if args.from_report is not None else request_of_arguments(args)
     with claimed(args.out):
@@ -89,12 +87,13 @@ def edit(args: argparse.Namespace) -> int:
             request = _repeated(args)
         files = {key: Path(path) for key in ("image", "mask") if (path := getattr(request, key))}
         _check_inputs(files, args.out)
-        return _run(request, args, _inputs(files, args))
+        return _run(request, args, _inputs(files, args, timer))
 
 
 def _run(request: Request, args: argparse.Namespace, inputs: Inputs) -> int:
     from .edit import run
 
+    inputs.timer.lap("import")
     return run(request, args, inputs)
 
 
@@ -211,14 +210,18 @@ def _check_inputs(files: Mapping[str, Path], out: Path) -> None:
             )
 
 
-def _inputs(files: Mapping[str, Path], args: argparse.Namespace) -> Inputs:
+def _inputs(files: Mapping[str, Path], args: argparse.Namespace, timer: Timer) -> Inputs:
     """Reads the picture and its mask, and prints what was converted."""
-    from ..io.images import for_format, mask_from_alpha, read_mask, read_picture
+    from ..io.images import for_format, mask_values, read_picture, transparency
 
-    timer = Timer()
+    timer.lap("start")
     picture = read_picture(files["image"])
-    mask = read_mask(files["mask"], picture.size, picture.notes) if "mask" in files else mask_from_alpha(picture)
+    mask = mask_values(files["mask"], picture.size, picture.notes) if "mask" in files else transparency(picture)
     picture = for_format(picture, args.format)
+    if args.png_compression is not None and args.format != "png":
+        picture.notes.append(Note(f"png_compression {args.png_compression} has no effect: the format is {args.format}.", "png_compression"))
     for note in picture.notes:
         print_note(note, args)
-    return Inputs(picture, mask, timer, {key: sha256(files[key]) if key in files else None for key in ("image", "mask")})
+    hashes = {key: sha256(files[key]) if key in files else None for key in ("image", "mask")}
+    timer.lap("read")
+    return Inputs(picture, mask, timer, hashes)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,14 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import BlendedError, reason
 from .atomic import check_file, shown_path, write_bytes
+from .formats import FAST
 from .metadata import ORIENTATION, Metadata, encoded, fitted, metadata_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 UInt8 = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
 """Formats of pixels, which Pillow decodes in its own process. It hands others, such as PostScript, to programs that execute what a file says."""
@@ -76,7 +78,7 @@ class Picture:
         """[1, 3, H, W] float32 in 0..1; each value is k/255, correctly rounded."""
         import torch
 
-        return torch.from_numpy(self.rgb.copy()).permute(2, 0, 1)[None].float() / 255
+        return torch.from_numpy(self.rgb.copy()).to(torch.float32).div_(255).permute(2, 0, 1)[None]
 
 
 def to_uint8(picture: Tensor) -> UInt8:
@@ -244,7 +246,15 @@ def _white_of(positive: FloatArray, floating: bool) -> int:
 
 
 def read_mask(path: str | Path, size: tuple[int, int], notes: list[str] | None = None) -> Tensor:
-    """A mask file as [1, 1, H, W] float32 in 0..1, white = edit, scaled to ``size`` (width, height).
+    """:func:`mask_values` as [1, 1, H, W]."""
+    values = mask_values(path, size, notes)
+    import torch
+
+    return torch.from_numpy(values)[None, None]
+
+
+def mask_values(path: str | Path, size: tuple[int, int], notes: list[str] | None = None) -> Float32:
+    """A mask file as [H, W] float32 in 0..1, white = edit, scaled to ``size`` (width, height).
 
     Color files count by their brightness; a file of one color with a varying alpha channel, by its alpha; a color photo with a varying alpha
     channel, as ComfyUI's mask editor saves it, by its transparent part. A file of the values 0 and 1 is taken as black and white. Values of more
@@ -300,7 +310,8 @@ def read_mask(path: str | Path, size: tuple[int, int], notes: list[str] | None =
                 f"the brightest pixel of the mask, {before / OPAQUE:.3g}, was lost when it was scaled; {gray.max(initial=0) / OPAQUE:.3g} is left. "
                 "Draw the mask at the size of the picture."
             )
-    return _mask_tensor(gray.astype(np.float32) / OPAQUE)
+    values: Float32 = gray.astype(np.float32) / np.float32(OPAQUE)
+    return values
 
 
 def _color_count(pixels: UInt8) -> int:
@@ -311,20 +322,15 @@ def _color_count(pixels: UInt8) -> int:
     return int((np.ptp(channels, axis=0) > 1).sum())
 
 
-def mask_from_alpha(picture: Picture) -> Tensor:
-    """The transparent part of a picture as a mask [1, 1, H, W]. Raises BlendedError if nothing is transparent."""
+def transparency(picture: Picture) -> Float32:
+    """The transparent part of a picture as a mask [H, W]. Raises BlendedError if nothing is transparent."""
     if picture.alpha is None or int(picture.alpha.min()) == OPAQUE:
         raise BlendedError(
             "no mask was given and the picture has no transparent part; give a mask that is white where the picture should change.",
             option="mask",
         )
-    return _mask_tensor(1 - picture.alpha.astype(np.float32) / OPAQUE)
-
-
-def _mask_tensor(values: NDArray[Any]) -> Tensor:
-    import torch
-
-    return torch.from_numpy(values)[None, None]
+    values: Float32 = 1 - picture.alpha.astype(np.float32) / np.float32(OPAQUE)
+    return values
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -346,7 +352,9 @@ def write_png(
     write_picture(path, Picture(rgb, alpha, icc=icc), "png", text)
 
 
-def write_picture(path: str | Path, picture: Picture, format: str = "png", text: Mapping[str, str] | None = None) -> None:
+def write_picture(
+    path: str | Path, picture: Picture, format: str = "png", text: Mapping[str, str] | None = None, png_compression: str = FAST
+) -> None:
     """Writes a complete picture file with the metadata of the picture.
 
     Args:
@@ -354,6 +362,7 @@ def write_picture(path: str | Path, picture: Picture, format: str = "png", text:
         picture: its metadata as :func:`for_format` returns it.
         format: png, jpg, webp or tiff.
         text: text about the picture, as :func:`~blended_core.io.metadata.encoded` writes it.
+        png_compression: as in :func:`~blended_core.io.formats.png_options`.
 
     Raises:
         BlendedError: if the pixels are not uint8 [H, W, 3].
@@ -362,7 +371,7 @@ def write_picture(path: str | Path, picture: Picture, format: str = "png", text:
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise BlendedError(f"the pixels are {rgb.dtype} {tuple(rgb.shape)}; give uint8 (height, width, 3), for a tensor: to_uint8(tensor).")
     pixels = rgb if picture.alpha is None else np.dstack([rgb, picture.alpha])
-    write_bytes(Path(path), encoded(pixels, format, picture.metadata, picture.icc, text))
+    write_bytes(Path(path), encoded(pixels, format, picture.metadata, picture.icc, text, png_compression))
 
 
 def for_format(picture: Picture, format: str) -> Picture:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import BlendedError
-from .formats import FORMATS
+from .formats import FAST, FORMATS, png_options
 
 ORIENTATION, EXIF_IFD, USER_COMMENT = 0x0112, 0x8769, 0x9286
 _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT, _INCHES = 0x011A, 0x011B, 0x0128, 2
@@ -176,13 +176,16 @@ def _can_be_written(metadata: Metadata, icc: bytes | None, format: str) -> bool:
     return True
 
 
-def encoded(pixels: Any, format: str, metadata: Metadata, icc: bytes | None, text: Mapping[str, str] | None = None) -> bytes:
+def encoded(
+    pixels: Any, format: str, metadata: Metadata, icc: bytes | None, text: Mapping[str, str] | None = None, png_compression: str = FAST
+) -> bytes:
     """A complete file.
 
     Args:
         pixels: uint8 [H, W, 3], or [H, W, 4] with an alpha channel, which a format without one leaves out.
         format: a name of :data:`FORMATS`. metadata, icc: as :func:`fitted` returns them.
         text: further text entries; in a format other than PNG they are the EXIF user comment, unless the source has one or they are too long.
+        png_compression: as in :func:`~blended_core.io.formats.png_options`.
     """
     kind, arguments = FORMATS[format], dict(FORMATS[format].options)
     exif, xmp = metadata.exif, metadata.xmp
@@ -193,6 +196,7 @@ def encoded(pixels: Any, format: str, metadata: Metadata, icc: bytes | None, tex
     elif metadata.dpi:
         arguments["dpi"] = metadata.dpi
     if format == "png":
+        arguments |= png_options(png_compression)
         chunks = PngImagePlugin.PngInfo()
         for name, data in metadata.chunks.items():
             chunks.add(name.encode(), data)

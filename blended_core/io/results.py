@@ -23,6 +23,7 @@ from ..timer import Timer
 from .atomic import write_bytes
 from .contact_sheet import animation, contact_sheet, thumbnail
 from .folder import REPORT, SHEET, free_reserve, old_results
+from .formats import FAST
 from .images import Picture, UInt8, to_uint8, write_picture
 from .request import Request
 from .versions import library_versions, own_version
@@ -43,6 +44,7 @@ class Writer:
         generated: Mapping[str, Path] | None = None,
         animate: bool = False,
         format: str = "png",
+        png_compression: str = FAST,
     ) -> None:
         """Nothing is written yet.
 
@@ -54,8 +56,9 @@ class Writer:
             generated: temporary files of a picture and a mask that are copied to ``request.image`` and ``request.mask``.
             animate: also write an animation of each candidate.
             format: of the candidates: png, jpg, webp or tiff.
+            png_compression: as in :func:`~blended_core.io.formats.png_options`.
         """
-        self.format = format
+        self.format, self.png_compression = format, png_compression
         self.out, self.request, self.picture, self.provenance = out, request, picture, provenance
         self.generated, self.animate = generated or {}, animate
         self.result: EditResult | None = None
@@ -82,10 +85,13 @@ class Writer:
             "request": self.request.without_folders(),
             "version": own_version(),
         }
-        pixels = to_uint8(result.picture(candidate))
+        box, part = result.part(candidate)
+        pixels = self.picture.rgb.copy()  # the source in 8 bits, which the rest of the result equals bit for bit
+        pixels[box.slices[2:]] = to_uint8(part)
         self._thumbnails[candidate.index] = thumbnail(pixels)
         # An entry of an earlier edit of this picture is replaced.
-        write_picture(path, replace(self.picture, rgb=pixels, alpha=self._alpha(result)), self.format, {TEXT_KEY: as_json(about).decode()})
+        picture = replace(self.picture, rgb=pixels, alpha=self._alpha(result))
+        write_picture(path, picture, self.format, {TEXT_KEY: as_json(about).decode()}, self.png_compression)
         self.files[candidate.index] = path
 
     def _alpha(self, result: EditResult) -> UInt8 | None:
