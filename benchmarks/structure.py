@@ -24,19 +24,20 @@ from blended_core.random import SeededRandom
 from blended_core.sample import Models, guided_step
 from blended_core.schedule import Schedule
 
-from .networks import Size, clip_model, diffusion_model, random_prompt
+from .networks import Size, clip_models, diffusion_model, random_prompt
 
 INDEX = 50  # level of 100
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Networks and inputs of a step."""
+    """Networks and inputs of a step. ``clip`` has the library's image encoder and ``open_clip`` that of open_clip, with the same weights."""
 
     size: Size
     context: DeviceContext
     model: DiffusionModel
     clip: ClipModel
+    open_clip: ClipModel
     prompt: Prompt
     x: Tensor
     mask: Tensor
@@ -44,16 +45,15 @@ class Setting:
     random: SeededRandom
 
     @classmethod
-    def build(cls, size: Size, context: DeviceContext, clip: ClipModel | None = None) -> Setting:
-        """Networks of a size with a batch of noise. ``clip`` can be that of another setting."""
+    def build(cls, size: Size, context: DeviceContext, clips: tuple[ClipModel, ClipModel] | None = None) -> Setting:
+        """Networks of a size with a batch of noise. ``clips`` can be those of another setting."""
         model = diffusion_model(size, context)
         side = size.unet.image_size
         mask = torch.zeros(1, 1, side, side)
         mask[..., side // 6 : -side // 6, side // 6 : -side // 6] = 1
         x = torch.randn(size.batch, 3, side, side, generator=torch.Generator().manual_seed(3))
-        clip = clip or clip_model(size, context)
         return cls(
-            size, context, model, clip, random_prompt(size, context), context.put(x), context.put(mask),
+            size, context, model, *(clips or clip_models(size, context)), random_prompt(size, context), context.put(x), context.put(mask),
             model.config.respaced("100"), SeededRandom(0),
         )  # fmt: skip
 
@@ -100,9 +100,9 @@ def reference_step(setting: Setting) -> Result:
 
     It has one forward pass for the prediction and one for the gradient (docs/method.md, row 9). It recomputes attention with explicit
     matrices in the backward pass and computes unused gradients of the norm, qkv and projection weights (docs/method.md, row 13). It
-    passes all views through CLIP at once.
+    passes all views at once through CLIP as open_clip has it.
     """
-    options, clip, batch = GuidanceOptions(), setting.clip, setting.size.batch
+    options, clip, batch = GuidanceOptions(), setting.open_clip, setting.size.batch
     with _plain_autograd(setting.model.network), _reference_attention(setting.model.network) as unused:
         with torch.no_grad():
             prediction = setting.model.predict(setting.x, INDEX, setting.schedule)

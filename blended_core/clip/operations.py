@@ -42,7 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q·kᵀ / √D)·v of tensors [B, heads, N, D]; with ``causal`` a token attends to those up to itself."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
         # The fused kernel multiplies small tiles, for which bfloat16 is no faster than float32. Whole matrices take 0.4 of its time.
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), -1)
+        return weights @ v
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
@@ -69,7 +70,6 @@ def _onednn_computes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     return (
         not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"  # others were not measured
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
