@@ -15,6 +15,7 @@ from .step import TARGETS
 # A bar of the plot: (network, figure), ratio or number, the value of the unit length, and the target.
 Target = tuple[float, str]
 Row = tuple[tuple[str, str], Any, float, Target | None]
+NOT_MEASURED = "Not measured yet."
 ONE_THREAD = ("reference", "encoder")
 """Parts that always run with one thread."""
 TEXT, LIGHT, NEUTRAL, MET, MISSED = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
@@ -90,6 +91,8 @@ def networks_table(entries: list[dict[str, Any]], targets: dict[tuple[str, str],
 def reference_table(results: dict[str, Any]) -> str:
     """Ratios to the published code, and the profile of every variant."""
     entries = results.get("reference", [])
+    if not entries:
+        return NOT_MEASURED
     lines = ["| network | variant | largest shares of its time |", "|---|---|---|"]
     lines += [f"| {e['network']} | {variant} | {profile_text(shares)} |" for e in entries for variant, shares in e["operations"].items()]
     return networks_table(entries, REFERENCE_TARGETS) + "\n\n" + "\n".join(lines)
@@ -98,6 +101,8 @@ def reference_table(results: dict[str, Any]) -> str:
 def encoder_table(results: dict[str, Any]) -> str:
     """Ratios to open_clip's encoder, and the profile of every encoder."""
     entries = results.get("encoder", {}).get("encoders", [])
+    if not entries:
+        return NOT_MEASURED
     lines = ["| network | encoder | largest shares of its time |", "|---|---|---|"]
     lines += [f"| {e['network']} | {variant} | {profile_text(shares)} |" for e in entries for variant, shares in e["operations"].items()]
     return networks_table(entries, encoder_targets(entries)) + "\n\n" + "\n".join(lines)
