@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before the import of torch; otherwise its profiler logs every start and stop
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
@@ -24,15 +25,18 @@ from blended_core.device import DeviceContext
 from blended_core.io.atomic import write_bytes
 
 from .edit import measure_edit
+from .encoder import measure_encoder
 from .gpu import BUDGET, gpu_table, run_session
 from .large import measure_large
 from .loading import measure_load
+from .networks import computes_bfloat16
 from .process import PROCESS_ROUNDS, measure_process
-from .report import plot, table
+from .reference import measure_reference
+from .report import encoder_table, plot, reference_table, table
 from .start import measure_start
 from .step import measure_growth, measure_step
 
-PARTS = ("step", "edit", "large", "load", "start", "process")
+PARTS = ("step", "edit", "large", "load", "start", "process", "encoder", "reference")
 GPU = "gpu"
 ROUNDS = {"small": 10, "medium": 6, "full": 4}
 
@@ -43,7 +47,14 @@ def main() -> int:
     parser.add_argument("--only", choices=[*PARTS, GPU], nargs="+", help=f"parts to measure (default: {GPU} on a GPU, else all others)")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds of the part {GPU} (default: %(default)g)")
     parser.add_argument(
-        "--networks", choices=list(ROUNDS), nargs="+", default=list(ROUNDS), help="networks of the parts step and process (default: all)"
+        "--reference", type=Path, metavar="PATH", help="a clone of omriav/blended-diffusion; without it the part reference is left out"
+    )
+    parser.add_argument(
+        "--networks",
+        choices=list(ROUNDS),
+        nargs="+",
+        default=list(ROUNDS),
+        help="networks of the parts step, process and reference (default: all)",
     )
     parser.add_argument("--rounds", type=int, help=f"rounds of every comparison (default: by network, {ROUNDS})")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
@@ -52,6 +63,8 @@ def main() -> int:
     parser.add_argument("--channels-last", action="store_true", help="use the memory format channels_last")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
+    if args.only == ["reference"] and args.reference is None:
+        parser.error("the part reference needs --reference PATH, a clone of https://github.com/omriav/blended-diffusion")
     if args.threads:
         torch.set_num_threads(args.threads)
     context = DeviceContext.choose(args.device, args.dtype)
@@ -67,7 +80,7 @@ def main() -> int:
 
     def save() -> None:
         write_bytes(args.out / "benchmarks.json", json.dumps(results, indent=1).encode() + b"\n")
-        write_bytes(args.out / "benchmarks.md", f"{table(results)}\n".encode())
+        write_bytes(args.out / "benchmarks.md", f"{tables(results)}\n".encode())
 
     if GPU in only:
         results[GPU] = run_session(context.device, args.out, args.budget, log)
@@ -92,17 +105,40 @@ def main() -> int:
         for name in args.networks:
             results["process"].append(measure_process(name, args.rounds or PROCESS_ROUNDS[name], log))
             save()
+    if "encoder" in only:
+        results["encoder"] = measure_encoder(args.rounds or ROUNDS["medium"], log)
+    if "reference" in only and args.reference is not None:
+        results["reference"] = []
+        for name in args.networks:
+            results["reference"].append(measure_reference(args.reference, name, args.rounds or ROUNDS[name], log))
+            save()
     save()
     plot(args.out / "benchmarks.png", results)
-    print("\n".join(gpu_table(results[GPU])) if GPU in results else table(results))
+    print("\n".join(gpu_table(results[GPU])) if GPU in results else tables(results))
     return 0
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All tables of the measured parts."""
+    makers = {"reference": reference_table, "encoder": encoder_table}
+    return "\n\n".join([*(make(results) for part, make in makers.items() if part in results), table(results)])
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine(context: DeviceContext) -> dict[str, Any]:
     """Hardware and settings of the run."""
     return {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else processor(),
+        "bfloat16": computes_bfloat16(context.device),
         "threads": torch.get_num_threads(),
         "dtype": str(context.dtype).removeprefix("torch."),
         "channels_last": context.channels_last,

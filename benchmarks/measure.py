@@ -6,9 +6,10 @@ gives one ratio. The median and the quartiles of these ratios are reported.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -41,8 +42,12 @@ def quartiles(values: list[float]) -> Ratio:
     return Ratio(median(values), low, high, len(values))
 
 
-def time_interleaved(variants: Mapping[str, Work], rounds: int, device: torch.device, warm: bool = True) -> dict[str, list[float]]:
+def time_interleaved(
+    variants: Mapping[str, Work], rounds: int, device: torch.device, warm: bool = True, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every variant in every round. With ``warm``, an additional first round is a warm-up and is not counted.
+
+    ``clock`` is ``time.process_time`` for the time of the processor, which excludes that of other programs.
 
     Every second round has the reverse order, and every two rounds start with another variant, so that no variant always follows the same
     one. An even number of rounds is balanced.
@@ -54,12 +59,23 @@ def time_interleaved(variants: Mapping[str, Work], rounds: int, device: torch.de
         names = names[::-1] if number % 2 else names
         for name in names:
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             variants[name]()
             synchronize(device)
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Limits torch to one thread, so that the time of the processor is that of the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def synchronize(device: torch.device) -> None:

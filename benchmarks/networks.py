@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +11,26 @@ from torch import nn
 
 from blended_core.adm.unet import UNet, UNetConfig
 from blended_core.clip.model import OPENAI_MEAN, OPENAI_STD, ClipModel, Prompt
+from blended_core.clip.towers import vision_transformer
 from blended_core.denoiser import DiffusionModel
-from blended_core.device import DeviceContext
+from blended_core.device import DeviceContext, fast_precision
 from blended_core.diffusion import DiffusionConfig
 
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 2, "layers": 2},
+    "quick_gelu": True,
 }
 VIT_B_16: dict[str, Any] = {
     "embed_dim": 512,
     "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16},
     # Small, because a step does not use the text encoder.
     "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1},
+    "quick_gelu": True,  # as OpenAI's weights, which the reference code uses
 }
+
+VIT_B_32: dict[str, Any] = {**VIT_B_16, "vision_cfg": {**VIT_B_16["vision_cfg"], "patch_size": 32}}
 
 
 @dataclass(frozen=True)
@@ -82,15 +88,43 @@ def diffusion_model(size: Size, context: DeviceContext) -> DiffusionModel:
     return DiffusionModel.from_unet(unet, DiffusionConfig())
 
 
-def clip_model(size: Size, context: DeviceContext) -> ClipModel:
-    """CLIP of a size with random weights, on the device."""
+def random_clip(config: dict[str, Any]) -> nn.Module:
+    """open_clip's network of a configuration with random weights."""
     import open_clip
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        network = open_clip.CLIP(**size.clip)
+        network: nn.Module = open_clip.CLIP(**config)
+    return network
+
+
+def clip_models(size: Size, context: DeviceContext) -> tuple[ClipModel, ClipModel]:
+    """CLIP of a size with random weights, on the device: with the library's image encoder, and as open_clip has it."""
     side = int(size.clip["vision_cfg"]["image_size"])
-    return ClipModel(context.place(network), None, f"random {side} px", OPENAI_MEAN, OPENAI_STD, side, 16)
+    theirs: Any = context.place(random_clip(size.clip))
+    ours = copy.deepcopy(theirs)
+    ours.visual = own_encoder(ours.visual)
+    first, second = (ClipModel(m, None, f"random {side} px", OPENAI_MEAN, OPENAI_STD, side, 16) for m in (ours, theirs))
+    return first, second
+
+
+def own_encoder(visual: nn.Module) -> nn.Module:
+    """The library's image encoder with the weights of open_clip's."""
+    own = vision_transformer(visual)
+    if own is None:
+        raise ValueError("the library has no image encoder of this structure.")
+    return own
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the library chooses bfloat16 on a device."""
+    return fast_precision(device) is torch.bfloat16
+
+
+def in_own_precision(clip: ClipModel) -> ClipModel | None:
+    """A copy of CLIP in the precision that the library chooses on its device; None if that is float32."""
+    chosen = copy.deepcopy(clip).in_precision("auto")
+    return None if chosen.image_dtype == torch.float32 else chosen
 
 
 def random_prompt(size: Size, context: DeviceContext) -> Prompt:

@@ -7,15 +7,34 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .encoder import ENCODER_TARGET
 from .large import TARGETS as LARGE_TARGETS
 from .measure import Ratio
+from .reference import REFERENCE_TARGETS
 from .start import FIRST
 from .start import TARGETS as START_TARGETS
 from .step import TARGETS
 
 # A bar of the plot: (network, figure), ratio or number, the value of the unit length, and the target.
-Row = tuple[tuple[str, str], Any, float, tuple[float, str] | None]
+Target = tuple[float, str]
+Row = tuple[tuple[str, str], Any, float, Target | None]
+NOT_MEASURED = "Not measured yet."
+ONE_THREAD = ("reference", "encoder")
+"""Parts that always run with one thread."""
 TEXT, LIGHT, NEUTRAL, MET, MISSED = (30, 34, 40), (222, 226, 232), (92, 125, 190), (54, 140, 84), (190, 70, 60)
+
+
+PROFILES = {
+    "profile of an exact step": "operations",
+    "the same with open_clip's image encoder": "operations_open_clip",
+    "of the floor, spent above it": "above_the_floor",
+}
+"""Row of the table → key of a step."""
+
+
+def profile_text(shares: dict[str, float]) -> str:
+    """Operations and their shares, such as 'mm 22.3%, addmm 20.4%'."""
+    return ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in shares.items())
 
 
 def as_text(values: dict[str, Any]) -> str:
@@ -33,9 +52,9 @@ def table(results: dict[str, Any]) -> str:
     for step in results.get("steps", []):
         memory = ", ".join(f"{variant} {mib:.0f}" for variant, mib in step["memory_mib"].items())
         lines.append(f"| peak memory of tensors, MiB | {step['network']} | {memory} | |")
-        for what, key in (("profile of an exact step", "operations"), ("of the floor, spent above it", "above_the_floor")):
-            text = ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in step.get(key, {}).items())
-            lines.append(f"| {what} | {step['network']} | {text} | |")
+        for what, key in PROFILES.items():
+            if key in step:
+                lines.append(f"| {what} | {step['network']} | {profile_text(step[key])} | |")
         if "attention" in step:
             lines.append(f"| attention of an exact step | {step['network']} | {', '.join(step['attention'])} | |")
         for variant, gap in step["difference"].items():
@@ -54,6 +73,55 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| whole edit, {case} | embedded | {as_text(found['seconds'])} s: {stages}; {found['memory_mib']:.0f} MiB | |")
     for name, found in large.get("png", {}).items():
         lines.append(f"| PNG file of 6000×4000, compression {name} | | {as_text(found['seconds'])} s, {found['mib']:.1f} MiB | |")
+    return "\n".join(lines)
+
+
+def networks_table(entries: list[dict[str, Any]], targets: dict[tuple[str, str], Target]) -> str:
+    """A Markdown table with a row for every ratio and a column for every network; a target follows its figure."""
+    rows = list(dict.fromkeys(what for entry in entries for what in entry["ratios"]))
+    lines = [f"| | {' | '.join(entry['network'] for entry in entries)} |", "|---" * (len(entries) + 1) + "|"]
+    for what in rows:
+        cells = []
+        for entry in entries:
+            target = targets.get((entry["network"], what))
+            cell = as_text(entry["ratios"][what]) if what in entry["ratios"] else "–"
+            cells.append(cell if target is None else f"{cell}; to reach {sign(target[1])} {target[0]:g}")
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reference_table(results: dict[str, Any]) -> str:
+    """Ratios to the published code, and the profile of every variant."""
+    entries = results.get("reference", [])
+    if not entries:
+        return NOT_MEASURED
+    lines = ["| network | variant | largest shares of its time |", "|---|---|---|"]
+    lines += [f"| {e['network']} | {variant} | {profile_text(shares)} |" for e in entries for variant, shares in e["operations"].items()]
+    return networks_table(entries, REFERENCE_TARGETS) + "\n\n" + "\n".join(lines)
+
+
+def encoder_table(results: dict[str, Any]) -> str:
+    """Ratios to open_clip's encoder, and the profile of every encoder."""
+    entries = results.get("encoder", {}).get("encoders", [])
+    if not entries:
+        return NOT_MEASURED
+    lines = ["| network | encoder | largest shares of its time |", "|---|---|---|"]
+    lines += [f"| {e['network']} | {variant} | {profile_text(shares)} |" for e in entries for variant, shares in e["operations"].items()]
+    return networks_table(entries, encoder_targets(entries)) + "\n\n" + "\n".join(lines)
+
+
+def encoder_targets(entries: list[dict[str, Any]]) -> dict[tuple[str, str], Target]:
+    """The target of the encoder in float32, for every network."""
+    return {(entry["network"], "float32 / open_clip"): ENCODER_TARGET for entry in entries}
+
+
+def machine_table(results: dict[str, Any]) -> str:
+    """What every part was measured on."""
+    lines = ["| part | processor | bfloat16 | threads | torch |", "|---|---|---|---|---|"]
+    for part, machine in results.get("machines", {}).items():
+        half = {True: "yes", False: "no"}.get(machine.get("bfloat16"), "not recorded")
+        threads = 1 if part.startswith(ONE_THREAD) else machine["threads"]
+        lines.append(f"| {part} | {machine['device']} | {half} | {threads} | {machine['torch']} |")
     return "\n".join(lines)
 
 
@@ -99,6 +167,18 @@ def figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, tuple[f
     return out
 
 
+def compared_figures(results: dict[str, Any]) -> list[tuple[tuple[str, str], Any, Target | None]]:
+    """The figures of the parts reference and encoder, as :func:`figures`."""
+    encoders = results.get("encoder", {}).get("encoders", [])
+    parts = [(results.get("reference", []), REFERENCE_TARGETS), (encoders, encoder_targets(encoders))]
+    return [
+        ((entry["network"], what), value, targets.get((entry["network"], what)))
+        for entries, targets in parts
+        for entry in entries
+        for what, value in entry["ratios"].items()
+    ]
+
+
 def meets_target(value: Any, target: tuple[float, str]) -> bool:
     """Whether a number, or the median of a ratio, meets its target."""
     number = value["median"] if isinstance(value, dict) else value
@@ -107,7 +187,7 @@ def meets_target(value: Any, target: tuple[float, str]) -> bool:
 
 def plot(path: Path, results: dict[str, Any]) -> None:
     """Plots the times of a step relative to the floor, and all figures with a target relative to the target."""
-    rows = figures(results)
+    rows = [*compared_figures(results), *figures(results)]
     times: list[Row] = [(name, value, 1.0, None) for name, value, _ in rows if isinstance(value, dict) and name[1].endswith("/ floor")]
     targets: list[Row] = [(name, value, target[0], target) for name, value, target in rows if target is not None]
     groups = {"time of a step, relative to the floor": times, "figures with a target, relative to the target": targets}

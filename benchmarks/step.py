@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from blended_core.device import DeviceContext
 
 from .measure import Work, peak_bytes, ratio, time_by_operation, time_interleaved
-from .networks import SIZES
+from .networks import SIZES, computes_bfloat16
 from .structure import Setting, checkpointed, clip_pass, clip_views, floor, forward, library_step, reference_step
 
 Log = Callable[[str], None]
@@ -41,15 +40,6 @@ def store_result(results: dict[str, Any], name: str, work: Work) -> None:
     results[name] = work()
 
 
-def native_bf16() -> bool:
-    """Whether the CPU has instructions for bfloat16. Otherwise bfloat16 is emulated and slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> dict[str, Any]:
     """Times, ratios, memory and differences between the results, for the networks of a size."""
     setting = Setting.build(SIZES[name], context)
@@ -61,7 +51,7 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
         "x0": lambda: library_step(setting, "x0"),
         "forward": partial(forward, setting),
     }
-    if context.device.type == "cpu" and native_bf16():
+    if context.device.type == "cpu" and computes_bfloat16(context.device):
         variants["bf16"] = partial(library_step, with_context(setting, dtype=torch.bfloat16))
     log(f"{name}: {', '.join(variants)}, {rounds} rounds")
     results: dict[str, Any] = {}
@@ -72,7 +62,12 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
         }
         memory["clip"] = peak_bytes(lambda: clip_pass(setting), context.device) / MIB
         seconds = time_interleaved(variants, rounds, context.device, warm=False)
-        times = {variant: time_by_operation(variants[variant], context.device) for variant in ("exact", "floor")}
+        profiled = {
+            "exact": variants["exact"],
+            "floor": variants["floor"],
+            "open_clip": lambda: library_step(replace(setting, clip=setting.open_clip)),
+        }
+        times = {variant: time_by_operation(work, context.device) for variant, work in profiled.items()}
         split = library_step(setting, view_chunk=1)
     expected = results["reference"]
     ratios = {f"{variant} / floor": ratio(seconds[variant], seconds["floor"]) for variant in variants if variant != "floor"}
@@ -92,6 +87,7 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
         "memory_mib": memory,
         "memory_ratios": shares,
         "operations": largest_shares(times["exact"]),
+        "operations_open_clip": largest_shares(times["open_clip"]),
         "above_the_floor": above_floor(times["exact"], times["floor"]),
         "attention": attention_kernels(times["exact"]),
         "difference": {
@@ -104,7 +100,7 @@ def measure_step(name: str, context: DeviceContext, rounds: int, log: Log) -> di
 def with_context(setting: Setting, **changes: Any) -> Setting:
     """The same setting in a changed context. CLIP is shared unless the memory format changes."""
     context = replace(setting.context, **changes)
-    shared = setting.clip if context.channels_last == setting.context.channels_last else None
+    shared = (setting.clip, setting.open_clip) if context.channels_last == setting.context.channels_last else None
     return Setting.build(setting.size, context, shared)
 
 

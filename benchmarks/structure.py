@@ -24,19 +24,20 @@ from blended_core.random import SeededRandom
 from blended_core.sample import Models, guided_step
 from blended_core.schedule import Schedule
 
-from .networks import Size, clip_model, random_prompt, random_unet
+from .networks import Size, clip_models, random_prompt, random_unet
 
 INDEX = 50  # level of 100
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Networks and inputs of a step."""
+    """Networks and inputs of a step. ``clip`` has the library's image encoder and ``open_clip`` that of open_clip, with the same weights."""
 
     size: Size
     context: DeviceContext
     model: DiffusionModel
     clip: ClipModel
+    open_clip: ClipModel
     prompt: Prompt
     x: Tensor
     mask: Tensor
@@ -44,14 +45,14 @@ class Setting:
     random: SeededRandom
 
     @classmethod
-    def build(cls, size: Size, context: DeviceContext, clip: ClipModel | None = None) -> Setting:
-        """Networks of a size with a batch of noise. ``clip`` can be that of another setting."""
+    def build(cls, size: Size, context: DeviceContext, clips: tuple[ClipModel, ClipModel] | None = None) -> Setting:
+        """Networks of a size with a batch of noise. ``clips`` can be those of another setting."""
         network = random_unet(size.unet).set_compute_dtype(context.dtype)
-        return cls.of(size, context, network, clip or clip_model(size, context))
+        return cls.of(size, context, network, *(clips or clip_models(size, context)))
 
     @classmethod
-    def of(cls, size: Size, context: DeviceContext, unet: UNet, clip: ClipModel) -> Setting:
-        """Given networks with a batch of noise; the UNet is moved to the device."""
+    def of(cls, size: Size, context: DeviceContext, unet: UNet, clip: ClipModel, open_clip: ClipModel | None = None) -> Setting:
+        """Given networks with a batch of noise; the UNet is moved to the device. Without ``open_clip`` its variants use ``clip``."""
         context.place(unet)
         model = DiffusionModel.from_unet(unet, DiffusionConfig())
         side = size.unet.image_size
@@ -59,7 +60,7 @@ class Setting:
         mask[..., side // 6 : -side // 6, side // 6 : -side // 6] = 1
         x = torch.randn(size.batch, 3, side, side, generator=torch.Generator().manual_seed(3))
         return cls(
-            size, context, model, clip, random_prompt(size, context), context.put(x), context.put(mask),
+            size, context, model, clip, open_clip or clip, random_prompt(size, context), context.put(x), context.put(mask),
             model.config.respaced("100"), SeededRandom(0),
         )  # fmt: skip
 
@@ -106,9 +107,9 @@ def reference_step(setting: Setting) -> Result:
 
     It has one forward pass for the prediction and one for the gradient (docs/method.md, row 9). It recomputes attention with explicit
     matrices in the backward pass and computes unused gradients of the norm, qkv and projection weights (docs/method.md, row 13). It
-    passes all views through CLIP at once.
+    passes all views at once through CLIP as open_clip has it.
     """
-    options, clip, batch = GuidanceOptions(), setting.clip, setting.size.batch
+    options, clip, batch = GuidanceOptions(), setting.open_clip, setting.size.batch
     with _plain_autograd(setting.model.network), _reference_attention(setting.model.network) as unused:
         with torch.no_grad():
             prediction = setting.model.predict(setting.x, INDEX, setting.schedule)

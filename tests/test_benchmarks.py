@@ -9,18 +9,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks import gpu, process, start
-from benchmarks.measure import Ratio, peak_bytes, ratio, time_by_operation, time_interleaved
-from benchmarks.networks import SIZES, TINY_CLIP, Size, diffusion_model
-from benchmarks.report import as_text, figures, meets_target, plot, table
+from benchmarks.document import DOCS, TABLES, merged, with_tables
+from benchmarks.encoder import both_passes, measure_encoder
+from benchmarks.measure import Ratio, one_thread, peak_bytes, ratio, time_by_operation, time_interleaved
+from benchmarks.networks import SIZES, TINY_CLIP, Size, clip_models, diffusion_model, in_own_precision
+from benchmarks.reference import Published, unet_settings
+from benchmarks.report import as_text, compared_figures, encoder_table, figures, meets_target, plot, reference_table, table
 from benchmarks.step import above_floor, attention_kernels, differences, largest_shares, store_result, with_context
 from benchmarks.structure import Setting, checkpointed, explicit_attention, floor, library_step, plain_attention, reference_step
 from blended_core.adm.unet import AttentionBlock, UNet
+from blended_core.clip.towers import VisionTransformer
 from blended_core.denoiser import DiffusionModel
 from blended_core.device import DTYPES, DeviceContext
 from blended_core.options import preset
@@ -29,6 +34,9 @@ from .test_gpu import Recorder
 from .tiny import CONFIG
 
 CPU = DeviceContext()
+
+
+CLONE = os.environ.get("BLENDED_REFERENCE", "")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +50,20 @@ def test_variants_are_measured_in_varying_order() -> None:
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]  # the first round is a warm-up
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 5)
+
+
+def test_the_clock_can_be_that_of_the_processor() -> None:
+    ticks = iter(range(100))
+    seconds = time_interleaved({"a": lambda: next(ticks), "b": lambda: None}, 2, CPU.device, warm=False, clock=lambda: next(ticks))
+    assert seconds == {"a": [2, 2], "b": [1, 1]}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_ratio_is_the_median_over_rounds() -> None:
@@ -126,7 +148,12 @@ def test_the_attention_kernel_is_reported(setting: Setting) -> None:
 
 def test_settings_in_another_precision_or_memory_format(setting: Setting) -> None:
     half, channels_last_setting = with_context(setting, dtype=torch.bfloat16), with_context(setting, channels_last=True)
-    assert half.clip is setting.clip and half.context.dtype == torch.bfloat16 and channels_last_setting.clip is not setting.clip
+    assert (
+        half.clip is setting.clip
+        and half.open_clip is setting.open_clip
+        and half.context.dtype == torch.bfloat16
+        and channels_last_setting.clip is not setting.clip
+    )
     with CPU.autograd():
         results: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, other in (("own", setting), ("turned", channels_last_setting)):
@@ -280,3 +307,85 @@ def test_the_time_of_a_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(start.PROGRAMS, "--version", "raise ValueError('broken')")
     with pytest.raises(RuntimeError, match="broken"):
         start.cpu_seconds("--version", {})
+
+
+def test_both_encoders_have_the_same_weights(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(setting.clip.model.visual, VisionTransformer) and not isinstance(setting.open_clip.model.visual, VisionTransformer)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(setting.clip.encode_normalized(images), setting.open_clip.encode_normalized(images), atol=1e-5)
+    monkeypatch.setattr("blended_core.clip.model.fast_precision", lambda device: torch.bfloat16)
+    assert in_own_precision(setting.clip) is None, "too small"
+    wide = {**TINY_CLIP, "vision_cfg": {**TINY_CLIP["vision_cfg"], "width": 512, "layers": 1}}
+    clip = clip_models(replace(setting.size, clip=wide), CPU)[0]
+    near = in_own_precision(clip)
+    assert near is not None and near.image_dtype == torch.bfloat16 and clip.image_dtype == torch.float32
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_encoders_are_compared_in_time_of_the_processor(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.encoder.computes_bfloat16", lambda device: half)
+    messages: list[str] = []
+    result = measure_encoder(1, messages.append, (2,), {"tiny": TINY_CLIP})
+    (entry,) = result["encoders"]
+    assert set(entry["ratios"]) == {"float32 / open_clip", *(["bfloat16 / open_clip"] if half else [])} and len(messages) == 1
+    assert entry["ratios"]["float32 / open_clip"]["median"] == entry["seconds"]["float32"][0] / entry["seconds"]["open_clip"][0]
+    assert all(shares for shares in entry["operations"].values())
+    assert "| float32 / open_clip | " in encoder_table({"encoder": result}) and "; to reach ≤ 0.7 |" in encoder_table({"encoder": result})
+    gradient = both_passes(clip_models(SIZES["small"], CPU)[0].model.visual, torch.zeros(2, 3, 32, 32))  # type: ignore[arg-type]
+    assert gradient.shape == (2, 3, 32, 32) and gradient.any()
+
+
+def test_settings_of_guided_diffusion() -> None:
+    given = unet_settings(SIZES["small"].unet)
+    assert (given["attention_resolutions"], given["channel_mult"], given["num_head_channels"]) == ("16,8", "1,2,2,2", 32)
+    assert unet_settings(SIZES["medium"].unet)["num_head_channels"] == -1  # guided-diffusion's word for none
+    assert given["use_fp16"] is False
+
+
+def test_another_folder_is_not_the_published_code(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not a clone of https://github\.com/omriav/blended-diffusion"):
+        Published(tmp_path, setting)
+
+
+@pytest.mark.skipif(not CLONE, reason="BLENDED_REFERENCE names no clone of omriav/blended-diffusion")
+def test_the_published_code_runs_with_the_same_networks(setting: Setting) -> None:
+    published = Published(Path(CLONE), setting)
+    assert max(published.differences().values()) < 1e-5
+    calls: list[bool] = []
+    published.editor.model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    rows: list[int] = []
+    published.editor.clip_model.visual.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    assert published.step().shape == setting.x.shape
+    assert calls == [False, True] and rows == [setting.size.batch * setting.size.views]
+    assert published.editor.model.input_blocks[0][0].weight.requires_grad is False
+
+
+def measured(network: str, value: float) -> dict[str, Any]:
+    ratios = {"published code / x0": vars(Ratio(value, value, value, 4)), "exact / floor": vars(Ratio(1.02, 1.0, 1.1, 4))}
+    return {"network": network, "ratios": ratios, "operations": {"x0": {"aten::mm": 0.5}}}
+
+
+def test_tables_of_compared_code() -> None:
+    result = {"reference": [measured("small", 3.2), measured("medium", 1.7)]}
+    text = reference_table(result)
+    assert "| | small | medium |" in text and "| small | x0 | mm 50.0% |" in text
+    assert "| published code / x0 | 3.20 (3.20–3.20); to reach ≥ 3 | 1.70 (1.70–1.70); to reach ≥ 1.8 |" in text
+    marks = [meets_target(value, target) for _, value, target in compared_figures(result) if target]
+    assert marks == [True, True, False]
+
+
+def test_runs_are_merged_by_part_and_network() -> None:
+    record = {"reference": [measured("small", 3.0), measured("medium", 1.0)], "load": {"ratios": {}}, "machines": {"load": {"threads": 2}}}
+    run = {"machine": {"threads": 1}, "reference": [measured("medium", 2.0), measured("full", 4.0)]}
+    result = merged(record, run)
+    values = {entry["network"]: entry["ratios"]["published code / x0"]["median"] for entry in result["reference"]}
+    assert values == {"small": 3.0, "medium": 2.0, "full": 4.0} and result["load"] == record["load"] and "machine" not in result
+    assert result["machines"] == {"load": {"threads": 2}, "reference, medium": {"threads": 1}, "reference, full": {"threads": 1}}
+
+
+def test_the_tables_of_the_document_are_those_of_its_figures() -> None:
+    text, record = (DOCS / "benchmarks.md").read_text("utf-8"), json.loads((DOCS / "benchmarks.json").read_text("utf-8"))
+    assert with_tables(text, record) == text
+    assert all(part.split(", ")[0] in record for part in record["machines"]) and len(TABLES) == 4
+    with pytest.raises(ValueError, match="has 0 comments <!-- reference -->"):
+        with_tables("no tables", record)

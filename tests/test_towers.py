@@ -11,11 +11,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from torch import Tensor, nn
 
 from blended_core.clip.embedded import load_embedded
 from blended_core.clip.model import LARGE_WIDTH, ClipModel, load_clip
+from blended_core.clip.operations import WIDE, attention, linear, quick_gelu
 from blended_core.clip.towers import clip_of, vision_transformer
 from blended_core.clip.words import WordTokenizer
 from blended_core.device import DeviceContext
@@ -111,6 +113,64 @@ def test_bfloat16_is_near(name: str = "ViT-B-16") -> None:
     near, gradient = embedded(own.to(torch.bfloat16), images.to(torch.bfloat16), direction.to(torch.bfloat16))
     assert difference(near.float(), exact) < 0.03
     assert difference(gradient.float(), exact_gradient) < 0.05
+
+
+def results(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The result of a function and its gradients with respect to the inputs, for one random gradient of the result."""
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    out = function(*leaves)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    return [out.detach().float(), *(gradient.float() for gradient in torch.autograd.grad(out, leaves, direction))]
+
+
+def operations(work: Callable[[], object]) -> set[str]:
+    """The names of the operations of torch that ``work`` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    return {entry.key for entry in profile.key_averages()}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_wide_frozen_layer_is_that_of_torch(biased: bool) -> None:
+    x, weight, bias = random(2, 5, WIDE), random(WIDE + 64, WIDE, seed=8), random(WIDE + 64) if biased else None
+    for ours, theirs in zip(results(lambda x: linear(x, weight, bias), x), results(lambda x: F.linear(x, weight, bias), x), strict=True):
+        assert difference(ours, theirs) < 2e-6
+    ran = operations(lambda: results(lambda x: linear(x, weight, bias), x))
+    assert ("mkldnn::_linear_pointwise" in ran) == ONEDNN and ({"aten::addmm", "aten::mm"} & ran == set()) == ONEDNN
+
+
+def test_a_layer_in_training_has_gradients_of_its_weights() -> None:
+    inputs = random(5, WIDE), random(WIDE, WIDE, seed=8), random(WIDE)
+    assert [g.shape for g in results(linear, *inputs)[1:]] == [value.shape for value in inputs]
+    assert "mkldnn::_linear_pointwise" not in operations(lambda: results(linear, *inputs))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_quick_gelu_is_one_operation(dtype: torch.dtype, limit: float) -> None:
+    x = random(40, 30, dtype=dtype)
+    written = results(lambda x: x * torch.sigmoid(1.702 * x), x.float())
+    assert all(difference(ours, theirs) < limit for ours, theirs in zip(results(quick_gelu, x), written, strict=True))
+    leaf = x.clone().requires_grad_()
+    (saved,) = quick_gelu(leaf).grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert saved.data_ptr() == leaf.data_ptr()
+
+
+def test_attention_in_bfloat16_multiplies_whole_matrices() -> None:
+    inputs = [random(2, 2, 20, 32, seed=seed) for seed in (1, 2, 3)]
+    exact = results(F.scaled_dot_product_attention, *inputs)
+    near = results(attention, *(value.bfloat16() for value in inputs))
+    assert all(difference(a, b) < 0.01 for a, b in zip(near, exact, strict=True))
+    ran = operations(lambda: attention(*(value.bfloat16() for value in inputs)))
+    assert "aten::bmm" in ran and not any("flash" in name for name in ran)
+    fused = results(attention, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(fused, exact, strict=True))
 
 
 def test_both_towers_are_those_of_open_clip() -> None:

@@ -1,7 +1,8 @@
 """The encoders of CLIP: a vision transformer for images and a causal transformer for texts (Radford et al. 2021).
 
 Their tensors have the names of open_clip's. The image encoder gives the same embeddings as open_clip's in less time, because guidance needs only the
-embedding: the last block computes nothing but the class token, and queries, keys and values reach attention as contiguous tensors.
+embedding: the last block computes nothing but the class token, queries, keys and values reach attention as contiguous tensors, and its weights need no
+gradients.
 """
 
 from __future__ import annotations
@@ -15,11 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..weights.tensors import SkipInitialization
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x·σ(1.702 x), the activation of OpenAI's weights."""
-    return x * torch.sigmoid(1.702 * x)
+from .operations import Linear, attention, linear, quick_gelu
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -87,7 +84,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, queries: int, causal: bool = False) -> Tensor:
         """Tokens [B, N, W] → the first ``queries`` of them after attention to all, or with ``causal`` to those up to themselves; [B, queries, W]."""
@@ -97,14 +94,14 @@ class Attention(nn.Module):
         else:
             (q,) = self._heads(x[:, :queries], self.in_proj_weight[:width], self.in_proj_bias[:width], 1)
             k, v = self._heads(x, self.in_proj_weight[width:], self.in_proj_bias[width:], 2)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, queries, width)
+        attended = attention(q, k, v, causal).transpose(1, 2).reshape(batch, queries, width)
         out: Tensor = self.out_proj(attended)
         return out
 
     def _heads(self, x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, ...]:
         """``parts`` projections [B, heads, N, W / heads] of tokens [B, N, W], each contiguous."""
         batch, count, width = x.shape
-        projected = F.linear(x, weight, bias).view(batch, count, parts, self.heads, width // self.heads)
+        projected = linear(x, weight, bias).view(batch, count, parts, self.heads, width // self.heads)
         return projected.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
 
 
@@ -125,8 +122,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, hidden)
-        self.c_proj = nn.Linear(hidden, width)
+        self.c_fc = Linear(width, hidden)
+        self.c_proj = Linear(hidden, width)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +176,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] → embeddings [B, D]."""
-        patches = F.linear(self._patches(images), self.conv1.weight.flatten(1))
+        patches = linear(self._patches(images), self.conv1.weight.flatten(1))
         first = self.class_embedding.expand(len(images), 1, -1)
         x = self.ln_pre(torch.cat([first, patches], 1) + self.positional_embedding)
         *blocks, last = self.transformer.resblocks
