@@ -168,7 +168,7 @@ class CLIPGuidanceStep(io.ComfyNode):
                     tooltip="Used only if background_scale in the options is above 0: the image whose background is kept. Unconnected: the source "
                     "image of the edit.",
                 ),
-                edit_option("sampler", advanced=True),
+                edit_option("sampler", default="ddpm", advanced=True),
                 edit_option("eta", advanced=True),
                 edit_option("class_choice", advanced=True),
                 edit_option("ddim_guidance", advanced=True),

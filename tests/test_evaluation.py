@@ -22,7 +22,7 @@ from blended_core.errors import BlendedError
 from blended_core.evaluation import metrics, plots
 from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
 from blended_core.evaluation.metrics import as_table, pairs, rank_auc, summary
-from blended_core.evaluation.rows import ROWS, STEPS
+from blended_core.evaluation.rows import ROWS, shortened
 from blended_core.io.atomic import sha256
 from blended_core.options import PRESETS
 from blended_core.sample import Models
@@ -157,11 +157,14 @@ def test_rows_match_their_names() -> None:
         row = ROWS[f"local-{weight}"]
         assert row.guidance.background_scale == weight and not row.keeps_background
     assert ROWS["no-augmentation"].guidance.views == 1 and ROWS["x0-gradient"].guidance.gradient == "x0"
-    assert ROWS["unet-gradient"] == replace(ROWS["best"], guidance=replace(ROWS["best"].guidance, gradient="unet"))
+    assert ROWS["ddpm"].guidance == ROWS["best"].guidance and (ROWS["ddpm"].sampler, ROWS["ddpm"].steps) == ("ddpm", "40")
+    assert ROWS["unet-gradient"] == replace(ROWS["ddpm"], guidance=replace(ROWS["ddpm"].guidance, gradient="unet"))
     assert all(ROWS[f"ddim-{n}"].steps == f"ddim{n}" and ROWS[f"ddim-{n}"].sampler == "ddim" for n in (10, 20, 25, 30, 50))
-    assert ROWS["fast"].guidance == replace(PRESETS["fast"].guidance, scale=ROWS["best"].guidance.scale)
-    assert int(ROWS["fast"].steps) / int(ROWS["best"].steps) == int(PRESETS["fast"].steps) / int(PRESETS["best"].steps)
-    assert ROWS["paper"].preset == "paper" and ROWS["official"].preset == "official"
+    for name, options in PRESETS.items():
+        row = ROWS[name]
+        scaled = replace(options.guidance, scale=row.guidance.scale)
+        assert row == replace(options, steps=shortened(options.steps), guidance=scaled), "a preset with fewer steps and a scale"
+        assert float(row.steps) / float(ROWS["paper"].steps) == float(options.steps) / float(PRESETS["paper"].steps)
 
 
 class FixedVerdict(Verdict):
@@ -359,8 +362,9 @@ def test_the_documented_commands_match_the_rows() -> None:
         args = build_parser().parse_args(["edit", "photo.jpg", "--mask", "mask.png", *options])
         row = ROWS[name]
         plain = replace(row, guidance=replace(row.guidance, scale=PRESETS[row.preset].guidance.scale), candidates=8)
-        steps = row.steps if row.sampler == "ddim" else str(int(row.steps) * int(PRESETS["best"].steps) // int(STEPS))
-        assert options_of_arguments(args) == replace(plain, steps=steps), name
+        options = options_of_arguments(args)
+        steps = row.steps if row.sampler == "ddim" else shortened(options.steps)
+        assert replace(options, steps=steps) == replace(plain, steps=row.steps), name
 
 
 def test_examples_contain_estimates_of_the_diffusion_model() -> None:

@@ -19,9 +19,8 @@ from ..io.atomic import sha256
 from ..io.folder import REPORT, SHEET, claimed, old_results, replaced_files
 from ..io.images import Picture, for_format, mask_from_alpha, read_mask, read_picture, write_png
 from ..io.request import MACHINE, Request
-from ..options import PRESETS, EditOptions, GuidanceOptions, declared, preset
+from ..options import EditOptions, GuidanceOptions, declared, preset
 from ..paths import absolute, expanded
-from ..schedule import check_respacing
 from ..timer import Timer
 from ..toy.world import demo_scene
 from .messages import print_note
@@ -63,7 +62,7 @@ def demo(args: argparse.Namespace) -> int:
         prompts=(args.prompt,),
         weights=(1.0,),
         lpips="embedded",
-        options=preset("best", steps="40", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
+        options=preset("best", steps="20", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
         **_given(args, Request),
     )
     source, mask = demo_scene(args.background, args.seed)
@@ -136,8 +135,7 @@ def options_of_arguments(args: argparse.Namespace) -> EditOptions:
     if args.skip is not None:
         if args.strength is not None:
             raise BlendedError("--skip and --strength set the same value; give one of them.")
-        steps = changes.get("steps", PRESETS[name].steps)
-        check_respacing(steps)
+        steps = preset(name, **changes).steps
         # The numbers in the text. Whether the process of the model is long enough is checked when the model is loaded.
         total = sum(int(count) for count in steps.strip().removeprefix("ddim").removeprefix("logsnr").split(","))
         if not 0 <= args.skip < total:
