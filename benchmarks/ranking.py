@@ -128,7 +128,9 @@ def main() -> int:
         prog="python -m benchmarks.ranking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder of an evaluation, or its folder held-back")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"number of sets of each kind that has a seed, at least 2 (default: {SEEDS})")
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, help=f"number of sets of each kind that has a seed, at least 2 (default: {SEEDS})"
+    )
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -284,7 +284,7 @@ class EditOptions:
         choices=("blended", "local"),
     )  # fmt: skip
     steps: str = option(
-        "50",
+        "45",
         "Length of the whole diffusion process: a number, ddim25 (a whole stride), 50,25,10 (sections, the least noisy first), or logsnr20 (uniform "
         "in the logarithm of the signal-to-noise ratio, for dpmpp-2m). More steps are slower and finer.",
         metavar="N",
@@ -418,7 +418,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[Field[Any], ...], wh
 
 PRESETS: dict[str, EditOptions] = {
     "best": EditOptions(),
-    "fast": EditOptions(preset="fast", steps="40", guidance=GuidanceOptions(views=4, end=0.8)),
+    "fast": EditOptions(preset="fast", steps="30", guidance=GuidanceOptions(end=0.8)),
     "paper": EditOptions(
         preset="paper",
         sampler="ddpm",
@@ -457,7 +457,7 @@ ONE_STEP_PRESETS: dict[str, EditOptions] = {
     "best": EditOptions(sampler="ddpm", steps="100"),
     "fast": EditOptions(preset="fast", sampler="ddpm", steps="40", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
 }
-"""What a preset stands for with a sampler other than its own: those of one step need twice as many. Workflows and command lines that name ddpm or ddim,
+"""What a preset stands for with a sampler other than its own: those of one step need more. Workflows and command lines that name ddpm or ddim,
 as all did before the presets had another sampler, keep their results."""
 
 LOCAL_BACKGROUND_SCALE = 1000.0

@@ -83,7 +83,7 @@ class BlendedSampler(io.ComfyNode):
                     default="best",
                     optional=True,
                     tooltip=(
-                        "best: recommended. fast: its first candidate is ranked as good, in a third of the time; steps above 0 and connected options override "
+                        "best: recommended. fast: 60 % of the time, and its first candidate is about as good; steps above 0 and connected options override "
                         "its settings. paper: as the text of the paper describes it. official: reproduces the reference code, including its deviations "
                         "from the paper."
                     ),
@@ -108,7 +108,8 @@ class BlendedSampler(io.ComfyNode):
                     options=[*declared(EditOptions)["sampler"][0].choices, AS_PRESET],
                     default=AS_PRESET,
                     advanced=True,
-                    tooltip=declared(EditOptions)["sampler"][0].help + " With another sampler than that of the preset, steps 0 is 100, or 40 for fast.",
+                    tooltip=declared(EditOptions)["sampler"][0].help
+                    + " With another sampler than that of the preset, steps 0 is 100, or 40 for fast.",
                 ),
                 edit_option("eta", advanced=True),
                 inputs.respacing(),

@@ -55,7 +55,7 @@ def test_the_loop_of_step_nodes_gives_the_recorded_pictures(comfyui: Server, fil
 
 
 def step_loop(server: Server, files: dict[str, Path]) -> Any:
-    """The edit 'best' with a feather, one node at a time; uint8 [2, H, W, 3]."""
+    """The edit 'ddpm' with a feather, one node at a time; uint8 [2, H, W, 3]."""
     from PIL import Image
 
     from .test_nodes import core, loop, node, start

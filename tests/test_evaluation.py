@@ -271,7 +271,7 @@ def test_the_command_writes_table_plot_and_contact_sheets(
     capsys.readouterr()
     assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == ["000.json", "000.png", "001.json", "001.png"]
     for arguments_of_error, message in (
-        (["--only", "better"], "unknown row better; known are best, paper"),
+        (["--only", "better"], "unknown row better; known are best, fast"),
         (["--pairs", "0"], "--pairs is 0"),
         (["--threads", "-1"], "threads is -1; give a whole number of at least 1 and at most 1024 (--threads)"),
         (["--out", str(out / "evaluation.json")], "is a file; name a folder"),

@@ -691,7 +691,7 @@ def test_presets_are_those_of_the_method() -> None:
         "crop": ("squash", "region", "region"),
         "guidance.views": (8, 16, 8),
         "guidance.scale": (None, None, None),
-        "steps": ("100", "100", "50"),
+        "steps": ("100", "100", "45"),
         "strength": (0.75, 0.75, 0.75),
         "sampler": ("ddpm", "ddpm", "dpmpp-2m"),
         "ddim_guidance": ("score", "score", "matched"),

@@ -339,7 +339,7 @@ def test_no_number_of_steps_is_the_presets(comfyui: Server) -> None:
     assert (fast != made(preset="best", steps=steps)).any(), "with another guidance"
 
 
-def test_a_saved_sampler_keeps_the_steps_that_the_preset_had_with_it() -> None:
+def test_a_saved_sampler_keeps_the_steps_that_the_preset_had_with_it(comfyui: Server) -> None:
     """A workflow that was saved before the presets had another sampler holds sampler ddpm, and most of them steps 0."""
 
     def made(**inputs: Any) -> Any:
