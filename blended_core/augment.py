@@ -77,8 +77,8 @@ def balanced_views(count: int, size: int, seed: int | None = None) -> ViewParame
     The sequence begins after its first point, which is the corner of the range, so that with the unwarped view there are count + 1. ``seed``: scrambles
     the sequence, to measure how much a score depends on the views.
     """
-    engine = torch.quasirandom.SobolEngine(sum(_NUMBERS), scramble=seed is not None, seed=seed)
-    points = engine.fast_forward(1).draw(count, dtype=torch.float32)
+    engine = torch.quasirandom.SobolEngine(sum(_NUMBERS), scramble=seed is not None, seed=seed)  # type: ignore[no-untyped-call]
+    points = engine.fast_forward(1).draw(count, dtype=torch.float32)  # type: ignore[no-untyped-call]
     affine_gate, turn, push, perspective_gate, pull = points.split(_NUMBERS, dim=1)
     return _views(affine_gate[:, 0], turn[:, 0], push, perspective_gate[:, 0], pull.view(-1, 4, 2), size=size)
 

@@ -284,7 +284,7 @@ class EditOptions:
         choices=("blended", "local"),
     )  # fmt: skip
     steps: str = option(
-        "45",
+        "50",
         "Length of the whole diffusion process: a number, ddim25 (a whole stride), 50,25,10 (sections, the least noisy first), or logsnr20 (uniform "
         "in the logarithm of the signal-to-noise ratio, for dpmpp-2m). More steps are slower and finer.",
         metavar="N",
@@ -417,7 +417,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[Field[Any], ...], wh
 
 
 PRESETS: dict[str, EditOptions] = {
-    "best": EditOptions(),
+    "best": EditOptions(guidance=GuidanceOptions(end=0.9)),
     "fast": EditOptions(preset="fast", steps="30", guidance=GuidanceOptions(end=0.8)),
     "paper": EditOptions(
         preset="paper",

@@ -11,7 +11,7 @@ CHECKPOINTS_SCALE = -1.0
 
 WIDTH = 300
 NOTE = ("#432", "#653")
-STEPS = 18
+STEPS = 20
 SAMPLER = "dpmpp-2m"
 """Of the step loop; the sampler node has that of its preset."""
 GROUPS = {

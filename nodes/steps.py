@@ -161,7 +161,7 @@ class CLIPGuidanceStep(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True, tooltip="The part of the image that CLIP sees. Unconnected: the mask of Noise Background."
                 ),
-                inputs.GUIDANCE.Input("options", optional=True, tooltip="From Guidance Options. Unconnected: the options of preset best."),
+                inputs.GUIDANCE.Input("options", optional=True, tooltip="From Guidance Options. Unconnected: the defaults of that node."),
                 io.Image.Input(
                     "source",
                     optional=True,

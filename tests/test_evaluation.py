@@ -157,7 +157,7 @@ def test_rows_match_their_names() -> None:
         row = ROWS[f"local-{weight}"]
         assert row.guidance.background_scale == weight and not row.keeps_background
     assert ROWS["no-augmentation"].guidance.views == 1 and ROWS["x0-gradient"].guidance.gradient == "x0"
-    assert ROWS["ddpm"].guidance == ROWS["best"].guidance and (ROWS["ddpm"].sampler, ROWS["ddpm"].steps) == ("ddpm", "40")
+    assert ROWS["ddpm"].guidance == replace(ROWS["best"].guidance, end=1.0) and (ROWS["ddpm"].sampler, ROWS["ddpm"].steps) == ("ddpm", "40")
     assert ROWS["unet-gradient"] == replace(ROWS["ddpm"], guidance=replace(ROWS["ddpm"].guidance, gradient="unet"))
     assert all(ROWS[f"ddim-{n}"].steps == f"ddim{n}" and ROWS[f"ddim-{n}"].sampler == "ddim" for n in (10, 20, 25, 30, 50))
     for name, options in PRESETS.items():

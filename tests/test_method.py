@@ -691,7 +691,7 @@ def test_presets_are_those_of_the_method() -> None:
         "crop": ("squash", "region", "region"),
         "guidance.views": (8, 16, 8),
         "guidance.scale": (None, None, None),
-        "steps": ("100", "100", "45"),
+        "steps": ("100", "100", "50"),
         "strength": (0.75, 0.75, 0.75),
         "sampler": ("ddpm", "ddpm", "dpmpp-2m"),
         "ddim_guidance": ("score", "score", "matched"),
@@ -705,7 +705,8 @@ def test_presets_are_those_of_the_method() -> None:
             assert options == value, f"{name} of {which}"
     assert PRESETS["official"].guidance.clip_input == "mixed" and PRESETS["paper"].guidance.clip_input == "x0"
     assert PRESETS["official"].class_choice == "random" and PRESETS["paper"].class_choice == PRESETS["best"].class_choice == "zero"
-    assert {k: v.preset for k, v in PRESETS.items()} == {k: k for k in PRESETS} and EditOptions() == PRESETS["best"]
+    assert {k: v.preset for k, v in PRESETS.items()} == {k: k for k in PRESETS}
+    assert replace(PRESETS["best"], guidance=GuidanceOptions()) == EditOptions() and PRESETS["best"].guidance == GuidanceOptions(end=0.9)
 
 
 def test_presets_with_a_sampler_of_one_step_are_those_of_earlier_versions() -> None:

@@ -293,6 +293,9 @@ def test_loop_sampler_and_terminal_give_one_picture(comfyui: Server, preset: str
     base["area"] = core("LoadImageMask", image=files["mask"], channel="red")
     image, area = ("picture", 0), ("area", 0)
     step: dict[str, Any] = {"sampler": PRESETS[preset].sampler}
+    if preset == "best":
+        base["options"] = node("GuidanceOptions", guide_to=PRESETS[preset].guidance.end)
+        step["options"] = ["options", 0]
     if preset == "paper":
         base["options"] = node("GuidanceOptions", gradient="x0", distance="cosine", range_scale=0.0, views=16)
         step["options"] = ["options", 0]

@@ -62,7 +62,7 @@ def demo(args: argparse.Namespace) -> int:
         prompts=(args.prompt,),
         weights=(1.0,),
         lpips="embedded",
-        options=preset("best", steps="18", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
+        options=preset("best", steps="20", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
         **_given(args, Request),
     )
     source, mask = demo_scene(args.background, args.seed)
