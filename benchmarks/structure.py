@@ -93,7 +93,7 @@ Result = tuple[Tensor, Tensor]
 
 def library_step(setting: Setting, gradient: str = "unet", view_chunk: int = 0) -> Result:
     """The step of the library."""
-    options = EditOptions(guidance=GuidanceOptions(gradient=gradient, views=setting.size.views, view_chunk=view_chunk))
+    options = EditOptions(sampler="ddpm", guidance=GuidanceOptions(gradient=gradient, views=setting.size.views, view_chunk=view_chunk))
     step = guided_step(
         setting.models, setting.x, INDEX, setting.schedule, options, setting.prompt, setting.mask, setting.random, setting.images
     )

@@ -70,7 +70,29 @@ def draw_views(generators: Sequence[torch.Generator] | torch.Generator, count: i
     shapes = ((count,), (count,), (count, 2), (count,), (count, 4, 2))
     each = [[torch.rand(shape, generator=generator) for shape in shapes] for generator in generators]
     # All matrices in one call: solving for them takes a millisecond a call, whatever their number.
-    affine_gate, turn, push, perspective_gate, pull = (torch.stack(drawn, 1).flatten(0, 1) for drawn in zip(*each, strict=True))
+    return _views(*(torch.stack(drawn, 1).flatten(0, 1) for drawn in zip(*each, strict=True)), size=size, symmetric=symmetric)
+
+
+def balanced_views(count: int, size: int, seed: int | None = None) -> ViewParameters:
+    """Parameters of ``count`` warped views of square pictures that cover the range of warps evenly: a Sobol sequence, the same at every call.
+
+    The sequence begins after its first point, which is the corner of the range, so that with the unwarped view there are count + 1. ``seed``: scrambles
+    the sequence, to measure how much a score depends on the views.
+    """
+    engine = torch.quasirandom.SobolEngine(sum(_NUMBERS), scramble=seed is not None, seed=seed)  # type: ignore[no-untyped-call]
+    points = engine.fast_forward(1).draw(count, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    affine_gate, turn, push, perspective_gate, pull = points.split(_NUMBERS, dim=1)
+    return _views(affine_gate[:, 0], turn[:, 0], push, perspective_gate[:, 0], pull.view(-1, 4, 2), size=size)
+
+
+_NUMBERS = (1, 1, 2, 1, 8)
+"""Numbers in 0..1 that make a view: whether it turns and shifts, angle, shift along x and y, whether it has perspective, its corners."""
+
+
+def _views(
+    affine_gate: Tensor, turn: Tensor, push: Tensor, perspective_gate: Tensor, pull: Tensor, *, size: int, symmetric: bool = True
+) -> ViewParameters:
+    """Views from numbers in 0..1: [R], [R], [R, 2], [R], [R, 4, 2]."""
     angle = turn * (2 * DEGREES) - DEGREES
     shift = (push * (2 * TRANSLATE) - TRANSLATE) * size
     if not symmetric:

@@ -63,7 +63,7 @@ def options_without_effect(options: EditOptions, model: DiffusionModel, prompted
         ),
     ]  # fmt: skip
     name = options.preset if options.preset in PRESETS else "best"
-    usual = preset(name, algorithm=options.algorithm)
+    usual = preset(name, algorithm=options.algorithm, sampler=options.sampler)
     usual_guidance = with_scale(usual.guidance, model)
     found = []
     for holds, reason, names in causes:

@@ -284,7 +284,7 @@ class EditOptions:
         choices=("blended", "local"),
     )  # fmt: skip
     steps: str = option(
-        "100",
+        "50",
         "Length of the whole diffusion process: a number, ddim25 (a whole stride), 50,25,10 (sections, the least noisy first), or logsnr20 (uniform "
         "in the logarithm of the signal-to-noise ratio, for dpmpp-2m). More steps are slower and finer.",
         metavar="N",
@@ -295,7 +295,7 @@ class EditOptions:
         low=0.0, high=1.0, above=True, node_low=0.01, step=0.01, metavar="S",
     )  # fmt: skip
     sampler: str = option(
-        "ddpm",
+        MULTISTEP,
         "ddpm adds noise at every step, as in the paper. ddim is deterministic and needs fewer steps. dpmpp-2m (DPM-Solver++) extrapolates from two "
         "steps and needs the fewest.",
         choices=("ddpm", "ddim", MULTISTEP),
@@ -417,16 +417,20 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[Field[Any], ...], wh
 
 
 PRESETS: dict[str, EditOptions] = {
-    "best": EditOptions(),
-    "fast": EditOptions(preset="fast", steps="40", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
+    "best": EditOptions(guidance=GuidanceOptions(end=0.9)),
+    "fast": EditOptions(preset="fast", steps="30", guidance=GuidanceOptions(end=0.8)),
     "paper": EditOptions(
         preset="paper",
+        sampler="ddpm",
+        steps="100",
         guidance=GuidanceOptions(distance="cosine", range_scale=0.0, views=16),
         ddim_guidance="score",
         ranking="corrected",
     ),
     "official": EditOptions(
         preset="official",
+        sampler="ddpm",
+        steps="100",
         guidance=GuidanceOptions(
             gradient="unet",
             clip_input="mixed",
@@ -449,6 +453,13 @@ PRESETS: dict[str, EditOptions] = {
 """best: the recommendation. fast: best with what can be left out at the least loss (docs/quality.md). paper: as the text of the paper describes it.
 official: the reference code, random number by random number."""
 
+ONE_STEP_PRESETS: dict[str, EditOptions] = {
+    "best": EditOptions(sampler="ddpm", steps="100"),
+    "fast": EditOptions(preset="fast", sampler="ddpm", steps="40", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
+}
+"""What a preset stands for with a sampler other than its own: those of one step need more. Workflows and command lines that name ddpm or ddim,
+as all did before the presets had another sampler, keep their results."""
+
 LOCAL_BACKGROUND_SCALE = 1000.0
 """λ of Algorithm 1 that the paper finds usable: 100 changes the whole picture, 10000 changes nothing."""
 
@@ -456,12 +467,16 @@ LOCAL_BACKGROUND_SCALE = 1000.0
 def preset(name: str, **changes: Any) -> EditOptions:
     """The options of a preset, with changes; fields of :class:`GuidanceOptions` may be given by name too.
 
+    With another sampler than the preset's own, the options begin from :data:`ONE_STEP_PRESETS`, so that the number of steps suits the sampler.
+
     Raises:
         BlendedError: for an unknown preset or option, or a value outside its range.
     """
     if name not in PRESETS:
         raise BlendedError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}.", option="preset")
     options = PRESETS[name]
+    if changes.get("sampler", options.sampler) != options.sampler:
+        options = ONE_STEP_PRESETS.get(name, options)
     if changes.get("algorithm") == "local" and name != "official":
         # Without a background loss nothing in Algorithm 1 keeps the background; the reference code leaves it off nevertheless.
         changes = {"background_scale": LOCAL_BACKGROUND_SCALE, **changes}

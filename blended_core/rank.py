@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from .augment import ViewParameters, draw_views, warp_views
+from .augment import ViewParameters, balanced_views, warp_views
 from .clip.model import ClipModel, Prompt
 from .losses import Distance, masked_view, prompt_distance, spherical_distance
 from .mask import EditMask
@@ -17,7 +17,6 @@ from .region import SEAM_MARGIN
 
 RANKING_VIEWS = 32
 """Views of :func:`clip_distance_of_views`; the first is not warped."""
-RANKING_VIEWS_SEED = 0
 RANKING_VIEWS_AT_ONCE = 8
 """As many as a guided step of the presets, which in addition keeps what the backward pass needs."""
 BAND_PIXELS = 2**18
@@ -63,7 +62,7 @@ def clip_distance_of_views(
     views: int = RANKING_VIEWS,
     at_once: int = RANKING_VIEWS_AT_ONCE,
 ) -> Tensor:
-    """Mean of :func:`clip_distance` over the picture and warped views of it, the same views for every picture; [B, 3, H, W] in −1..1 → [B].
+    """Mean of :func:`clip_distance` over the picture and warped views of it, the same balanced set for every picture; [B, 3, H, W] in −1..1 → [B].
 
     Guidance optimizes each candidate for the views that it used, so one more view of that kind hardly distinguishes a good candidate from an
     adversarial one. Over many other views only what is really there has a small distance. ``at_once``: views of each picture that go through CLIP
@@ -73,7 +72,7 @@ def clip_distance_of_views(
     total = prompt_distance(clip.encode_image(view), prompt, distance)
     if views <= 1:
         return total
-    parameters = draw_views(torch.Generator().manual_seed(RANKING_VIEWS_SEED), views - 1, clip.image_size)
+    parameters = balanced_views(views - 1, clip.image_size)
     # MPS lacks the padding of the warp in some versions of torch; these few small pictures are warped as fast on the CPU.
     small = view.cpu() if view.device.type == "mps" else view
     for first in range(0, views - 1, at_once):

@@ -11,7 +11,9 @@ CHECKPOINTS_SCALE = -1.0
 
 WIDTH = 300
 NOTE = ("#432", "#653")
-STEPS = 40
+STEPS = 20
+SAMPLER = "dpmpp-2m"
+"""Of the step loop; the sampler node has that of its preset."""
 GROUPS = {
     "Models": "#3b4a5c",
     "Image": "#3d5446",
@@ -202,6 +204,7 @@ STEP_BY_STEP = Graph(
                 "step": Node(
                     "BlendedCLIPGuidanceStep",
                     {"ddpm": "ddpm.ddpm", "latent": "begin.latent", "prompt": "prompt.prompt", "options": "options.options"},
+                    {"sampler": SAMPLER},
                     height=480,
                 ),
                 "match": Node(
@@ -501,7 +504,7 @@ OWN = Graph(
             "3. **Photo**: drop or paste it on the empty canvas. A *Load Image* node appears. Connect its IMAGE and MASK in place of those of "
             "*Demo Scene*, to the sampler and to *Before*.\n"
             "4. **Mask**: right-click *Load Image*, choose *Open in MaskEditor*, and paint where the image may change.\n"
-            "5. **Steps**: set *steps* to 100. The *scale* -1 is the one that the checkpoint recommends, or 1000.\n\n"
+            "5. **Steps**: set *steps* to 0, which is the number of the preset. The *scale* -1 is the one that the checkpoint recommends, or 1000.\n\n"
             "| goal | change |\n|---|---|\n| a larger change | raise strength |\n| a closer match to the prompt | raise scale and views; make more candidates |\n"
             "| less memory | batch 1, view_chunk 2 |\n| less time | preset fast, steps 0, options unconnected |",
             width=460,

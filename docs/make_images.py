@@ -29,7 +29,7 @@ def hero(models: Models) -> None:
             mask,
             models.clip.prompt(text),
             models,
-            preset("best", steps="40", candidates=CANDIDATES, batch=4, seed=SEED, scale=GUIDANCE_SCALE),
+            preset("best", steps="20", candidates=CANDIDATES, batch=4, seed=SEED, scale=GUIDANCE_SCALE),
         )
         best = result.candidates[0]
         tiles.append(

@@ -100,7 +100,7 @@ class GuidanceOptionsNode(io.ComfyNode):
             category=inputs.CATEGORY,
             description=(
                 "How CLIP guides the edit: scale, number of views, distance, gradient. Without this node the sampler uses the options of its preset, and "
-                "CLIP Guidance Step those of preset best."
+                "CLIP Guidance Step the defaults of this node."
             ),
             search_aliases=["guidance scale", "CLIP guidance settings", "augmentations", "cutouts", "lambda"],
             inputs=[

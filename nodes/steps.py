@@ -161,14 +161,14 @@ class CLIPGuidanceStep(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True, tooltip="The part of the image that CLIP sees. Unconnected: the mask of Noise Background."
                 ),
-                inputs.GUIDANCE.Input("options", optional=True, tooltip="From Guidance Options. Unconnected: the options of preset best."),
+                inputs.GUIDANCE.Input("options", optional=True, tooltip="From Guidance Options. Unconnected: the defaults of that node."),
                 io.Image.Input(
                     "source",
                     optional=True,
                     tooltip="Used only if background_scale in the options is above 0: the image whose background is kept. Unconnected: the source "
                     "image of the edit.",
                 ),
-                edit_option("sampler", advanced=True),
+                edit_option("sampler", default="ddpm", advanced=True),
                 edit_option("eta", advanced=True),
                 edit_option("class_choice", advanced=True),
                 edit_option("ddim_guidance", advanced=True),

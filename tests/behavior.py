@@ -1,7 +1,7 @@
 """The recorded behavior: pictures and scores of small edits, compared with what the code gives now.
 
-``python -m tests.behavior`` compares and prints the largest difference of each edit; ``--record`` writes the fixture anew, which is right only
-for a change that is meant to change pictures. The edits go through the terminal, so the fixture knows no name inside the library.
+``python -m tests.behavior`` compares and prints the largest difference of each edit; ``--record NAME…`` records those edits anew, which is right
+only for a change that is meant to change their pictures. The edits go through the terminal, so the fixture knows no name inside the library.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from PIL import Image
 FOLDER = Path(__file__).parent / "behavior"
 PICTURES, SCORES = FOLDER / "pictures.npz", FOLDER / "scores.json"
 STEP_LOOP = "step_loop"
-OWN_SCALE = ("--steps", "8", "--candidates", "2", "--batch", "2", "--seed", "3")
-"""Of an edit with the guidance scale that the checkpoint recommends."""
+PRESET = ("--steps", "8", "--candidates", "2", "--batch", "2", "--seed", "3")
+"""Of an edit with the guidance scale that the checkpoint recommends, and with the sampler of its preset."""
+OWN_SCALE = (*PRESET, "--sampler", "ddpm")
 SHORT = (*OWN_SCALE, "--guidance-scale", "1000")
 PROMPT = ("--prompt", "a pumpkin")
 
 EDITS: dict[str, tuple[str, ...]] = {
-    "best": (*PROMPT, *SHORT),
-    "best_one_by_one": (*PROMPT, *SHORT, "--batch", "1", "--view-chunk", "3"),
-    "fast": (*PROMPT, *SHORT, "--preset", "fast"),
+    "best": (*PROMPT, *PRESET),
+    "fast": (*PROMPT, *PRESET, "--preset", "fast"),
+    "dpmpp_noisy": (*PROMPT, *PRESET, "--eta", "0.5", "--steps", "logsnr8"),
+    "ddpm": (*PROMPT, *SHORT),
+    "ddpm_one_by_one": (*PROMPT, *SHORT, "--batch", "1", "--view-chunk", "3"),
+    "ddpm_fast": (*PROMPT, *SHORT, "--preset", "fast"),
     "paper": (*PROMPT, *SHORT, "--preset", "paper"),
     "official": (*PROMPT, *SHORT, "--preset", "official", "--views", "4"),
     "official_sections": (*PROMPT, *SHORT, "--preset", "official", "--views", "2", "--steps", "4,3,2"),
@@ -141,10 +145,13 @@ def main() -> None:
 
     torch.set_num_threads(1)
     record = "--record" in sys.argv
+    chosen = [name for name in sys.argv[1:] if name != "--record"]
+    if record and not chosen:
+        raise SystemExit(f"name the edits to record, of {', '.join(EDITS)}.")
     pictures, scores = recorded() if SCORES.exists() else ({}, {})
     with tempfile.TemporaryDirectory() as folder:
         files = inputs(Path(folder))
-        for name in EDITS:
+        for name in chosen or EDITS:
             made = edited(name, files, Path(folder, name))
             if record:
                 pictures[name], scores[name] = made

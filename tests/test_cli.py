@@ -295,11 +295,13 @@ def test_the_background_error_says_what_it_compared(tmp_path: Path, inputs: list
 
 
 def test_skip_counts_the_steps_of_the_preset() -> None:
-    args = build_parser().parse_args(["edit", "photo.jpg", "--mask", "mask.png", "--preset", "fast", "--skip", "10"])
-    assert options_of_arguments(args).strength == 0.75
-    args.skip = 60
-    with pytest.raises(BlendedError, match="--skip is 60 of 40 steps"):
-        options_of_arguments(args)
+    for sampler, steps in ((None, 30), ("ddpm", 40)):
+        args = build_parser().parse_args(["edit", "photo.jpg", "--mask", "mask.png", "--preset", "fast", "--skip", "10"])
+        args.sampler = sampler
+        assert options_of_arguments(args).strength == (steps - 10) / steps
+        args.skip = 60
+        with pytest.raises(BlendedError, match=f"--skip is 60 of {steps} steps"):
+            options_of_arguments(args)
 
 
 @pytest.mark.parametrize(("steps", "total"), [("1500", 1500), ("ddim25", 25), ("50,25,10", 85), (" 100 ", 100)])

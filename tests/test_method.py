@@ -355,7 +355,7 @@ def test_the_background_has_the_level_that_was_asked_for(level: str, offset: int
 def test_algorithm_1_blends_nothing() -> None:
     """Its steps are the guided steps alone, and its background drifts unless it is put back."""
     models, random = tiny.tiny_models(), SeededRandom(5)
-    options = preset("best", algorithm="local", steps="4", views=1, candidates=1)
+    options = preset("best", sampler="ddpm", algorithm="local", steps="4", views=1, candidates=1)
     schedule = models.ddpm.config.respaced("4")
     x = noise_background(SOURCE, 2, schedule, random, [0], "start")
     for index, step in zip((2, 1, 0), run_loop(options, prompt=PROMPT, images=(0,)), strict=True):
@@ -691,9 +691,9 @@ def test_presets_are_those_of_the_method() -> None:
         "crop": ("squash", "region", "region"),
         "guidance.views": (8, 16, 8),
         "guidance.scale": (None, None, None),
-        "steps": ("100", "100", "100"),
+        "steps": ("100", "100", "50"),
         "strength": (0.75, 0.75, 0.75),
-        "sampler": ("ddpm", "ddpm", "ddpm"),
+        "sampler": ("ddpm", "ddpm", "dpmpp-2m"),
         "ddim_guidance": ("score", "score", "matched"),
         "algorithm": ("blended", "blended", "blended"),
     }
@@ -705,7 +705,19 @@ def test_presets_are_those_of_the_method() -> None:
             assert options == value, f"{name} of {which}"
     assert PRESETS["official"].guidance.clip_input == "mixed" and PRESETS["paper"].guidance.clip_input == "x0"
     assert PRESETS["official"].class_choice == "random" and PRESETS["paper"].class_choice == PRESETS["best"].class_choice == "zero"
-    assert {k: v.preset for k, v in PRESETS.items()} == {k: k for k in PRESETS} and EditOptions() == PRESETS["best"]
+    assert {k: v.preset for k, v in PRESETS.items()} == {k: k for k in PRESETS}
+    assert replace(PRESETS["best"], guidance=GuidanceOptions()) == EditOptions() and PRESETS["best"].guidance == GuidanceOptions(end=0.9)
+
+
+def test_presets_with_a_sampler_of_one_step_are_those_of_earlier_versions() -> None:
+    """Workflows name their sampler, so that they keep the number of steps and the guidance that the preset had with it."""
+    for sampler in ("ddpm", "ddim"):
+        best, fast = preset("best", sampler=sampler), preset("fast", sampler=sampler)
+        assert (best.sampler, best.steps, best.guidance) == (sampler, "100", GuidanceOptions())
+        assert (fast.sampler, fast.steps, fast.guidance) == (sampler, "40", GuidanceOptions(views=4, early_views=2, end=0.8))
+        assert preset("paper", sampler=sampler) == replace(PRESETS["paper"], sampler=sampler)
+    assert preset("fast", sampler="ddim", steps="ddim25", views=3).steps == "ddim25"
+    assert all(preset(name, sampler=options.sampler) == options for name, options in PRESETS.items())
 
 
 def test_options_survive_a_report() -> None:
@@ -848,7 +860,8 @@ def test_notes_agree_with_the_numbers() -> None:
         ({}, True, []),
         ({"algorithm": "local"}, False, []),
         ({"sampler": "ddim", "eta": 0.5, "ddim_guidance": "score"}, True, []),
-        ({"eta": 0.5, "ddim_guidance": "score"}, True, [("eta", "ddim_guidance")]),
+        ({"eta": 0.5, "ddim_guidance": "score"}, True, []),
+        ({"sampler": "ddpm", "eta": 0.5, "ddim_guidance": "score"}, True, [("eta", "ddim_guidance")]),
         ({"background_scale": 500.0}, True, [("background_scale",)]),
         ({"background_scale": 500.0, "gradient": "unet"}, True, []),
         ({"background_scale": 500.0, "algorithm": "local"}, True, []),

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from blended_core.diffusion import DiffusionConfig
+from blended_core.options import PRESETS
 from blended_core.toy.world import demo_scene
 
 from .messages import HOSTILE, is_clean
@@ -291,7 +292,10 @@ def test_loop_sampler_and_terminal_give_one_picture(comfyui: Server, preset: str
     base["picture"] = core("LoadImage", image=files["picture"])
     base["area"] = core("LoadImageMask", image=files["mask"], channel="red")
     image, area = ("picture", 0), ("area", 0)
-    step: dict[str, Any] = {}
+    step: dict[str, Any] = {"sampler": PRESETS[preset].sampler}
+    if preset == "best":
+        base["options"] = node("GuidanceOptions", guide_to=PRESETS[preset].guidance.end)
+        step["options"] = ["options", 0]
     if preset == "paper":
         base["options"] = node("GuidanceOptions", gradient="x0", distance="cosine", range_scale=0.0, views=16)
         step["options"] = ["options", 0]
@@ -332,9 +336,22 @@ def test_no_number_of_steps_is_the_presets(comfyui: Server) -> None:
         (picture,) = comfyui.pictures(comfyui.run(sampler(scene(), candidates=1, strength=0.5, **inputs)), "save")
         return picture
 
+    steps = int(PRESETS["fast"].steps)
     fast = made(preset="fast", steps=0)
-    np.testing.assert_array_equal(fast, made(preset="fast", steps=40))
-    assert (fast != made(preset="best", steps=40)).any(), "with another guidance"
+    np.testing.assert_array_equal(fast, made(preset="fast", steps=steps))
+    assert (fast != made(preset="best", steps=steps)).any(), "with another guidance"
+
+
+def test_a_saved_sampler_keeps_the_steps_that_the_preset_had_with_it(comfyui: Server) -> None:
+    """A workflow that was saved before the presets had another sampler holds sampler ddpm, and most of them steps 0."""
+
+    def made(**inputs: Any) -> Any:
+        (picture,) = comfyui.pictures(comfyui.run(sampler(scene(), candidates=1, preset="fast", strength=0.2, **inputs)), "save")
+        return picture
+
+    saved = made(sampler="ddpm", steps=0)
+    np.testing.assert_array_equal(saved, made(sampler="ddpm", steps=40))
+    assert (saved != made(steps=0)).any(), "with the sampler of the preset"
 
 
 LIBRARY = """

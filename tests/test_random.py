@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blended_core import edit as edit_module
-from blended_core.augment import DISTORTION, ViewParameters, corners, draw_views, warp_views
+from blended_core.augment import DISTORTION, ViewParameters, balanced_views, corners, draw_views, warp_views
 from blended_core.edit import edit_picture
 from blended_core.errors import BlendedError
 from blended_core.options import preset
@@ -184,6 +184,22 @@ def test_warps_go_from_source_to_destination() -> None:
         if not views.affine_gate[row] and not views.perspective_gate[row]:
             assert torch.equal(warped[row], picture[row])
     assert (picture[:, :, 0] == 0).all() and float(picture.sum()) == 40 * 9, "the input was written to"
+
+
+def test_balanced_views_cover_the_range_of_warps_evenly() -> None:
+    """With the corner that it leaves out, a Sobol sequence of 32 has every quarter of each range, and every share of it, equally often."""
+    size, center = 32, torch.tensor([[15.5, 15.5]])
+    views = balanced_views(31, size)
+    turn = torch.rad2deg(torch.atan2(views.affine[:, 1, 0], views.affine[:, 0, 0])).abs()
+    shift = (moved(views.affine, center) - center)[:, 0] / (0.2 * size) + 0.5
+    inwards = (moved(views.perspective, corners(size)) - corners(size)).abs() / (DISTORTION * size / 2)
+    for values in (*shift.T, *inwards.flatten(1).T):
+        assert torch.histc(values + 1e-3, 4, 0, 1).sort().values.tolist() == [7, 8, 8, 8]
+    assert int((turn < 7.4).sum()) == 15, "between the angles -7.5 and 7.5, which are points themselves"
+    for gate in (views.affine_gate, views.perspective_gate):
+        assert int(gate.sum()) in (21, 22), "seven tenths, to the nearest view"
+    first = balanced_views(15, size)
+    assert torch.equal(first.perspective, views.perspective[:15]) and not torch.equal(balanced_views(15, size, 1).affine, first.affine)
 
 
 def test_rows_and_interleave_fit_together() -> None:

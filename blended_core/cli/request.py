@@ -19,9 +19,8 @@ from ..errors import BlendedError, Note
 from ..io.atomic import check_file, sha256
 from ..io.folder import REPORT, SHEET, claimed, old_results, replaced_files
 from ..io.request import MACHINE, Request
-from ..options import PRESETS, EditOptions, GuidanceOptions, declared, preset
+from ..options import EditOptions, GuidanceOptions, declared, preset
 from ..paths import absolute, expanded
-from ..respacing import check_respacing
 from ..timer import Timer
 from .messages import print_note
 from .report_input import request_of_report
@@ -62,7 +61,7 @@ def demo(args: argparse.Namespace, timer: Timer) -> int:
         prompts=(args.prompt,),
         weights=(1.0,),
         lpips="embedded",
-        options=preset("best", steps="40", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
+        options=preset("best", steps="20", candidates=count, batch=max(1, min(count, 4)), seed=args.seed),
         **_given(args, Request),
     )
     # The scene is moved to the results with the report. A demo that fails must not leave it beside the report of an earlier one.
@@ -139,8 +138,7 @@ def options_of_arguments(args: argparse.Namespace) -> EditOptions:
     if args.skip is not None:
         if args.strength is not None:
             raise BlendedError("--skip and --strength set the same value; give one of them.")
-        steps = changes.get("steps", PRESETS[name].steps)
-        check_respacing(steps)
+        steps = preset(name, **changes).steps
         # The numbers in the text. Whether the process of the model is long enough is checked when the model is loaded.
         total = sum(int(count) for count in steps.strip().removeprefix("ddim").removeprefix("logsnr").split(","))
         if not 0 <= args.skip < total:
