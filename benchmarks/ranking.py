@@ -29,7 +29,8 @@ from blended_core.evaluation.metrics import Pair, load_candidates, rank_auc
 from blended_core.io.atomic import write_bytes
 from blended_core.losses import masked_view, prompt_distance
 from blended_core.mask import EditMask
-from blended_core.toy.models import SIDE, demo_scene
+from blended_core.toy.models import SIDE
+from blended_core.toy.world import demo_scene
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS = 4
