@@ -93,12 +93,12 @@ def test_the_code_of_the_library_page_runs(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "library.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     assert len(blocks) >= 3
-    quick = "\n".join(blocks).replace("candidates=4", 'candidates=1, steps="4", views=2').replace('steps="25"', 'steps="4", views=2')
+    quick = "\n".join(blocks).replace("candidates=4", 'candidates=1, steps="4", views=2').replace('steps="25"', 'steps="10", views=2')
     picture, mask = demo_scene()
     Image.fromarray(picture).save(tmp_path / "photo.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     script = tmp_path / "page.py"
-    check = "plain = edit_picture(picture.tensor(), mask, 'a rose', models, preset('best', steps='4', views=2, candidates=1))\n"
+    check = "plain = edit_picture(picture.tensor(), mask, 'a rose', models, preset('best', steps='10', views=2, candidates=1))\n"
     check += "import numpy\nnumpy.save('means.npy', [float(r.candidates[0].edited.mean()) for r in (darker, plain)])\n"
     script.write_text(f"import torch\n{quick}\n{check}", "utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -205,7 +205,7 @@ def test_a_conversion_of_the_picture_is_printed_and_reported(tmp_path: Path, inp
 
 
 def test_an_option_without_effect_gives_a_note(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
-    added = ["--eta", "1", "--class", "3", "--lpips", "alex", "--checkpointing", "--cuda-graphs", "auto"]
+    added = ["--sampler", "ddpm", "--eta", "1", "--class", "3", "--lpips", "alex", "--checkpointing", "--cuda-graphs", "auto"]
     assert run("edit", *inputs, "--prompt", "", *SMALL, *added, "--out", tmp_path / "out") == 0
     notes = capsys.readouterr().err
     assert "eta 1 has no effect: only the samplers ddim and dpmpp-2m use it (--eta)." in notes

@@ -134,7 +134,7 @@ def test_a_loss_of_a_script_keeps_images_apart_in_a_split_batch() -> None:
 
 
 def test_where_guidance_by_the_prompt_is_off_a_loss_of_a_script_still_acts() -> None:
-    models, options = tiny.tiny_models(), preset("best", steps="10", strength=1.0, views=2, start=0.5)
+    models, options = tiny.tiny_models(), preset("best", steps="10", strength=1.0, views=2, start=0.5, end=1.0)
     steps = list(edit_steps(models, SOURCE, EditMask.of(MASK), PROMPT, options, SeededRandom(0), [0], [Redness(100.0)]))
     assert all(step.gradient is not None for step in steps)
     assert [step.clip_distance is None for step in steps] == [True] * 5 + [False] * 5

@@ -635,7 +635,7 @@ def test_guidance_works_in_its_part_of_the_levels_alone(model: DiffusionModel) -
 
     def run(**changes: Any) -> tuple[list[bool], list[int]]:
         asked.clear()
-        options = preset("best", **{"steps": "10", "strength": 1.0, "views": 6, **changes})
+        options = preset("best", **{"steps": "10", "strength": 1.0, "views": 6, "end": 1.0, **changes})
         steps = list(edit_steps(models, SOURCE, EDIT_MASK, PROMPT, options, SeededRandom(0), [0]))
         assert all((s.gradient is None) == (s.clip_distance is None) for s in steps)
         return [s.gradient is not None for s in steps], list(asked)
@@ -818,7 +818,7 @@ def notes_of(**changes: Any) -> list[Note]:
 def test_a_run_says_when_guidance_had_no_effect() -> None:
     (note,) = notes_of(scale=0.0, range_scale=0.0)
     assert note.startswith("Guidance had no effect") and "the guidance scale is 0" in note and note.options == ("scale",)
-    (note,) = notes_of(scale=1e-6, range_scale=0.0, strength=0.05)
+    (note,) = notes_of(scale=1e-6, range_scale=0.0, strength=0.05, end=1.0)
     assert "raise the guidance scale, now 1e-06" in note and "at strength 0.05 little can change" in note
     assert note.options == ("scale", "strength")
     (note,) = notes_of(strength=0.2, end=0.8)
