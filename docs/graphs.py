@@ -316,7 +316,7 @@ REMOVAL = Graph(
         ),
         Column(
             "With a background prompt",
-            {"sampler": sampler(strength=1.0, context=1.8, candidates=4, seed=3), "after": save("sampler.images", "removal", 360)},
+            {"sampler": sampler(strength=1.0, context=1.8, candidates=4, seed=2), "after": save("sampler.images", "removal", 360)},
         ),
         Column(
             "Without a prompt",
@@ -465,7 +465,7 @@ CORE = Graph(
             },
         ),
         (
-            Column("Edit", {"sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85, seed=3)}),
+            Column("Edit", {"sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85, sampler="ddpm", steps=40)}),
             Column("Another image", {"night": scene("night", seed=2, width=384, height=256)}),
         ),
         (
