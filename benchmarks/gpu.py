@@ -1,4 +1,4 @@
-"""Everything that is to be known about a GPU, within one short session, the most important first.
+"""Times and memory on a GPU, the most important first, within a limited time.
 
     python -m benchmarks.gpu --out runs/gpu --budget 480
 

@@ -1,6 +1,6 @@
 """The edit of a whole picture: region, batches of candidates, paste, scores.
 
-:func:`edit_picture` does all of it. :func:`prepare` is the part before sampling, which the graph nodes share; :func:`~blended_core.region.paste` the
+:func:`edit_picture` does all of it. :func:`prepare` is the part before sampling, which the graph nodes share; :func:`~blended_core.region.pasted_part` the
 part after it.
 """
 

@@ -180,7 +180,7 @@ STEP_BY_STEP = Graph(
             "2. **Noise Background** (*match*) noises the source image to the level of that step.\n"
             "3. **Blend Latents** takes the step inside the mask and the noised source image outside.\n\n"
             "The loop ends when no noise is left. **Final Paste** pastes the edit into the source image, which stays bit-identical outside the mask.\n\n"
-            "Steps, strength, seed and mask are set once, in *Noise Background* (*start*). The LATENT carries them. With the same seed, "
+            "Steps, strength, seed and mask are set once, in *Noise Background* (*start*). The LATENT carries them. With the same settings, "
             "*Blended Diffusion Sampler* returns the same image.",
             height=440,
         ),

@@ -111,7 +111,7 @@ class BlendedSampler(io.ComfyNode):
                     default=AS_PRESET,
                     advanced=True,
                     tooltip=declared(EditOptions)["sampler"][0].help
-                    + " With another sampler than that of the preset, steps 0 is 100, or 40 for fast.",
+                    + " If you choose a sampler other than that of the preset, steps 0 means 100 steps; with fast, 40 steps with four views (two at the noisier levels).",
                 ),
                 edit_option("eta", advanced=True),
                 inputs.respacing(),

@@ -1,4 +1,4 @@
-"""CLIP models of open_clip: prompts to embeddings, and a differentiable image encoder."""
+"""CLIP models, embedded or of open_clip: prompts to embeddings, and a differentiable image encoder."""
 
 from __future__ import annotations
 

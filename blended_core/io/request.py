@@ -70,7 +70,7 @@ class Request:
     clip_dtype: str = option(
         "auto",
         "Precision of CLIP's image encoder. auto: bf16, or fp16 on older GPUs, for large encoders where the device is faster with it, else fp32, and fp32 in preset official.",
-        choices=("auto", "fp32", "bf16", "fp16"), group=MACHINE,
+        choices=("auto", "fp32", "bf16", "fp16"), node_input="precision", group=MACHINE,
     )  # fmt: skip
     cuda_graphs: str = option(
         "off",
