@@ -69,12 +69,14 @@ def options_without_effect(options: EditOptions, model: DiffusionModel, prompted
     for holds, reason, names in causes:
         if not holds:
             continue
-        given = {
-            option: value
-            for option in names
-            if (value := getattr(guidance if hasattr(guidance, option) else options, option))
-            != getattr(usual_guidance if hasattr(guidance, option) else usual, option)
-        }
+        given = {}
+        for option in names:
+            now, of_preset, plain = (
+                (guidance, usual_guidance, GuidanceOptions()) if hasattr(guidance, option) else (options, usual, EditOptions())
+            )
+            # Options that nobody touched have the values of the preset, or of an unchanged GuidanceOptions.
+            if (value := getattr(now, option)) not in (getattr(of_preset, option), getattr(plain, option)):
+                given[option] = value
         if given:
             texts = ", ".join(f"{option} {value:g}" if type(value) is float else f"{option} {value}" for option, value in given.items())
             found.append(Note(f"{texts} {'has' if len(given) == 1 else 'have'} no effect: {reason}.", option=list(given)))

@@ -308,7 +308,7 @@ class _Scorer:
 
         at_once = min(limits.scored or limits.rows or len(pictures), len(pictures))
         try:
-            scored, fitted = run_in_parts(work, at_once, self.models.context, "pictures are scored")
+            scored, fitted = run_in_parts(work, at_once, self.models.context, "pictures are scored", self.models.ddpm.graphs)
         except OutOfMemoryError as error:
             # The pictures exist, or can still be made; their order is not worth losing them.
             if not any(UNSCORED in note for note in self.notes):

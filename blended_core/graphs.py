@@ -7,6 +7,7 @@ calls of the network. In return, the memory of its intermediate results stays ta
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, cast
@@ -104,10 +105,13 @@ class GraphedNetwork:
 
     def clear(self) -> None:
         """Releases the recordings and their memory."""
-        if self._recordings and torch.cuda.is_available():
+        had = bool(self._recordings)
+        if had and torch.cuda.is_available():
             torch.cuda.synchronize(self._device)  # the last replay may still run
         self._recordings.clear()
         self._seen.clear()
+        if had:
+            gc.collect()  # in some versions of torch a recording refers to itself
 
 
 def can_record(network: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

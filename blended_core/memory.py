@@ -161,10 +161,12 @@ def run_within_memory(
         warnings.warn(BlendedWarning(f"memory ran out; {measure}."), stacklevel=2)
 
 
-def run_in_parts(work: Callable[[int], Result], rows: int, context: DeviceContext, what: str) -> tuple[Result, int]:
+def run_in_parts(
+    work: Callable[[int], Result], rows: int, context: DeviceContext, what: str, graphs: GraphedNetwork | None = None
+) -> tuple[Result, int]:
     """``work(rows)`` with as many rows at once as memory allows, at most ``rows``, and that number; the result must not depend on it.
 
-    ``what`` names the work ('pictures are scored').
+    ``what`` names the work ('pictures are scored'). ``graphs`` are given up before the number is lowered.
 
     Warns:
         BlendedWarning: each time that the number is halved.
@@ -177,7 +179,7 @@ def run_in_parts(work: Callable[[int], Result], rows: int, context: DeviceContex
             return work(rows), rows
         except (RuntimeError, MemoryError) as error:
             reason = _reason(error)
-        if _others_make_room(context):
+        if _others_make_room(context) or (graphs is not None and graphs.give_up()):
             continue
         if rows <= 1:
             raise OutOfMemoryError(

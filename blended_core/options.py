@@ -18,6 +18,8 @@ from .respacing import check_respacing
 MAX_SEED = 2**64 - 1
 REGION = "mask and region"
 MULTISTEP = "dpmpp-2m"
+BEST_END = 0.9
+"""Where guidance ends in preset ``best``: the last calls change nothing that is seen (docs/quality.md)."""
 """The sampler that needs x̂0 of the step before."""
 MOST = 100_000
 """The largest count that an option takes where nothing sets a closer limit: more is a slip, and would run or allocate without end."""
@@ -325,7 +327,7 @@ class EditOptions:
         node_high=64,
         metavar="N",
     )
-    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
+    guidance: GuidanceOptions = field(default_factory=lambda: GuidanceOptions(end=BEST_END))
     background_level: str = option(
         "matched",
         "Noise level of the background. one_off: one level too high, as in the reference code.",
@@ -417,7 +419,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[Field[Any], ...], wh
 
 
 PRESETS: dict[str, EditOptions] = {
-    "best": EditOptions(guidance=GuidanceOptions(end=0.9)),
+    "best": EditOptions(),
     "fast": EditOptions(preset="fast", steps="30", guidance=GuidanceOptions(end=0.8)),
     "paper": EditOptions(
         preset="paper",

@@ -21,7 +21,7 @@ from .errors import BlendedError
 from .guidance import Guidance, GuidedPrediction
 from .losses import BackgroundLoss, ClipLoss, Distance, Loss, PerceptualDistance, RangeLoss, StepInput, cosine_distance, spherical_distance
 from .mask import EditMask, blend
-from .memory import GuidedWork, MemoryLimits, fitting_batch, memory_needed, run_within_memory
+from .memory import USUAL_BATCH, GuidedWork, MemoryLimits, fitting_batch, memory_needed, run_within_memory
 from .options import EditOptions, GuidanceOptions
 from .random import RandomSource
 from .reference import BatchBackgroundLoss, Deviations, MixedInput, unclamped_distance
@@ -215,6 +215,10 @@ def with_batch(options: EditOptions, models: Models, prompted: bool) -> EditOpti
     """The options with the batch size that fits into free memory, where they leave it open."""
     if options.batch:
         return options
+    guidance = options.guidance
+    if prompted and guidance.needs_perceptual and guidance.background_loss == "reference":
+        # This loss averages over the batch, so the result must not depend on free memory.
+        return replace(options, batch=USUAL_BATCH)
     context, clip = models.context, models.clip if prompted else None
     image = memory_needed(models.ddpm, clip, models.ddpm.image_size**2, options.guidance, context.dtype.itemsize, context.device)
     return replace(options, batch=fitting_batch(context.free_bytes(), image, options.candidates))

@@ -465,7 +465,10 @@ CORE = Graph(
             },
         ),
         (
-            Column("Edit", {"sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85, sampler="ddpm", steps=40)}),
+            Column(
+                "Edit",
+                {"sampler": sampler("scale.IMAGE", "grow.MASK", mask_edges="soft", candidates=4, strength=0.85, sampler="ddpm", steps=40)},
+            ),
             Column("Another image", {"night": scene("night", seed=2, width=384, height=256)}),
         ),
         (

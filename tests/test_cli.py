@@ -138,6 +138,11 @@ def test_the_demo_runs_without_files(tmp_path: Path, capsys: Any) -> None:
     assert np.array_equal(pixels(out / entry["file"])[outside], pixels(out / "source.png")[outside])
 
 
+def test_steps_that_are_not_equal_cannot_be_skipped(tmp_path: Path, inputs: list[str], small_networks: None, capsys: Any) -> None:
+    assert run("edit", *inputs, *SMALL, "--prompt", "a tree", "--steps", "logsnr6", "--skip", "2", "--out", tmp_path / "out") == 2
+    assert "those of logsnr6 are not; give --strength" in capsys.readouterr().err
+
+
 # --- smaller runs -----------------------------------------------------------------------------------------------------
 
 

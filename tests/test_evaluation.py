@@ -363,7 +363,11 @@ def test_the_held_back_results_belong_to_the_shipped_weights_and_meet_the_target
     assert f"{row['batch_precision']:.1%}" in text and f"{row['best_precision']:.1%}" in text and f"{row['rank_auc']:.2f}" in text
     assert {name: sha256(file) for name, file in EMBEDDED.items()} == {name: report["networks"][name] for name in EMBEDDED}
     presets = json.loads((ROOT / "docs" / "quality_held_back_presets.json").read_text("utf-8"))
-    assert presets["held_back"] is True and presets["networks"] == report["networks"] and [row["candidates"] for row in presets["rows"]] == [128] * 3
+    assert (
+        presets["held_back"] is True
+        and presets["networks"] == report["networks"]
+        and [row["candidates"] for row in presets["rows"]] == [128] * 3
+    )
     assert f"\n{as_table(presets['rows'])}\n" in text
 
 

@@ -28,7 +28,7 @@ from blended_core.graphs import GraphedNetwork
 from blended_core.losses import ClipLoss
 from blended_core.mask import EditMask
 from blended_core.memory import MOST_FITTING, USUAL_BATCH, GuidedWork, MemoryLimits, fitting_batch, memory_needed
-from blended_core.options import EditOptions, GuidanceOptions, preset
+from blended_core.options import PRESETS, EditOptions, GuidanceOptions, preset
 from blended_core.random import SeededRandom
 from blended_core.sample import Models, Step, blended_diffusion, guided_step, with_batch
 
@@ -384,6 +384,9 @@ def test_an_edit_chooses_its_batch_from_free_memory() -> None:
     small = replace(models, context=Small())
     assert with_batch(options, small, True).batch == 2
     assert with_batch(options, small, False).batch == 3, "no memory for CLIP is needed without a prompt"
+    coupled = replace(options, guidance=PRESETS["official"].guidance)
+    coupled = replace(coupled, guidance=replace(coupled.guidance, background_scale=1.0))
+    assert with_batch(coupled, small, True).batch == USUAL_BATCH, "a loss over the batch must not depend on free memory"
     seen: list[tuple[int, ...]] = []
     result = edit_picture(picture(), square(), "a tree", small, options, lambda step: seen.append(step.images))
     assert seen[::2] == [(0, 1), (2, 3), (4, 5)] and result.options.batch == 2

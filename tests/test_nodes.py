@@ -120,7 +120,15 @@ def loop(prompt: Prompt, image: Any = ("scene", 0), **step: Any) -> Prompt:
 
 def sampler(prompt: Prompt, image: Any = ("scene", 0), mask: Any = ("scene", 1), **inputs: Any) -> Prompt:
     """The same in one node. Without a preset it has the sampler of the step node."""
-    values = {"steps": 6, "strength": 0.75, "seed": 3, "candidates": 2, "batch": 2, **({} if "preset" in inputs else {"sampler": "ddpm"}), **inputs}
+    values = {
+        "steps": 6,
+        "strength": 0.75,
+        "seed": 3,
+        "candidates": 2,
+        "batch": 2,
+        **({} if "preset" in inputs else {"sampler": "ddpm"}),
+        **inputs,
+    }
     return {
         **prompt,
         "sampler": node("Sampler", ddpm=["ddpm", 0], image=list(image), mask=list(mask), prompt=["prompt", 0], **values),

@@ -243,3 +243,8 @@ def test_small_and_foreign_encoders_stay_in_float32(monkeypatch: pytest.MonkeyPa
     foreign = large_clip()
     foreign.model.visual = tower("ViT-B-16")
     assert foreign.in_precision("bf16").image_dtype == torch.float32
+
+
+def test_quick_gelu_in_float16_is_finite_wherever_its_result_is() -> None:
+    x = torch.tensor([60000.0, -60000.0, 1.0], dtype=torch.float16)
+    assert quick_gelu(x).tolist() == [60000.0, 0.0, pytest.approx(0.846, abs=1e-3)]

@@ -21,6 +21,7 @@ from ..io.folder import REPORT, SHEET, claimed, old_results, replaced_files
 from ..io.request import MACHINE, Request
 from ..options import EditOptions, GuidanceOptions, declared, preset
 from ..paths import absolute, expanded
+from ..respacing import LOG_SNR
 from ..timer import Timer
 from .messages import print_note
 from .report_input import request_of_report
@@ -139,8 +140,10 @@ def options_of_arguments(args: argparse.Namespace) -> EditOptions:
         if args.strength is not None:
             raise BlendedError("--skip and --strength set the same value; give one of them.")
         steps = preset(name, **changes).steps
+        if steps.strip().startswith(LOG_SNR):
+            raise BlendedError(f"--skip counts equal steps, and those of {steps.strip()} are not; give --strength.", option="steps")
         # The numbers in the text. Whether the process of the model is long enough is checked when the model is loaded.
-        total = sum(int(count) for count in steps.strip().removeprefix("ddim").removeprefix("logsnr").split(","))
+        total = sum(int(count) for count in steps.strip().removeprefix("ddim").split(","))
         if not 0 <= args.skip < total:
             raise BlendedError(f"--skip is {args.skip} of {total} steps; give 0 to {total - 1}.")
         changes["strength"] = (total - args.skip) / total

@@ -159,7 +159,8 @@ class ClipModel:
         Args:
             name: 'fp32', 'bf16', 'fp16', or 'auto': for a vision transformer of at least :data:`LARGE_WIDTH` what
                 :func:`~blended_core.device.fast_precision` says of the device, else float32. Gradients in bfloat16 differ by about a hundredth.
-                open_clip's own encoders, such as ResNets, stay in float32, because they are slower in bfloat16.
+                open_clip's own encoders, such as ResNets, stay in float32, because they are slower in bfloat16. The weights themselves are
+                rounded: from half precision, load the model again for float32.
             device: where it will compute, if its weights are elsewhere now.
 
         Raises:

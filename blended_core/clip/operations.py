@@ -18,6 +18,8 @@ WIDE = 256
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x·σ(1.702 x), the activation of OpenAI's weights."""
+    if x.dtype == torch.float16:  # 1.702 x can be beyond its range where the result is not
+        return x * torch.sigmoid(1.702 * x)
     out: Tensor = _QuickGelu.apply(x)
     return out
 
