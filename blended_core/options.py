@@ -456,7 +456,7 @@ PRESETS: dict[str, EditOptions] = {
 official: the reference code, random number by random number."""
 
 ONE_STEP_PRESETS: dict[str, EditOptions] = {
-    "best": EditOptions(sampler="ddpm", steps="100"),
+    "best": EditOptions(sampler="ddpm", steps="100", guidance=GuidanceOptions()),
     "fast": EditOptions(preset="fast", sampler="ddpm", steps="40", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
 }
 """What a preset stands for with a sampler other than its own: those of one step need more. Workflows and command lines that name ddpm or ddim,
