@@ -61,7 +61,11 @@ def drawing(icons: dict[str, Any], name: str) -> Image.Image:
     visible = picture.crop(box)
     scale = SPRITE_SIDE / max(visible.size)
     # Premultiplied, so that no color of a transparent pixel reaches the outline.
-    visible = visible.convert("RGBa").resize((round(visible.width * scale), round(visible.height * scale)), Image.Resampling.LANCZOS).convert("RGBA")
+    visible = (
+        visible.convert("RGBa")
+        .resize((round(visible.width * scale), round(visible.height * scale)), Image.Resampling.LANCZOS)
+        .convert("RGBA")
+    )
     square = Image.new("RGBA", (SPRITE_SIDE, SPRITE_SIDE))
     square.paste(visible, ((SPRITE_SIDE - visible.width) // 2, (SPRITE_SIDE - visible.height) // 2))
     return square

@@ -32,7 +32,8 @@ from ..checkpoints.adm import UNet
 from ..files import replacing
 from ..schedule import Schedule
 from .train_ddpm import COARSE, CONFIG, NAMING, PAUSE, VARIANCE_PENALTY, Muon, Readers, load_fitting, sample_timesteps
-from .world2 import HELD_BACK, SIDE, TRAINING, WORDS, random_scene, render
+from .world2 import SIDE, WORDS, random_scene, render
+from .world2_sources import HELD_BACK, TRAINING
 
 DIFFUSION = {"schedule": "linear", "steps": 1000, "rescale_timesteps": True, "objective": "v"}
 EMPTY = 0.2

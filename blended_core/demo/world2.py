@@ -137,8 +137,9 @@ def sprite(placed: Placed, side: int) -> FloatImage:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if placed.angle:
         picture = picture.rotate(placed.angle, Image.Resampling.BICUBIC)
-    out: FloatImage = np.frombuffer(picture.tobytes(), np.uint8).reshape(side, side, 4).astype(np.float32) / 255
-    return out
+    values = np.frombuffer(picture.tobytes(), np.uint8).reshape(side, side, 4).astype(np.float32)
+    values /= 255
+    return values
 
 
 def draw_ground(ground: Crop | world.Scene, width: int = SIDE, height: int = SIDE) -> FloatImage:
@@ -163,9 +164,9 @@ def cast_shadow(picture: FloatImage, placed: Placed) -> None:
     picture *= 1 - placed.shadow * np.exp(-(xx**2) - yy**2)[..., None]
 
 
-def draw(scene: Scene, width: int = SIDE, height: int = SIDE) -> FloatImage:
-    """The scene, [height, width, 3] float32 in 0..1."""
-    picture = draw_ground(scene.ground, width, height).copy()
+def draw(scene: Scene, width: int = SIDE, height: int = SIDE, ground: FloatImage | None = None) -> FloatImage:
+    """The scene, [height, width, 3] float32 in 0..1; its objects on another ``ground`` of that size if one is given."""
+    picture = (draw_ground(scene.ground, width, height) if ground is None else ground).copy()
     for placed in scene.objects:
         left, top, side = placed.square(width, height)
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
@@ -177,7 +178,8 @@ def draw(scene: Scene, width: int = SIDE, height: int = SIDE) -> FloatImage:
         view = picture[y0:y1, x0:x1]
         view *= 1 - s[..., 3:]
         view += s[..., :3]
-    return picture.clip(0, 1)
+    clipped: FloatImage = picture.clip(0, 1)
+    return clipped
 
 
 def render(scene: Scene, width: int = SIDE, height: int = SIDE) -> UInt8Image:

@@ -76,7 +76,9 @@ def _lxqt(name: str, ground: str, file: str, split: str = TRAINING) -> Photograp
 
 def _plasma(name: str, ground: str, folder: str, author: str, split: str = TRAINING) -> Photograph:
     path = f"usr/share/wallpapers/{folder}/contents/images"
-    return Photograph(name, ground, "plasma-workspace-wallpapers", path, author, "LGPL-3 (the picture's metadata); GPL-2+ (the package)", split)
+    return Photograph(
+        name, ground, "plasma-workspace-wallpapers", path, author, "LGPL-3 (the picture's metadata); GPL-2+ (the package)", split
+    )
 
 
 def _mate(name: str, ground: str, file: str, author: str, split: str = TRAINING) -> Photograph:

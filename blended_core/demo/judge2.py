@@ -1,0 +1,97 @@
+"""The judge of world 2: what the masked part of a picture shows, and whether the ground in it is intact. It measures edits and never guides one.
+
+A convolutional network, trained apart from CLIP by :mod:`blended_core.demo.train_judge2`. It sees the region with its surroundings and
+the mask beside them. Half an object, two mixed, a scrambled one and a blob of the right colors are none. The ground is not intact
+where the mask shows: a tone of its own, a blur, patches, another ground.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import BlendedError
+from .judge import ACCEPTED, WIDTHS, JudgeNetwork
+from .world2 import SIDE, WORDS
+from .world2_cases import NONE
+
+FILE = Path(__file__).parent / "data" / "judge2.safetensors"
+ANSWERS = (*WORDS, NONE)
+
+
+class Judge2Network(JudgeNetwork):
+    """Pictures in −1..1 beside their masks [B, 4, 64, 64] → logits [B, 18]: those of ANSWERS, and that the ground is intact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(WIDTHS[-1] * 16, len(ANSWERS)))
+        # A step of tone is told at full resolution, where the first layers still see it.
+        self.ground = nn.Sequential(
+            nn.Conv2d(WIDTHS[0] + WIDTHS[1], 64, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 1, 1),
+            nn.ReLU(),
+        )
+        self.intact = nn.Linear(64 * 2 + WIDTHS[-1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stem(x)
+        middle = self.blocks[0](fine)
+        last = self.blocks[1:](middle)
+        both = torch.cat([fine, F.interpolate(middle, fine.shape[-2:], mode="nearest")], 1)
+        seen = self.ground(both)
+        pooled = torch.cat([seen.mean((2, 3)), seen.amax((2, 3)), last.mean((2, 3))], 1)
+        return torch.cat([self.head(last), self.intact(pooled)], 1)
+
+
+@dataclass(frozen=True)
+class Verdict2:
+    """What the judge sees: its first ``answer``, the probability of each, and that of an intact ground."""
+
+    answer: str
+    probabilities: dict[str, float]
+    intact: float
+
+    def accepts(self, name: str) -> bool:
+        """Whether it shows that object for sure."""
+        return self.answer == name and self.probabilities[name] >= ACCEPTED
+
+
+class Judge2:
+    """The trained network."""
+
+    def __init__(self, file: Path = FILE) -> None:
+        self.network = Judge2Network()
+        self.network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(file)).items()})
+        self.network.eval().requires_grad_(False)
+
+    def __call__(self, pictures: Tensor, masks: Tensor) -> list[Verdict2]:
+        """Judges regions.
+
+        Args:
+            pictures: [B, 3, S, S] in −1..1, squares around the masks.
+            masks: [B or 1, 1, S, S], 1 where the object should be.
+
+        Raises:
+            BlendedError: for other shapes.
+        """
+        count, side = len(pictures), pictures.shape[-1]
+        if pictures.shape[1:] != (3, side, side) or masks.shape[1:] != (1, side, side) or len(masks) not in (1, count):
+            raise BlendedError(
+                f"the judge takes pictures [B, 3, S, S] and masks [B or 1, 1, S, S], not {tuple(pictures.shape)} and {tuple(masks.shape)}."
+            )
+        seen = torch.cat([pictures.float().cpu(), masks.float().cpu().expand(len(pictures), -1, -1, -1)], 1)
+        if side != SIDE:
+            seen = F.interpolate(seen, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+        with torch.inference_mode():
+            logits = self.network(seen)
+            rows, intact = logits[:, : len(ANSWERS)].softmax(1).tolist(), logits[:, len(ANSWERS)].sigmoid().tolist()
+        return [
+            Verdict2(ANSWERS[max(range(len(row)), key=row.__getitem__)], dict(zip(ANSWERS, row, strict=True)), whole)
+            for row, whole in zip(rows, intact, strict=True)
+        ]
