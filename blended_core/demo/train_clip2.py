@@ -1,0 +1,246 @@
+"""Trains the CLIP of world 2, an open_clip model of the embedded one's size.
+
+    python -m blended_core.demo.train_clip2 --init FILE.safetensors --ddpm runs/ddpm2/ddpm.safetensors --out runs/clip2 --minutes 60
+
+It sees what guidance shows it: whole scenes and regions with gray outside, clean, noisy or blurred, and warped; with ``--ddpm`` most
+pictures are what that diffusion model makes of noised scenes (its x̂0). Captions are matched with every picture of the batch that they
+are true of. No caption is true of a spoiled object. ``--init`` takes the weights of an earlier CLIP, whose words keep their vectors.
+The same command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..checkpoints.load import load_ddpm
+from ..context import DeviceContext
+from ..diffusion import q_sample
+from ..files import replacing
+from .train_clip import CONFIG, END, ESTIMATED_LEVELS, MEAN, SPOILED, START, STD, Estimate, compact, degrade, matching_loss, truth_matrix
+from .world2 import GROUNDS, SIDE, WORDS, FloatImage, Scene, draw, random_scene
+from .world2_cases import SHOWN, coverage, describe, mask_in, random_mask, spoiled
+from .world2_sources import HELD_BACK, TRAINING
+
+SAVE_EVERY = 180.0
+POOL, RENEWED = 4000, 8
+SPOIL = 0.15
+"""Share of single objects that are spoiled."""
+ESTIMATES = 0.6
+"""Share of pictures that are estimates of the diffusion model."""
+
+
+def vocabulary() -> list[int]:
+    """Token ids of the captions of the world, ascending; padding, start and end included."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+    rng = np.random.default_rng(0)
+    used = {0, START, END}
+    for _ in range(2000):
+        for ground in GROUNDS:
+            for things in (frozenset(), frozenset({WORDS[int(rng.integers(len(WORDS)))]})):
+                used.update(tokenizer.encode(describe(rng, things, ground).text))
+    return sorted(used)
+
+
+def merged_rows(rows: Tensor, old: list[int], new: list[int]) -> Tensor:
+    """Rows of the token embedding for the vocabulary ``new``: a word that ``old`` lacks begins with the row that all others share."""
+    known = {token: rows[i] for i, token in enumerate(old[:-2])}
+    shared = rows[len(old) - 2]
+    noise = 0.01 * torch.randn(len(new), rows.shape[1], generator=torch.Generator().manual_seed(0))
+    own = [known.get(token, shared + noise[i]) for i, token in enumerate(new[:-2])]
+    return torch.stack([*own, shared, rows[-2], rows[-1]])
+
+
+def estimator(path: Path, device: torch.device, rng: np.random.Generator) -> Estimate:
+    """What a diffusion model takes noised pictures for: its x̂0 at each one's level."""
+    model = load_ddpm(DeviceContext(device), path, trial=None)
+    schedule = model.config.respaced("1000")
+
+    def estimate(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        index = torch.from_numpy(levels)
+        noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), np.float32))
+        with torch.no_grad():
+            x0 = model.predict(q_sample(x, index, noise, schedule).to(device), index, schedule).x0.cpu()
+        found: np.ndarray = (x0 * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return found
+
+    return estimate
+
+
+Shown = tuple[Scene, np.ndarray, bool]
+"""A scene, its picture [64, 64, 3] uint8, and whether its objects are whole."""
+
+
+class Examples:
+    """An endless stream of (picture, mask, what it shows), from a pool of scenes that is renewed slowly."""
+
+    def __init__(self, rng: np.random.Generator, size: int, estimate: Estimate | None) -> None:
+        self.rng, self.estimate = rng, estimate
+        self.pool: list[Shown] = []
+        while len(self.pool) < size:
+            self.pool += self._scenes(min(64, size - len(self.pool)))
+
+    def _scene(self) -> Shown:
+        scene = random_scene(self.rng)
+        whole = len(scene.objects) != 1 or self.rng.uniform() >= SPOIL
+        picture: FloatImage = draw(scene) if whole else spoiled(self.rng, scene)
+        return scene, (picture * 255 + 0.5).clip(0, 255).astype(np.uint8), whole
+
+    def _scenes(self, count: int) -> list[Shown]:
+        scenes = [self._scene() for _ in range(count)]
+        noised = [i for i in range(count) if self.estimate is not None and self.rng.uniform() < ESTIMATES]
+        if noised and self.estimate is not None:
+            levels = np.array([self.rng.integers(*ESTIMATED_LEVELS[scenes[i][2]]) for i in noised])
+            for i, picture in zip(noised, self.estimate(np.stack([scenes[i][1] for i in noised]), levels), strict=True):
+                scenes[i] = (scenes[i][0], picture, scenes[i][2])
+        return scenes
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor, list[tuple[frozenset[str], str]]]:
+        """(pictures [B,3,64,64] in −1..1, masks [B,1,64,64], truths)."""
+        rng = self.rng
+        for shown in self._scenes(RENEWED):
+            self.pool[int(rng.integers(len(self.pool)))] = shown
+        pictures: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        truths: list[tuple[frozenset[str], str]] = []
+        while len(pictures) < batch:
+            scene, picture, whole = self.pool[int(rng.integers(len(self.pool)))]
+            mask = np.ones((SIDE, SIDE), np.float32) if rng.uniform() < 0.25 else random_mask(rng, scene)
+            if mask is None:
+                continue
+            inside = [placed.name for placed in scene.objects if coverage(mask, placed) >= SHOWN]
+            pictures.append(picture)
+            masks.append(mask)
+            truths.append((frozenset(inside if whole else [SPOILED] * bool(inside)), scene.word))
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return x, torch.from_numpy(np.stack(masks))[:, None], truths
+
+
+def named(model: Any, tokens: Any, device: torch.device, split: str, noise: float, count: int = 320) -> float:
+    """How often the right one of all words is named for a masked region, by captions like 'a dog'."""
+    rng = np.random.default_rng(999)
+    pictures, truth = [], []
+    for i in range(count):
+        scene = random_scene(rng, objects=1, split=split)
+        placed = scene.objects[0]
+        mask = mask_in(rng, placed.x, placed.y, (placed.size * 0.6, placed.size * 0.6))
+        x = torch.from_numpy(draw(scene)).permute(2, 0, 1) * 2 - 1
+        x = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        pictures.append(x * torch.from_numpy(mask))
+        truth.append(WORDS.index(placed.name))
+    with torch.no_grad():
+        text = model.encode_text(tokens([f"a {name}" for name in WORDS]), normalize=True)
+        image = model.encode_image(torch.stack(pictures).to(device), normalize=True)
+    return float(((image @ text.T).argmax(1).cpu() == torch.tensor(truth)).float().mean())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/clip2"))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--init", type=Path, help="weights of a CLIP to begin from")
+    parser.add_argument("--ddpm", type=Path, help="the diffusion model that it will guide")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    ids = vocabulary()
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "vocab_size": len(ids) + 1}}
+    model = open_clip.CLIP(**config).to(device)
+    if args.init:
+        with safe_open(str(args.init), "pt") as file:
+            old = json.loads(file.metadata()["vocabulary"])
+        weights = {k: v.float() for k, v in load_file(args.init).items()}
+        weights["token_embedding.weight"] = merged_rows(weights["token_embedding.weight"], old, ids)
+        model.load_state_dict(weights)
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    step, elapsed = 0, 0.0
+    state_path = args.out / "state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
+
+    def tokens(texts: list[str]) -> Tensor:
+        return compact(tokenizer(texts), ids).to(device)
+
+    def save() -> None:
+        whole = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
+        with replacing(state_path) as part:
+            torch.save(whole, part)
+        meta = {
+            "format": "pt",
+            "config": json.dumps(CONFIG),
+            "mean": json.dumps(MEAN),
+            "std": json.dumps(STD),
+            "vocabulary": json.dumps(ids),
+            "trained_steps": str(step),
+        }
+        with replacing(args.out / "clip.safetensors") as part:
+            save_file({k: v.half().contiguous() for k, v in ema.items()}, str(part), metadata=meta)
+
+    def tell() -> None:
+        shadow = open_clip.CLIP(**config).to(device).eval()
+        shadow.load_state_dict(ema)
+        for split in (TRAINING, HELD_BACK):
+            rates = ", ".join(f"noise {noise} {named(shadow, tokens, device, split, noise):.3f}" for noise in (0.0, 0.4, 0.8))
+            print(f"  named, {split}: {rates}", flush=True)
+
+    estimate = estimator(args.ddpm, device, np.random.default_rng((args.seed, step, 1))) if args.ddpm else None
+    examples = Examples(np.random.default_rng((args.seed, step)), POOL, estimate)
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    average, last, saved = None, time.monotonic(), time.monotonic()
+    while (progress := elapsed / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.6))
+        x, mask, truths = examples.draw(args.batch)
+        captions = [describe(examples.rng, *t) for t in truths if SPOILED not in t[0]]
+        image = model.encode_image(degrade(x, mask, generator).to(device), normalize=True)
+        text = model.encode_text(tokens([c.text for c in captions]), normalize=True)
+        loss = matching_loss(model.logit_scale.exp() * text @ image.T, truth_matrix(captions, truths).to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=4.0)
+            decay = min(0.998, (1 + step) / (10 + step))
+            for k, v in model.state_dict().items():
+                ema[k].lerp_(v, 1 - decay)
+        step += 1
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        now = time.monotonic()
+        elapsed, last = elapsed + now - last, now
+        if step % 100 == 0:
+            print(f"step {step} {elapsed / 60:.1f} min  loss {average:.3f}", flush=True)
+        if now - saved > SAVE_EVERY:
+            save()
+            tell()
+            saved = last = time.monotonic()
+    save()
+    tell()
+
+
+if __name__ == "__main__":
+    main()
