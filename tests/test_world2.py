@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blended_core.demo import world, world2
 from blended_core.demo.judge2 import ANSWERS, Judge2Network
 from blended_core.demo.make_world2 import notice
 from blended_core.demo.train_judge2 import as_batch, judge_loss
-from blended_core.demo.train_world2 import errors, folder_batch, loss_of_v, scenes_batch, timesteps
+from blended_core.demo.train_world2 import beginning, errors, folder_batch, loss_of_v, scenes_batch, timesteps
 from blended_core.demo.world2 import (
     DESIGN_NAMES,
     GROUNDS,
@@ -208,3 +212,27 @@ def test_a_folder_of_pictures_can_be_trained_on() -> None:
     x0, kinds = folder_batch(folder)(np.random.default_rng(0), 3)
     assert x0.shape == (3, 3, SIDE, SIDE) and not kinds.any()
     assert float(x0.min()) >= -1 and float(x0.max()) <= 1
+
+
+def test_a_network_that_predicts_x0_begins_with_its_sign_flipped(tmp_path: Path) -> None:
+    weights = {"out.2.weight": torch.ones(6, 1, 1, 1), "out.2.bias": torch.ones(6)}
+    for objective, sign in (("x0", -1), ("v", 1)):
+        file = tmp_path / f"{objective}.safetensors"
+        save_file(weights, str(file), metadata={"diffusion": json.dumps({"objective": objective})})
+        begun = beginning(file)
+        assert begun["out.2.bias"].tolist() == [sign] * 3 + [1] * 3
+        assert (begun["out.2.weight"][:3] == sign).all()
+
+
+def test_the_variance_of_a_sure_prediction_is_the_least() -> None:
+    """Where x̂0 is right, the bound is smaller at the lower end of the variance than at the upper one."""
+    schedule = Schedule("linear", 1000)
+    x0, _ = scenes_batch()(np.random.default_rng(0), 2)
+    t = torch.tensor([100, 300])
+
+    class Wide(Oracle):
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return torch.cat([super().forward(x_t, t)[:, :3], torch.ones_like(x_t)], 1)
+
+    bounds = [float(loss_of_v(net, x0, t, torch.randn(x0.shape), schedule)[2]) for net in (Oracle(x0, schedule), Wide(x0, schedule))]
+    assert bounds[0] < bounds[1]

@@ -4,7 +4,8 @@
 
 It sees what guidance shows it: whole scenes and regions with gray outside, clean, noisy or blurred, and warped; with ``--ddpm`` most
 pictures are what that diffusion model makes of noised scenes (its x̂0). Captions are matched with every picture of the batch that they
-are true of. No caption is true of a spoiled object. ``--init`` takes the weights of an earlier CLIP, whose words keep their vectors.
+are true of. No caption is true of a spoiled object. ``--pictures FOLDER`` trains on one's own pictures in place of world 2: beside each
+``NAME.png`` or ``.jpg`` a ``NAME.txt`` holds its captions, one a line. ``--init`` takes the weights of an earlier CLIP, whose words keep their vectors.
 The same command continues where it stopped.
 """
 
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,16 +43,19 @@ ESTIMATES = 0.6
 """Share of pictures that are estimates of the diffusion model."""
 
 
-def vocabulary() -> list[int]:
-    """Token ids of the captions of the world, ascending; padding, start and end included."""
+def vocabulary(captions: Iterable[str]) -> list[int]:
+    """Token ids of captions, ascending; padding, start and end included."""
     tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+    return sorted({0, START, END}.union(*(tokenizer.encode(caption) for caption in captions)))
+
+
+def captions_of_world() -> Iterator[str]:
+    """Many captions of every ground, with each word."""
     rng = np.random.default_rng(0)
-    used = {0, START, END}
     for _ in range(2000):
         for ground in GROUNDS:
             for things in (frozenset(), frozenset({WORDS[int(rng.integers(len(WORDS)))]})):
-                used.update(tokenizer.encode(describe(rng, things, ground).text))
-    return sorted(used)
+                yield describe(rng, things, ground).text
 
 
 def merged_rows(rows: Tensor, old: list[int], new: list[int]) -> Tensor:
@@ -82,6 +88,44 @@ Shown = tuple[Scene, np.ndarray, bool]
 """A scene, its picture [64, 64, 3] uint8, and whether its objects are whole."""
 
 
+Batch = tuple[Tensor, Tensor, list[str], Tensor]
+"""Pictures [B, 3, 64, 64] in −1..1, their masks [B, 1, 64, 64], captions, and [captions, pictures]: 1 where a caption is true."""
+
+
+class FolderExamples:
+    """An endless stream of crops of captioned pictures. A caption is true of every picture that has it among its own."""
+
+    def __init__(self, rng: np.random.Generator, folder: Path) -> None:
+        self.rng = rng
+        self.rows: list[tuple[Image.Image, list[str]]] = []
+        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")):
+            text = path.with_suffix(".txt")
+            captions = [line.strip() for line in text.read_text("utf-8").splitlines() if line.strip()] if text.is_file() else []
+            if captions:
+                self.rows.append((Image.open(path).convert("RGB"), captions))
+        if len(self.rows) < 2:
+            raise SystemExit(f"{folder} holds {len(self.rows)} pictures with a caption; at least 2 are needed (NAME.png beside NAME.txt).")
+
+    def captions(self) -> list[str]:
+        """All of them."""
+        return [caption for _, captions in self.rows for caption in captions]
+
+    def draw(self, batch: int) -> Batch:
+        """The next pictures: each shows at least 0.7 of its short side, in half of the cases mirrored."""
+        rng = self.rng
+        chosen = [self.rows[int(i)] for i in rng.integers(len(self.rows), size=batch)]
+        pictures = []
+        for picture, _ in chosen:
+            side = min(picture.size) * rng.uniform(0.7, 1)
+            left, top = rng.uniform() * (picture.width - side), rng.uniform() * (picture.height - side)
+            piece = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+            pictures.append(piece[:, ::-1] if rng.uniform() < 0.5 else piece)
+        captions = [own[int(rng.integers(len(own)))] for _, own in chosen]
+        truth = torch.tensor([[float(caption in own) for _, own in chosen] for caption in captions])
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return x, torch.ones(batch, 1, SIDE, SIDE), captions, truth
+
+
 class Examples:
     """An endless stream of (picture, mask, what it shows), from a pool of scenes that is renewed slowly."""
 
@@ -106,8 +150,8 @@ class Examples:
                 scenes[i] = (scenes[i][0], picture, scenes[i][2])
         return scenes
 
-    def draw(self, batch: int) -> tuple[Tensor, Tensor, list[tuple[frozenset[str], str]]]:
-        """(pictures [B,3,64,64] in −1..1, masks [B,1,64,64], truths)."""
+    def draw(self, batch: int) -> Batch:
+        """The next masked pictures, with a caption of each that is not spoiled."""
         rng = self.rng
         for shown in self._scenes(RENEWED):
             self.pool[int(rng.integers(len(self.pool)))] = shown
@@ -124,7 +168,8 @@ class Examples:
             masks.append(mask)
             truths.append((frozenset(inside if whole else [SPOILED] * bool(inside)), scene.word))
         x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return x, torch.from_numpy(np.stack(masks))[:, None], truths
+        said = [describe(rng, *t) for t in truths if SPOILED not in t[0]]
+        return x, torch.from_numpy(np.stack(masks))[:, None], [c.text for c in said], truth_matrix(said, truths)
 
 
 def named(model: Any, tokens: Any, device: torch.device, split: str, noise: float, count: int = 320) -> float:
@@ -156,13 +201,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--init", type=Path, help="weights of a CLIP to begin from")
     parser.add_argument("--ddpm", type=Path, help="the diffusion model that it will guide")
+    parser.add_argument("--pictures", type=Path, help="train on the captioned pictures of this folder instead of world 2")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    ids = vocabulary()
+    folder = FolderExamples(np.random.default_rng(args.seed), args.pictures) if args.pictures else None
+    ids = vocabulary(folder.captions() if folder else captions_of_world())
     config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "vocab_size": len(ids) + 1}}
     model = open_clip.CLIP(**config).to(device)
     if args.init:
@@ -201,6 +248,8 @@ def main() -> None:
             save_file({k: v.half().contiguous() for k, v in ema.items()}, str(part), metadata=meta)
 
     def tell() -> None:
+        if folder:
+            return
         shadow = open_clip.CLIP(**config).to(device).eval()
         shadow.load_state_dict(ema)
         for split in (TRAINING, HELD_BACK):
@@ -208,17 +257,17 @@ def main() -> None:
             print(f"  named, {split}: {rates}", flush=True)
 
     estimate = estimator(args.ddpm, device, np.random.default_rng((args.seed, step, 1))) if args.ddpm else None
-    examples = Examples(np.random.default_rng((args.seed, step)), POOL, estimate)
+    examples: Examples | FolderExamples = folder or Examples(np.random.default_rng((args.seed, step)), POOL, estimate)
+    examples.rng = np.random.default_rng((args.seed, step, 2))
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     average, last, saved = None, time.monotonic(), time.monotonic()
     while (progress := elapsed / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.6))
-        x, mask, truths = examples.draw(args.batch)
-        captions = [describe(examples.rng, *t) for t in truths if SPOILED not in t[0]]
+        x, mask, captions, truth = examples.draw(args.batch)
         image = model.encode_image(degrade(x, mask, generator).to(device), normalize=True)
-        text = model.encode_text(tokens([c.text for c in captions]), normalize=True)
-        loss = matching_loss(model.logit_scale.exp() * text @ image.T, truth_matrix(captions, truths).to(device))
+        text = model.encode_text(tokens(captions), normalize=True)
+        loss = matching_loss(model.logit_scale.exp() * text @ image.T, truth.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,11 +4,11 @@
 
 writes ``state.pt`` (everything needed to continue; the same command continues) and ``ddpm.safetensors`` (averaged weights in half precision
 with their configuration). The learning rate is constant until the last part of ``--minutes`` (``--cool``), where it falls to zero, so a
-run can be given more time later: raise ``--minutes``. ``--pictures FOLDER`` takes square crops of the pictures of a folder in place of world 2.
+run can be given more time later: raise ``--minutes``. On SIGTERM it finishes the step, writes its state and ends. ``--pictures FOLDER`` takes square crops of the pictures of a folder in place of world 2.
 
 The loss is the squared error of v, without a limit to its weight at low noise, and in addition the squared error of x̂0 at an
 eighth of the resolution (an error there is seen as a change of tone). 30 % of the timesteps are u² of all, which is dense at the
-clean end. Heads read the network's inside while it is trained (see :class:`blended_core.demo.train_ddpm.Readers`).
+clean end. The variance is trained for steps as long as samplers of few steps take. Heads read the network's inside while it is trained (see :class:`blended_core.demo.train_ddpm.Readers`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +44,10 @@ CLEAN_SHARE = 0.3
 """Share of timesteps that are u² of all."""
 TONE, TONE_LIMIT = 4.0, 25.0
 """Weight of the loss at an eighth of the resolution, and the limit of 1/(1 − ᾱ) in it."""
+STRIDES = (10, 20, 25, 40)
+"""Of 1000 timesteps: those of samplers with 100, 50, 40 and 25 steps, for which the variance is trained."""
+BOUND = 0.02
+"""Weight of the variational bound."""
 LEVELS = (0, 50, 100, 200, 350, 500, 700)
 """Timesteps whose errors are printed."""
 SAVE_EVERY = 180.0
@@ -94,7 +100,9 @@ def timesteps(rng: np.random.Generator, batch: int, steps: int) -> Tensor:
     return torch.where(torch.from_numpy(rng.uniform(size=batch) < CLEAN_SHARE), clean, t)
 
 
-def loss_of_v(model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+def loss_of_v(
+    model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(squared error of v, squared error of x̂0's tone, variational bound in bits per dimension that trains the variance alone)."""
 
     def at(values: Any) -> Tensor:
@@ -108,12 +116,30 @@ def loss_of_v(model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, schedule: 
     weight = (1 / s.square()).clamp(max=TONE_LIMIT)
     tone = (weight * F.avg_pool2d(predicted - x0, 8).square()).mean()
 
-    low, high = at(schedule.posterior_log_variance_clipped), at(np.log(schedule.betas))
+    # From t to an earlier timestep in one step, as samplers of few steps go: between neighbors both bounds of the variance are the same.
+    earlier = (t - torch.tensor(STRIDES)[torch.randint(len(STRIDES), t.shape, generator=generator)]).clamp(min=0)
+    cumulative = torch.as_tensor(schedule.alphas_cumprod, dtype=torch.float64)
+    now, before = cumulative[t], cumulative[earlier]
+    beta = (1 - now / before).clamp(min=1e-8)
+    low, high = (torch.log(b)[:, None, None, None].float().to(x0.device) for b in (beta * (1 - before) / (1 - now), beta))
+    c1 = (before.sqrt() * beta / (1 - now))[:, None, None, None].float().to(x0.device)
     log_variance = low + (fraction + 1) / 2 * (high - low)
-    difference = at(schedule.posterior_mean_coef1) * (x0 - predicted.detach())  # the x_t parts of both means cancel
+    difference = c1 * (x0 - predicted.detach())  # the x_t parts of both means cancel
     kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + difference.square() * (-log_variance).exp())
     beyond = F.relu(fraction.abs() - 1).square().mean()
-    return mse, tone, kl.flatten(1).mean(1).mean() / math.log(2) + VARIANCE_PENALTY * beyond
+    moved = (t > earlier).float().to(x0.device)
+    return mse, tone, (kl.flatten(1).mean(1) * moved).mean() / math.log(2) + VARIANCE_PENALTY * beyond
+
+
+def beginning(path: Path) -> dict[str, Tensor]:
+    """Weights to begin from. Of a network that predicts x0 the output's sign is flipped, since v is nearly −x0 at high noise."""
+    weights: dict[str, Tensor] = load_file(path)
+    with safe_open(str(path), "pt") as file:
+        objective = json.loads((file.metadata() or {}).get("diffusion", "{}")).get("objective")
+    if objective == "x0":
+        for name in ("out.2.weight", "out.2.bias"):
+            weights[name][:3] *= -1
+    return weights
 
 
 @torch.no_grad()
@@ -142,7 +168,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16")
-    parser.add_argument("--init", type=Path, help="weights to begin from")
+    parser.add_argument("--init", type=Path, help="weights to begin from, of a network that predicts v or x0")
     parser.add_argument("--pictures", type=Path, help="train on the pictures of this folder instead of world 2")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -154,7 +180,7 @@ def main() -> None:
     batch_of = folder_batch(args.pictures) if args.pictures else scenes_batch()
     model = UNet(CONFIG).to(device)
     if args.init:
-        print(load_fitting(model, load_file(args.init)), flush=True)
+        print(load_fitting(model, beginning(args.init)), flush=True)
     matrices = [
         p
         for n, p in model.named_parameters()
@@ -210,18 +236,21 @@ def main() -> None:
     checks = {split: make(np.random.default_rng(12345), 32)[0].to(device) for split, make in splits.items()}
     start = step
     average, last, saved, told = None, time.monotonic(), time.monotonic(), -math.inf
-    while (progress := elapsed / (60 * args.minutes)) < 1:
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
+    while (progress := elapsed / (60 * args.minutes)) < 1 and not stopped:
         factor = min(1.0, (step - start + 1) / 100, (1 - progress) / max(args.cool, 1e-6))
         for name, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = base[name] * factor
         rng = np.random.default_rng((args.seed, step))
         x0, kinds = (t.to(device) for t in batch_of(rng, args.batch))
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step)).to(device)
+        draws = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        noise = torch.randn(x0.shape, generator=draws).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            mse, tone, bound = loss_of_v(model, x0, timesteps(rng, args.batch, schedule.steps), noise, schedule)
+            mse, tone, bound = loss_of_v(model, x0, timesteps(rng, args.batch, schedule.steps), noise, schedule, draws)
             named, coarse = readers(x0, kinds)
-        loss = mse + TONE * tone + 0.01 * bound + (0 if args.pictures else NAMING) * named + COARSE * coarse
+        loss = mse + TONE * tone + BOUND * bound + (0 if args.pictures else NAMING) * named + COARSE * coarse
         loss.backward()
         norm = nn.utils.clip_grad_norm_([*others, *readers.parameters()], 1.0)
         for optimizer in optimizers.values():
