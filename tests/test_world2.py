@@ -14,7 +14,7 @@ from blended_core.demo import world, world2
 from blended_core.demo.judge2 import ANSWERS, Judge2Network
 from blended_core.demo.make_world2 import notice
 from blended_core.demo.train_judge2 import as_batch, judge_loss
-from blended_core.demo.train_world2 import beginning, errors, folder_batch, loss_of_v, scenes_batch, timesteps
+from blended_core.demo.train_world2 import FRACTION, beginning, errors, folder_batch, loss_of_v, scenes_batch, timesteps
 from blended_core.demo.world2 import (
     DESIGN_NAMES,
     GROUNDS,
@@ -220,8 +220,8 @@ def test_a_network_that_predicts_x0_begins_with_its_sign_flipped(tmp_path: Path)
         file = tmp_path / f"{objective}.safetensors"
         save_file(weights, str(file), metadata={"diffusion": json.dumps({"objective": objective})})
         begun = beginning(file)
-        assert begun["out.2.bias"].tolist() == [sign] * 3 + [1] * 3
-        assert (begun["out.2.weight"][:3] == sign).all()
+        assert begun["out.2.bias"].tolist() == pytest.approx([sign] * 3 + [FRACTION] * 3)
+        assert (begun["out.2.weight"][:3] == sign).all() and not begun["out.2.weight"][3:].any()
 
 
 def test_the_variance_of_a_sure_prediction_is_the_least() -> None:

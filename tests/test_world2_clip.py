@@ -13,9 +13,9 @@ from blended_core.demo.world2 import SIDE
 
 
 def test_a_caption_is_true_of_every_picture_that_has_it(tmp_path: Path) -> None:
-    for name, captions in (("a", "a red square\na square\n"), ("b", "a square\n"), ("c", "")):
+    for name, lines in (("a", "a red square\na square\n"), ("b", "a square\n"), ("c", "")):
         Image.new("RGB", (80, 70), "red").save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(captions, encoding="utf-8")
+        (tmp_path / f"{name}.txt").write_text(lines, encoding="utf-8")
     examples = FolderExamples(np.random.default_rng(0), tmp_path)
     assert sorted(examples.captions()) == ["a red square", "a square", "a square"]
     x, mask, captions, truth = examples.draw(12)

@@ -46,8 +46,10 @@ TONE, TONE_LIMIT = 4.0, 25.0
 """Weight of the loss at an eighth of the resolution, and the limit of 1/(1 − ᾱ) in it."""
 STRIDES = (10, 20, 25, 40)
 """Of 1000 timesteps: those of samplers with 100, 50, 40 and 25 steps, for which the variance is trained."""
-BOUND = 0.02
-"""Weight of the variational bound."""
+BOUND, NARROWEST = 0.02, 0.05
+"""Weight of the variational bound, and the least distance between the bounds of the log variance that it is divided by."""
+FRACTION = -0.6
+"""Where between its bounds the variance begins: near the least, which suits a network that is right on most pixels."""
 LEVELS = (0, 50, 100, 200, 350, 500, 700)
 """Timesteps whose errors are printed."""
 SAVE_EVERY = 180.0
@@ -103,7 +105,7 @@ def timesteps(rng: np.random.Generator, batch: int, steps: int) -> Tensor:
 def loss_of_v(
     model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(squared error of v, squared error of x̂0's tone, variational bound in bits per dimension that trains the variance alone)."""
+    """(squared error of v, squared error of x̂0's tone, variational bound over the bounds' distance, which trains the variance alone)."""
 
     def at(values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32)[t].to(x0.device)[:, None, None, None]
@@ -127,18 +129,21 @@ def loss_of_v(
     difference = c1 * (x0 - predicted.detach())  # the x_t parts of both means cancel
     kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + difference.square() * (-log_variance).exp())
     beyond = F.relu(fraction.abs() - 1).square().mean()
-    moved = (t > earlier).float().to(x0.device)
-    return mse, tone, (kl.flatten(1).mean(1) * moved).mean() / math.log(2) + VARIANCE_PENALTY * beyond
+    # The wider the bounds, the larger the gradient of the fraction: divided, so that low noise does not decide alone.
+    share = (t > earlier).float().to(x0.device) / (high - low).clamp(min=NARROWEST).flatten()
+    return mse, tone, (kl.flatten(1).mean(1) * share).mean() / math.log(2) + VARIANCE_PENALTY * beyond
 
 
 def beginning(path: Path) -> dict[str, Tensor]:
-    """Weights to begin from. Of a network that predicts x0 the output's sign is flipped, since v is nearly −x0 at high noise."""
+    """Weights to begin from, the variance anew. Of a network that predicts x0 the output's sign is flipped: v is nearly −x0 at high noise."""
     weights: dict[str, Tensor] = load_file(path)
     with safe_open(str(path), "pt") as file:
         objective = json.loads((file.metadata() or {}).get("diffusion", "{}")).get("objective")
     if objective == "x0":
         for name in ("out.2.weight", "out.2.bias"):
             weights[name][:3] *= -1
+    weights["out.2.weight"][3:] = 0
+    weights["out.2.bias"][3:] = FRACTION
     return weights
 
 
