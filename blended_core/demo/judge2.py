@@ -22,6 +22,8 @@ from .world2_cases import NONE
 
 FILE = Path(__file__).parent / "data" / "judge2.safetensors"
 ANSWERS = (*WORDS, NONE)
+WINDOW, ENOUGH = 9, 0.2
+"""Side of the window that :func:`contrasts` compares in, and the share of it that must lie on either side of the edge."""
 
 
 class Judge2Network(JudgeNetwork):
@@ -30,23 +32,40 @@ class Judge2Network(JudgeNetwork):
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(WIDTHS[-1] * 16, len(ANSWERS)))
-        # A step of tone is told at full resolution, where the first layers still see it.
-        self.ground = nn.Sequential(
-            nn.Conv2d(WIDTHS[0] + WIDTHS[1], 64, 1),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, 1, 1),
-            nn.ReLU(),
-        )
-        self.intact = nn.Linear(64 * 2 + WIDTHS[-1], 1)
+        self.edge = nn.Sequential(nn.Conv2d(7, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+        self.intact = nn.Sequential(nn.Linear(12 + 2 * 32 + WIDTHS[-1], 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        fine = self.stem(x)
-        middle = self.blocks[0](fine)
-        last = self.blocks[1:](middle)
-        both = torch.cat([fine, F.interpolate(middle, fine.shape[-2:], mode="nearest")], 1)
-        seen = self.ground(both)
-        pooled = torch.cat([seen.mean((2, 3)), seen.amax((2, 3)), last.mean((2, 3))], 1)
+        last = self.blocks(self.stem(x))
+        across = contrasts(x)
+        near = across[:, 6:]
+        share = near.sum((2, 3)).clamp(min=1)
+        means = (across[:, :6] * near).sum((2, 3)) / share
+        sizes = (across[:, :6].abs() * near).sum((2, 3)) / share
+        seen = self.edge(across)
+        pooled = torch.cat([means, sizes, seen.mean((2, 3)), seen.amax((2, 3)), last.mean((2, 3))], 1)
         return torch.cat([self.head(last), self.intact(pooled)], 1)
+
+
+def contrasts(x: Tensor) -> Tensor:
+    """What differs across the edge of the mask: pictures beside masks [B, 4, H, W] → [B, 7, H, W].
+
+    At each pixel the mean color inside the mask is compared with that outside it, in a window of 9 pixels (three channels), and so is
+    the strength of fine detail (three channels, in logarithms). The last channel is 1 where the window holds enough of both.
+    """
+    picture, inside = x[:, :3], x[:, 3:]
+    detail = (picture - F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, 1)).abs()
+
+    def window(values: Tensor) -> Tensor:
+        return F.avg_pool2d(values, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+
+    both = torch.cat([picture, detail], 1)
+    covered, free = window(inside), window(1 - inside)
+    within, beyond = window(both * inside) / covered.clamp(min=1e-3), window(both * (1 - inside)) / free.clamp(min=1e-3)
+    near = ((covered > ENOUGH) & (free > ENOUGH)).float()
+    tone = 4 * (within[:, :3] - beyond[:, :3])
+    fine = 0.5 * (torch.log(within[:, 3:] + 0.01) - torch.log(beyond[:, 3:] + 0.01))
+    return torch.cat([tone * near, fine * near, near], 1)
 
 
 @dataclass(frozen=True)
