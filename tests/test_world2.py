@@ -107,6 +107,15 @@ def test_objects_vary_in_size_place_and_design() -> None:
     assert {p.mirrored for p in placed} == {True, False} and any(p.shadow for p in placed) and any(p.angle for p in placed)
 
 
+def test_without_variety_objects_are_of_one_design_and_upright() -> None:
+    rng = np.random.default_rng(1)
+    scenes = [random_scene(rng, objects=1, size=(0.6, 0.6), wander=0, variety=0, photographic=0) for _ in range(60)]
+    for scene in scenes:
+        (placed,) = scene.objects
+        assert (placed.design, placed.x, placed.y, placed.size) == (DESIGN_NAMES[0], 0.5, 0.5, 0.6)
+        assert not (placed.mirrored or placed.angle or placed.shadow) and isinstance(scene.ground, world.Scene)
+
+
 def test_what_lies_outside_the_object_and_its_shadow_is_the_ground() -> None:
     scene = Scene(Crop("life", side=0.6), (Placed("apple", "twemoji", 0.5, 0.5, 0.5),))
     changed = (draw(scene) != draw_ground(scene.ground)).any(-1)
@@ -191,7 +200,7 @@ class Oracle(torch.nn.Module):
 
 def test_the_loss_of_v_vanishes_for_the_truth() -> None:
     schedule = Schedule("linear", 1000)
-    x0, kinds = scenes_batch()(np.random.default_rng(0), 4)
+    x0, kinds = scenes_batch()(np.random.default_rng(0), 4, 1.0)
     assert x0.shape == (4, 3, SIDE, SIDE) and kinds.shape == (4,)
     t = torch.tensor([0, 50, 400, 999])
     mse, tone, bound = loss_of_v(Oracle(x0, schedule), x0, t, torch.randn(x0.shape), schedule)
@@ -209,7 +218,7 @@ def test_timesteps_are_dense_at_the_clean_end() -> None:
 
 def test_a_folder_of_pictures_can_be_trained_on() -> None:
     folder = world2.DATA / "photographs"
-    x0, kinds = folder_batch(folder)(np.random.default_rng(0), 3)
+    x0, kinds = folder_batch(folder)(np.random.default_rng(0), 3, 1.0)
     assert x0.shape == (3, 3, SIDE, SIDE) and not kinds.any()
     assert float(x0.min()) >= -1 and float(x0.max()) <= 1
 
@@ -227,7 +236,7 @@ def test_a_network_that_predicts_x0_begins_with_its_sign_flipped(tmp_path: Path)
 def test_the_variance_of_a_sure_prediction_is_the_least() -> None:
     """Where x̂0 is right, the bound is smaller at the lower end of the variance than at the upper one."""
     schedule = Schedule("linear", 1000)
-    x0, _ = scenes_batch()(np.random.default_rng(0), 2)
+    x0, _ = scenes_batch()(np.random.default_rng(0), 2, 1.0)
     t = torch.tensor([100, 300])
 
     class Wide(Oracle):

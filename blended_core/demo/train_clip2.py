@@ -31,6 +31,7 @@ from ..context import DeviceContext
 from ..diffusion import q_sample
 from ..files import replacing
 from .train_clip import CONFIG, END, ESTIMATED_LEVELS, MEAN, SPOILED, START, STD, Estimate, compact, degrade, matching_loss, truth_matrix
+from .train_world2 import stopwatch
 from .world2 import GROUNDS, SIDE, WORDS, FloatImage, Scene, draw, random_scene
 from .world2_cases import SHOWN, coverage, describe, mask_in, random_mask, spoiled
 from .world2_sources import HELD_BACK, TRAINING
@@ -260,7 +261,8 @@ def main() -> None:
     examples: Examples | FolderExamples = folder or Examples(np.random.default_rng((args.seed, step)), POOL, estimate)
     examples.rng = np.random.default_rng((args.seed, step, 2))
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    average, last, saved = None, time.monotonic(), time.monotonic()
+    clock = stopwatch(device)
+    average, last, saved = None, clock(), time.monotonic()
     while (progress := elapsed / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.6))
@@ -279,14 +281,14 @@ def main() -> None:
                 ema[k].lerp_(v, 1 - decay)
         step += 1
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        now = time.monotonic()
+        now = clock()
         elapsed, last = elapsed + now - last, now
         if step % 100 == 0:
             print(f"step {step} {elapsed / 60:.1f} min  loss {average:.3f}", flush=True)
-        if now - saved > SAVE_EVERY:
+        if time.monotonic() - saved > SAVE_EVERY:
             save()
             tell()
-            saved = last = time.monotonic()
+            last, saved = clock(), time.monotonic()
     save()
     tell()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..files import replacing
 from .judge2 import ANSWERS, Judge2, Judge2Network
 from .train_judge import weathered
+from .train_world2 import stopwatch
 from .world2_cases import Case, random_case
 from .world2_sources import HELD_BACK, TRAINING
 
@@ -96,7 +97,8 @@ def main() -> None:
     rng = np.random.default_rng((args.seed, step))
     pool = [random_case(rng) for _ in range(4000)]
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    last = saved = time.monotonic()
+    clock = stopwatch(torch.device("cpu"))
+    last, saved = clock(), time.monotonic()
     while (progress := elapsed / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(0.01, (1 - progress) / 0.7))
@@ -114,14 +116,14 @@ def main() -> None:
                 ema[k] = v.clone() if not v.is_floating_point() else ema[k].lerp_(v, 1 - decay)
         step += 1
         average = loss.item() if average == 0.0 else 0.98 * average + 0.02 * loss.item()
-        now = time.monotonic()
+        now = clock()
         elapsed, last = elapsed + now - last, now
         if step % 100 == 0:
             print(f"step {step} {elapsed / 60:.1f} min  loss {average:.4f}", flush=True)
-        if now - saved > SAVE_EVERY:
+        if time.monotonic() - saved > SAVE_EVERY:
             save()
             tell(300)
-            saved = last = time.monotonic()
+            last, saved = clock(), time.monotonic()
     save()
     print("on 1000 fresh cases:")
     tell(1000)

@@ -8,7 +8,7 @@ run can be given more time later: raise ``--minutes``. On SIGTERM it finishes th
 
 The loss is the squared error of v, without a limit to its weight at low noise, and in addition the squared error of x̂0 at an
 eighth of the resolution (an error there is seen as a change of tone). 30 % of the timesteps are u² of all, which is dense at the
-clean end. The variance is trained for steps as long as samplers of few steps take. Heads read the network's inside while it is trained (see :class:`blended_core.demo.train_ddpm.Readers`).
+clean end. With ``--ramp`` a network that knows world 1 keeps its objects while designs, sizes, places and photographs come in. The variance is trained for steps as long as samplers of few steps take. Heads read the network's inside while it is trained (see :class:`blended_core.demo.train_ddpm.Readers`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from ..checkpoints.adm import UNet
 from ..files import replacing
 from ..schedule import Schedule
 from .train_ddpm import COARSE, CONFIG, NAMING, PAUSE, VARIANCE_PENALTY, Muon, Readers, load_fitting, sample_timesteps
-from .world2 import SIDE, WORDS, random_scene, render
+from .world2 import PHOTOGRAPHIC, SIDE, SIZES, WORDS, random_scene, render
 from .world2_sources import HELD_BACK, TRAINING
 
 DIFFUSION = {"schedule": "linear", "steps": 1000, "rescale_timesteps": True, "objective": "v"}
-EMPTY = 0.2
-"""Share of scenes without an object: grounds are what an edit must continue."""
+EMPTY, PLAIN_EMPTY = 0.2, 0.08
+"""Share of scenes without an object, at the greatest and the least difficulty: grounds are what an edit must continue."""
+PLAIN_SIZE = 40 / SIDE
+"""The one size of objects at the least difficulty."""
 CLEAN_SHARE = 0.3
 """Share of timesteps that are u² of all."""
 TONE, TONE_LIMIT = 4.0, 25.0
@@ -55,8 +57,14 @@ LEVELS = (0, 50, 100, 200, 350, 500, 700)
 SAVE_EVERY = 180.0
 """Seconds between two writes of the state."""
 
-Batch = Callable[[np.random.Generator, int], tuple[Tensor, Tensor]]
-"""(generator, size) → ([B, 3, 64, 64] in −1..1, the object's number in each, or 0)."""
+Batch = Callable[[np.random.Generator, int, float], tuple[Tensor, Tensor]]
+"""(generator, size, difficulty 0 to 1) → ([B, 3, 64, 64] in −1..1, the object's number in each, or 0)."""
+
+
+def stopwatch(device: torch.device) -> Callable[[], float]:
+    """Seconds of training: on a CPU those of computing on each thread, so that a run at low priority loses no time to other processes."""
+    threads = torch.get_num_threads()
+    return (lambda: time.process_time() / threads) if device.type == "cpu" else time.monotonic
 
 
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -65,10 +73,23 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
 
 
 def scenes_batch(split: str = TRAINING) -> Batch:
-    """Scenes of world 2 with none or one object."""
+    """Scenes of world 2 with none or one object. At difficulty 0 they are those of world 1: one design, one size, centered, drawn grounds."""
 
-    def batch(rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
-        scenes = [random_scene(rng, objects=int(rng.uniform() > EMPTY), split=split) for _ in range(size)]
+    def batch(rng: np.random.Generator, size: int, difficulty: float) -> tuple[Tensor, Tensor]:
+        sides = tuple(PLAIN_SIZE + difficulty * (side - PLAIN_SIZE) for side in SIZES)
+        empty = PLAIN_EMPTY + difficulty * (EMPTY - PLAIN_EMPTY)
+        scenes = [
+            random_scene(
+                rng,
+                objects=int(rng.uniform() > empty),
+                size=(sides[0], sides[1]),
+                wander=0.08 * difficulty,
+                variety=difficulty,
+                split=split,
+                photographic=PHOTOGRAPHIC * difficulty,
+            )
+            for _ in range(size)
+        ]
         kinds = [WORDS.index(s.objects[0].name) + 1 if s.objects else 0 for s in scenes]
         return to_tensor([render(s) for s in scenes]), torch.tensor(kinds)
 
@@ -89,7 +110,7 @@ def folder_batch(folder: Path) -> Batch:
         piece = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
         return piece[:, ::-1] if rng.uniform() < 0.5 else piece
 
-    def batch(rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+    def batch(rng: np.random.Generator, size: int, _difficulty: float) -> tuple[Tensor, Tensor]:
         return to_tensor([crop(rng) for _ in range(size)]), torch.zeros(size, dtype=torch.long)
 
     return batch
@@ -167,6 +188,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ddpm2"))
     parser.add_argument("--minutes", type=float, default=600, help="of training in all (%(default)s)")
     parser.add_argument("--cool", type=float, default=0.25, help="last share of the minutes, in which the learning rate falls to zero")
+    parser.add_argument("--ramp", type=float, default=0, help="minutes over which the scenes grow from those of world 1 to world 2")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.5, help="factor on all learning rates (%(default)s)")
     parser.add_argument("--ema", type=float, default=0.998)
@@ -238,9 +260,12 @@ def main() -> None:
         print("  error of x̂0, all/low frequency, in 1/255: " + "; ".join(parts), flush=True)
 
     splits = {"pictures": batch_of} if args.pictures else {"training": batch_of, "held back": scenes_batch(HELD_BACK)}
-    checks = {split: make(np.random.default_rng(12345), 32)[0].to(device) for split, make in splits.items()}
+    checks = {split: make(np.random.default_rng(12345), 32, 1.0)[0].to(device) for split, make in splits.items()}
+    if args.ramp:
+        checks["world 1"] = batch_of(np.random.default_rng(12345), 32, 0.0)[0].to(device)
     start = step
-    average, last, saved, told = None, time.monotonic(), time.monotonic(), -math.inf
+    clock = stopwatch(device)
+    average, last, saved, told = None, clock(), time.monotonic(), -math.inf
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
     while (progress := elapsed / (60 * args.minutes)) < 1 and not stopped:
@@ -249,7 +274,8 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = base[name] * factor
         rng = np.random.default_rng((args.seed, step))
-        x0, kinds = (t.to(device) for t in batch_of(rng, args.batch))
+        difficulty = min(1.0, elapsed / (60 * args.ramp)) if args.ramp else 1.0
+        x0, kinds = (t.to(device) for t in batch_of(rng, args.batch, difficulty))
         draws = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         noise = torch.randn(x0.shape, generator=draws).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -268,17 +294,20 @@ def main() -> None:
                 ema[k].lerp_(v, 1 - decay)
         losses = np.array([mse.item(), tone.item(), bound.item(), named.item(), coarse.item()])
         average = losses if average is None else 0.98 * average + 0.02 * losses
-        now = time.monotonic()
+        now = clock()
         elapsed, last = elapsed + min(now - last, PAUSE), now  # a machine that slept did not train
         if step % 50 == 0:
             shown = "  ".join(f"{n} {a:.4f}" for n, a in zip(("v", "tone", "bound", "naming", "coarse"), average, strict=True))
-            print(f"step {step} {elapsed / 60:.1f} min  {shown}  norm {float(norm):.2f}  lr×{factor:.2f}", flush=True)
-        if now - saved > SAVE_EVERY:
+            print(
+                f"step {step} {elapsed / 60:.1f} min  {shown}  norm {float(norm):.2f}  lr×{factor:.2f}  difficulty {difficulty:.2f}",
+                flush=True,
+            )
+        if time.monotonic() - saved > SAVE_EVERY:
             save()
-            saved = now
+            saved = time.monotonic()
         if elapsed - told > 600:
             tell()
-            told = elapsed
+            told, last = elapsed, clock()
     save()
     tell()
 

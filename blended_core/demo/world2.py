@@ -209,19 +209,23 @@ def random_object(
     names: Sequence[str] = WORDS,
     size: tuple[float, float] = SIZES,
     wander: float = 0.08,
+    variety: float = 1.0,
 ) -> Placed:
-    """An object of any design about the middle: ``wander`` is the standard deviation of its place as a fraction of the scene's side."""
+    """An object about the middle: ``wander`` is the standard deviation of its place as a fraction of the scene's side.
+
+    ``variety`` is the share of objects of any design; the others are of the first. Mirrored and rotated ones and shadows become as rare.
+    """
     side = float(rng.uniform(*size))
     x, y = (float(np.clip(0.5 + wander * rng.normal(), 0.3 * side, 1 - 0.3 * side)) for _ in range(2))
     return Placed(
         name=names[int(rng.integers(len(names)))],
-        design=DESIGN_NAMES[int(rng.integers(len(DESIGN_NAMES)))],
+        design=DESIGN_NAMES[int(rng.integers(len(DESIGN_NAMES))) if rng.uniform() < variety else 0],
         x=x,
         y=y,
         size=side,
-        mirrored=bool(rng.uniform() < 0.5),
-        angle=float(rng.normal(0, 6)) if rng.uniform() < 0.7 else 0.0,
-        shadow=float(rng.uniform(0.1, 0.4)) if rng.uniform() < 0.35 else 0.0,
+        mirrored=bool(rng.uniform() < 0.5 * variety),
+        angle=float(rng.normal(0, 6)) if rng.uniform() < 0.7 * variety else 0.0,
+        shadow=float(rng.uniform(0.1, 0.4)) if rng.uniform() < 0.35 * variety else 0.0,
     )
 
 
@@ -232,6 +236,7 @@ def random_scene(
     names: Sequence[str] = WORDS,
     size: tuple[float, float] = SIZES,
     wander: float = 0.08,
+    variety: float = 1.0,
     split: str = TRAINING,
     photographic: float = PHOTOGRAPHIC,
 ) -> Scene:
@@ -242,7 +247,7 @@ def random_scene(
         objects: 0, 1 or 2 to fix their number.
         names: objects to choose from.
         size: range of an object's side as a fraction of the scene's, for scenes with one object.
-        wander: see :func:`random_object`; a tenth of single objects may be anywhere.
+        wander, variety: see :func:`random_object`; a tenth of the objects of any variety may be anywhere.
         split: which photographs may be the ground.
         photographic: share of photographs among the grounds.
     """
@@ -250,11 +255,11 @@ def random_scene(
         objects = int(rng.choice(3, p=(0.1, 0.85, 0.05)))
     ground = random_ground(rng, split, photographic)
     if objects < 2:
-        spread = 0.3 if rng.uniform() < 0.1 else wander
-        return Scene(ground, tuple(random_object(rng, names=names, size=size, wander=spread) for _ in range(objects)))
+        spread = 0.3 if rng.uniform() < 0.1 * variety else wander
+        return Scene(ground, tuple(random_object(rng, names=names, size=size, wander=spread, variety=variety) for _ in range(objects)))
     placed = []
     for i in range(objects):
-        one = random_object(rng, names=names, size=(24 / SIDE, 30 / SIDE), wander=0)
+        one = random_object(rng, names=names, size=(24 / SIDE, 30 / SIDE), wander=0, variety=variety)
         x = float(rng.uniform(i / 2 + one.size / 2, (i + 1) / 2 - one.size / 2))
         y = float(rng.uniform(one.size / 2, 1 - one.size / 2))
         placed.append(Placed(one.name, one.design, x, y, one.size, one.mirrored, one.angle, one.shadow))
