@@ -32,7 +32,8 @@ import blended_core.clip as clip_module
 from blended_core.checkpoints.load import load_ddpm
 from blended_core.clip import load_clip
 from blended_core.context import DeviceContext
-from blended_core.demo.judge2 import Judge2
+from blended_core.demo.judge import Judge
+from blended_core.demo.judge2 import Judge2, Verdict2
 from blended_core.demo.world2 import SIDE, WORDS, draw_ground, photographs, random_ground
 from blended_core.demo.world2_sources import HELD_BACK
 from blended_core.diffusion import DiffusionModel, q_sample
@@ -122,7 +123,7 @@ def passes(model: DiffusionModel, kind: str, count: int) -> dict[str, float]:
 
 
 def edits(
-    models: Models, kind: str, count: int, candidates: int, judge: Judge2 | None, prompted: bool, steps: str
+    models: Models, kind: str, count: int, candidates: int, judge: Judge | Judge2 | None, prompted: bool, steps: str
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Figures of edits of ``count`` grounds, and their pictures."""
     perceptual = load_perceptual(models.context)
@@ -155,7 +156,7 @@ def edits(
             rows["low"].append(low_frequency(edited, ground, mask))
             rows["background"].append(float(np.abs(edited - ground)[~mask].max()))
         rows["accepted"] += [float(v.accepts(name if prompted else "none")) for v in verdicts]
-        rows["intact"] += [float(v.intact >= 0.5) for v in verdicts]
+        rows["intact"] += [float(v.intact >= 0.5) for v in verdicts if isinstance(v, Verdict2)]
     found = {k: mean(v) for k, v in rows.items() if v}
     return {**found, "diversity": float(np.mean(diversity)), "n": float(len(rows["low"])), "seconds": time.perf_counter() - begun}, sheets
 
@@ -179,7 +180,8 @@ def main() -> None:
     parser.add_argument("--steps", default="40")
     parser.add_argument("--prompted", action="store_true")
     parser.add_argument("--clip", type=Path, help="the world's CLIP, for --prompted")
-    parser.add_argument("--judge", type=Path, help="the world's judge")
+    parser.add_argument("--judge", type=Path, help="the world's judge, or embedded for that of world 1")
+    parser.add_argument("--grounds", choices=(PHOTOS, DRAWN), help="one kind alone")
     parser.add_argument("--out", type=Path, help="folder for figures.json and contact sheets")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -187,13 +189,13 @@ def main() -> None:
     context = DeviceContext(torch.device("cpu"))
     if args.clip:
         clip_module.EMBEDDED = args.clip
-    judge = Judge2(args.judge) if args.judge else None
+    judge = None if args.judge is None else Judge() if str(args.judge) == "embedded" else Judge2(args.judge)
     table: dict[str, dict[str, float]] = {}
     print(f"{len(photographs(HELD_BACK))} held-back photographs", flush=True)
     for network in args.networks:
         name, _, file = network.partition("=")
         model = load_ddpm(context, file or "embedded", trial=None)
-        for kind in (PHOTOS, DRAWN):
+        for kind in (args.grounds,) if args.grounds else (PHOTOS, DRAWN):
             if args.what == "passes":
                 figures = {**passes(model, kind, args.count), "n": float(args.count)}
             else:
