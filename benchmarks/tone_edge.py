@@ -10,6 +10,7 @@ NAME=embedded measures the embedded network. Definitions, all in 1/255:
   taken for each channel; tone is the mean of its absolute value. Ground is where no channel differs by more than 48, so that the
   object itself does not count. A texture that is another one but of the same tone counts nothing.
 * edge: the same for the outermost pixel of the mask.
+* grain: how much more fine detail the ring's ground has than the source; noise that was left counts here, blur is negative.
 * low: root mean square of the difference averaged over 8×8 pixels, inside the mask.
 * lpips: the distance of the region's result to its source, by the embedded network, gray outside the mask.
 
@@ -92,6 +93,21 @@ def tone_and_edge(result: np.ndarray, source: np.ndarray, mask: np.ndarray) -> t
     return signed_by_sector(difference, mask & ~eroded(mask, RING), middle), signed_by_sector(difference, mask & ~eroded(mask, 1), middle)
 
 
+def grain(result: np.ndarray, source: np.ndarray, mask: np.ndarray) -> float:
+    """How much more fine detail the ring's ground has than the source there: RMS of what differs from the mean of 3×3 pixels."""
+
+    def detail(picture: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(picture).permute(2, 0, 1)[None] * 255
+        found: np.ndarray = (x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1))[0].permute(1, 2, 0).numpy()
+        return found
+
+    # Without the outermost pixels, where an edge would count as detail.
+    ring = eroded(mask, 1) & ~eroded(mask, RING + 2) & (np.abs(result - source).max(-1) * 255 <= OBJECT)
+    if not ring.any():
+        return 0.0
+    return float(np.sqrt((detail(result)[ring] ** 2).mean()) - np.sqrt((detail(source)[ring] ** 2).mean()))
+
+
 def low_frequency(result: np.ndarray, source: np.ndarray, mask: np.ndarray) -> float:
     """Root mean square over the mask of the difference averaged over 8×8 pixels."""
     difference = torch.from_numpy(result - source).permute(2, 0, 1)[None] * 255
@@ -127,7 +143,7 @@ def edits(
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Figures of edits of ``count`` grounds, and their pictures."""
     perceptual = load_perceptual(models.context)
-    rows: dict[str, list[float | None]] = {k: [] for k in ("tone", "edge", "low", "lpips", "background", "accepted", "intact")}
+    rows: dict[str, list[float | None]] = {k: [] for k in ("tone", "edge", "grain", "low", "lpips", "background", "accepted", "intact")}
     sheets: list[Tensor] = []
     diversity = []
     begun = time.perf_counter()
@@ -153,6 +169,7 @@ def edits(
             tone, edge = tone_and_edge(edited, ground, mask)
             rows["tone"].append(tone)
             rows["edge"].append(edge)
+            rows["grain"].append(grain(edited, ground, mask))
             rows["low"].append(low_frequency(edited, ground, mask))
             rows["background"].append(float(np.abs(edited - ground)[~mask].max()))
         rows["accepted"] += [float(v.accepts(name if prompted else "none")) for v in verdicts]
