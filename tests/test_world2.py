@@ -14,7 +14,7 @@ from blended_core.demo import world, world2
 from blended_core.demo.judge2 import ANSWERS, Judge2Network
 from blended_core.demo.make_world2 import notice
 from blended_core.demo.train_judge2 import as_batch, judge_loss
-from blended_core.demo.train_world2 import FRACTION, beginning, errors, folder_batch, loss_of_v, scenes_batch, timesteps
+from blended_core.demo.train_world2 import FRACTION, beginning, errors, folder_batch, loss_of_v, scenes_batch, timesteps, write_small
 from blended_core.demo.world2 import (
     DESIGN_NAMES,
     GROUNDS,
@@ -245,3 +245,19 @@ def test_the_variance_of_a_sure_prediction_is_the_least() -> None:
 
     bounds = [float(loss_of_v(net, x0, t, torch.randn(x0.shape), schedule)[2]) for net in (Oracle(x0, schedule), Wide(x0, schedule))]
     assert bounds[0] < bounds[1]
+
+
+def test_a_small_state_holds_the_averaged_weights_in_half_precision(tmp_path: Path) -> None:
+    whole = {
+        "model": {"w": torch.zeros(2)},
+        "ema": {"w": torch.ones(2)},
+        "readers": {"r": torch.ones(1)},
+        "step": 5,
+        "elapsed": 9.0,
+        "optimizers": {"adamw": {"state": {}}},
+    }
+    torch.save(whole, tmp_path / "state.pt")
+    write_small(tmp_path / "state.pt", tmp_path / "small.pt")
+    small = torch.load(tmp_path / "small.pt", weights_only=True)
+    assert small["model"]["w"].tolist() == [1, 1] and small["model"]["w"].dtype == torch.float16
+    assert (small["step"], small["elapsed"], small["optimizers"]) == (5, 9.0, {}) and "ema" not in small

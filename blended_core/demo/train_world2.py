@@ -182,6 +182,14 @@ def errors(model: nn.Module, x0: Tensor, schedule: Schedule, levels: tuple[int, 
     return found
 
 
+def write_small(state_path: Path, path: Path) -> None:
+    """Writes what is needed to continue in a sixth of the size: averaged weights and heads in half precision, no optimizers."""
+    state = torch.load(state_path, map_location="cpu", weights_only=True)
+    halves = {name: {k: v.half() for k, v in weights.items()} for name, weights in (("model", state["ema"]), ("readers", state["readers"]))}
+    with replacing(path) as part:
+        torch.save({**halves, "step": state["step"], "elapsed": state["elapsed"], "optimizers": {}}, part)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,7 +206,11 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="weights to begin from, of a network that predicts v or x0")
     parser.add_argument("--pictures", type=Path, help="train on the pictures of this folder instead of world 2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", type=Path, metavar="FILE", help="write the state without optimizers, in half precision, to FILE and end")
     args = parser.parse_args()
+    if args.small:
+        write_small(args.out / "state.pt", args.small)
+        return
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -229,9 +241,10 @@ def main() -> None:
         state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         readers.load_state_dict(state["readers"])
-        ema, step, elapsed = {k: v.float() for k, v in state["ema"].items()}, state["step"], state["elapsed"]
+        ema = {k: v.float() for k, v in state.get("ema", state["model"]).items()}  # a small state has one copy of the weights
+        step, elapsed = state["step"], state["elapsed"]
         for name, optimizer in optimizers.items():
-            if name in state["optimizers"]:  # a state that was made small for keeping has none
+            if name in state["optimizers"]:
                 optimizer.load_state_dict(state["optimizers"][name])
         print(f"continues at step {step}, minute {elapsed / 60:.1f}", flush=True)
 
