@@ -13,15 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from blended_core.clip.embedded import load_embedded
+from blended_core.clip.embedded import load_word_clip
 from blended_core.clip.model import LARGE_WIDTH, ClipModel, load_clip
 from blended_core.clip.operations import WIDE, attention, linear, quick_gelu
 from blended_core.clip.towers import clip_of, vision_transformer
 from blended_core.clip.words import WordTokenizer
 from blended_core.device import DeviceContext
 from blended_core.toy.captions import describe
+from blended_core.toy.models import CLIP
 from blended_core.toy.world import OBJECTS
 
 
@@ -174,8 +176,10 @@ def test_attention_in_bfloat16_multiplies_whole_matrices() -> None:
 
 
 def test_both_towers_are_those_of_open_clip() -> None:
-    model, tokenizer, meta = load_embedded()
-    config = meta["config"]
+    clip = load_word_clip(CLIP)
+    model, tokenizer = clip.model, clip.tokenizer
+    with safe_open(str(CLIP), "pt") as file:
+        config = json.loads(file.metadata()["config"])
     config["text_cfg"]["vocab_size"] = len(model.state_dict()["token_embedding.weight"])
     theirs = open_clip.CLIP(**config).eval()
     theirs.load_state_dict(model.state_dict())
@@ -196,7 +200,7 @@ def test_words_become_tokens() -> None:
 
 
 def test_every_word_of_a_caption_is_known() -> None:
-    _, tokenizer, _ = load_embedded()
+    tokenizer = load_word_clip(CLIP).tokenizer
     rng = np.random.default_rng(5)
     for name in OBJECTS:
         for _ in range(20):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..device import DTYPES, DeviceContext, fast_precision
 from ..errors import BlendedError, BlendedWarning
 from ..paths import expanded
+from ..toy.models import CLIP
 from ..toy.world import BACKGROUNDS, OBJECTS
-from ..weights.open import file_errors
-from .embedded import load_embedded
-from .files import QUICKGELU, architecture_in, open_clip_weights
+from ..weights.open import file_errors, open_weights
+from .embedded import has_words, load_word_clip
+from .files import ADVICE, QUICKGELU, architecture_in, open_clip_weights
 from .hub import weights_of_tag
 from .network import build_network, build_tokenizer, fill_network, text_settings
 from .towers import VisionTransformer, vision_transformer
@@ -200,7 +201,7 @@ def load_clip(context: DeviceContext, spec: str = "embedded", *, folder: Path | 
     """
     if spec == "embedded":
         with context.autograd():
-            return _embedded(context)
+            return _of_words(context, CLIP, "embedded", f"{', '.join(OBJECTS)} and {', '.join(BACKGROUNDS)}")
     if os.path.isfile(expanded(spec)):  # False, and no error, for a name that no file can have
         return load_clip_file(context, Path(spec))
     name, weights, tags = _name_and_tag(spec)
@@ -217,6 +218,7 @@ def load_clip_file(context: DeviceContext, path: Path, architecture: str = "") -
     Args:
         context: where it runs.
         path: a safetensors file, a file of torch.save or a TorchScript archive. Names may have any prefix; averaged weights (EMA) are preferred.
+            A file that states its words (:mod:`blended_core.clip.embedded`) needs no architecture.
         architecture: open_clip's name of the network; '' determines it from the shapes.
 
     Raises:
@@ -226,9 +228,13 @@ def load_clip_file(context: DeviceContext, path: Path, architecture: str = "") -
     Warns:
         BlendedWarning: if the activation of the file is unknown.
     """
+    path = expanded(path)
+    with file_errors(path, "clip"):
+        if has_words(open_weights(path, ADVICE)):
+            with context.autograd():
+                return _of_words(context, path, str(path))
     import open_clip
 
-    path = expanded(path)
     known = _known(architecture) if architecture else ""
     name, model = _loaded(context, path, known, lambda: file_errors(path, "clip"))
     if name + QUICKGELU in open_clip.list_models():
@@ -334,9 +340,11 @@ def _listed(tags: Sequence[str]) -> str:
     return f"its tags are {', '.join(tags[:MAX_TAGS])}{more}" if tags else "it has no tags"
 
 
-def _embedded(context: DeviceContext) -> ClipModel:
-    model, tokenizer, meta = load_embedded()
+def _of_words(context: DeviceContext, path: Path, name: str, vocabulary: str = "") -> ClipModel:
+    """A CLIP with whole words as tokens; ``vocabulary`` describes them in a warning about other words."""
+    clip = load_word_clip(path)
+    known = frozenset(range(clip.tokenizer.unknown))
     return ClipModel(
-        context.place(model), tokenizer, "embedded", meta["mean"], meta["std"], meta["config"]["vision_cfg"]["image_size"],
-        tokenizer.context_length, frozenset(range(tokenizer.unknown)), f"{', '.join(OBJECTS)} and {', '.join(BACKGROUNDS)}",
+        context.place(clip.model), clip.tokenizer, name, clip.mean, clip.std, clip.image_size, clip.tokenizer.context_length, known,
+        vocabulary or ", ".join(clip.tokenizer.words),
     )  # fmt: skip

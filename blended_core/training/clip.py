@@ -32,7 +32,7 @@ from ..diffusion import q_sample
 from ..io.atomic import replacing
 from ..toy.captions import Caption, describe
 from ..toy.corrupt import corrupted
-from ..toy.models import SIDE
+from ..toy.models import DDPM, SIDE
 from ..toy.world import BACKGROUNDS, OBJECTS, Placed, Scene, random_scene, render
 
 CONFIG: dict[str, Any] = {
@@ -83,9 +83,9 @@ Estimate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(images [N, 64, 64, 3] uint8, noise levels [N] of 1000) → images."""
 
 
-def estimator(device: torch.device, rng: np.random.Generator) -> Estimate:
-    """A function that adds noise of the given levels to images and returns x̂0 of the embedded diffusion model."""
-    model = load_ddpm(DeviceContext(device), probe=None)
+def estimator(device: torch.device, rng: np.random.Generator, weights: Path = DDPM) -> Estimate:
+    """A function that adds noise of the given levels to images and returns x̂0 of a diffusion model."""
+    model = load_ddpm(DeviceContext(device), weights, probe=None)
     schedule = model.config.respaced("1000")
 
     def estimate(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
