@@ -113,6 +113,7 @@ class BlendedSampler(io.ComfyNode):
                     tooltip="Class label for a class-conditional model: zero (no class), random (a new one at every step), or the number of a class. "
                     "Empty: the preset's choice.",
                 ),
+                edit_option("tone_match", advanced=True),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The candidates, pasted at the source image's size, best first."),
@@ -147,10 +148,12 @@ class BlendedSampler(io.ComfyNode):
         eta: float = 0.0,
         respacing: str = "",
         class_choice: str = "",
+        tone_match: str = "off",
     ) -> io.NodeOutput:
         changes: dict[str, Any] = {
             "steps": respacing.strip() or (str(steps) if steps else PRESETS[preset].steps), "strength": strength, "seed": seed,
             "candidates": candidates, "algorithm": algorithm, "batch": batch, "feather": feather, "context": context, "sampler": sampler, "eta": eta,
+            "tone_match": tone_match,
         }  # fmt: skip
         if mask_edges != AS_PRESET:
             changes["mask_rule"] = mask_edges
