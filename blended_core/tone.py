@@ -15,8 +15,6 @@ from .schedule import Schedule
 
 LIMIT = 16 * 2 / 255
 """Largest correction in −1..1, 16 of 255: more is a part of an object that the network changed, not a tone."""
-BLUR = 5
-"""Side in pixels of the square over which the error is averaged."""
 LATE = 0.5
 """ᾱ from which on a level counts as late."""
 CYCLES = 4
@@ -46,14 +44,7 @@ def tone_shift(x0: Tensor, source: Tensor, inside: Tensor) -> Tensor:
         [B, C, H, W], at most :data:`LIMIT`; 0 outside, and everywhere for an image of which nothing is known.
     """
     error = (source - x0).nan_to_num(0.0, 0.0, 0.0).clamp(-LIMIT, LIMIT)
-    return membrane(_blurred(error, ~inside), inside).clamp(-LIMIT, LIMIT)
-
-
-def _blurred(values: Tensor, known: Tensor) -> Tensor:
-    """The mean of the known values in a square around each pixel; 0 where there are none."""
-    weights = known.to(values)
-    total, count = (F.avg_pool2d(v, BLUR, 1, BLUR // 2, divisor_override=1) for v in (values * weights, weights))
-    return total / count.clamp(min=1.0)
+    return membrane(error, inside).clamp(-LIMIT, LIMIT)
 
 
 def membrane(values: Tensor, inside: Tensor) -> Tensor:
