@@ -101,7 +101,9 @@ def test_islands_do_not_see_each_other() -> None:
 
 
 def test_a_batch_is_its_images_one_by_one() -> None:
-    masks = torch.cat([ellipse(48, 48), ellipse(48, 48, 0.2, 0.4, 0.3), torch.ones(1, 1, 48, 48, dtype=torch.bool), ellipse(48, 48, radius=0.0)])
+    masks = torch.cat(
+        [ellipse(48, 48), ellipse(48, 48, 0.2, 0.4, 0.3), torch.ones(1, 1, 48, 48, dtype=torch.bool), ellipse(48, 48, radius=0.0)]
+    )
     given = values(4, 48, 48)
     together = membrane(given, masks)
     for i in range(4):

@@ -37,6 +37,8 @@ ROWS: dict[str, EditOptions] = {
     "guide-from-0.2": _row("best", start=0.2),
     "early-views-2": _row("best", early_views=2),
     "half-steps": _row("best", steps=str(int(STEPS) // 2)),
+    "tone-end": _row("best", tone_match="end"),
+    "tone-late": _row("best", tone_match="late"),
     "fast": _row("fast", steps=str(round(int(STEPS) * int(PRESETS["fast"].steps) / int(PRESETS["best"].steps)))),
 }
 """Name → options. ``local-λ`` is Algorithm 1. ``naive-paste`` is Algorithm 1 without D_bg, and pastes the background at the end. The steps of
