@@ -298,8 +298,8 @@ def _step(
     labels = class_labels(models.ddpm, options.class_choice, inputs)
     guided = deviations_of(options).predict(guidance, models.ddpm, inputs, labels)
     if inside is not None and inputs.source is not None and acts_at(options.tone_match, inputs.index, inputs.schedule):
-        shift = tone_shift(guided.prediction.x0, inputs.source, inside)
-        guided = replace(guided, prediction=guided.prediction.moved(shift, inputs.index, inputs.schedule))
+        correction = tone_shift(guided.prediction.x0, inputs.source, inside)
+        guided = replace(guided, prediction=guided.prediction.moved(correction, inputs.index, inputs.schedule))
     x, x0, shift = sampler_of(options).step(guided, inputs, previous)
     return Step(tuple(inputs.images), inputs.index - 1, 0, 0, x, x0, guided.values.get("clip"), shift, guided.broken, guided.gradient)
 

@@ -15,7 +15,7 @@ from .schedule import Schedule
 
 LIMIT = 16 * 2 / 255
 """Largest correction in −1..1, 16 of 255: more is a part of an object that the network changed, not a tone."""
-LATE = 0.5
+LATE = 0.25
 """ᾱ from which on a level counts as late."""
 CYCLES = 4
 """Multigrid cycles; each leaves about a quarter of the error of the solution."""
@@ -143,8 +143,9 @@ class _Grid:
         units = torch.eye(count, device=self.links.device).view(1, count, height, width).expand(len(self.links), -1, -1, -1)
         matrix = -self.residual(units, torch.zeros_like(units)).flatten(2)
         matrix = matrix + torch.diag_embed((~self.free).flatten(1).to(matrix))
-        # In double precision, which not every accelerator has.
-        return torch.linalg.inv(matrix.double().cpu()).to(self.links)
+        # On the CPU: not every accelerator has double precision.
+        inverse: Tensor = torch.linalg.inv(matrix.double().cpu())
+        return inverse.to(self.links)
 
     def residual(self, f: Tensor, load: Tensor) -> Tensor:
         """The load less what f gives."""
