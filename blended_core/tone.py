@@ -23,7 +23,7 @@ DAMPING = (0.56, 1.39)
 """Of two Jacobi sweeps, the reciprocal roots of the Chebyshev polynomial that damps eigenvalues of 0.5 to 2 most."""
 COARSE_WEIGHT = 0.45
 """Of the links between coarse pixels: a correction that is constant over 2×2 pixels has about twice the energy of a smooth one."""
-COARSEST = 144
+COARSEST = 64
 """Pixels of the grid that is solved directly."""
 
 
