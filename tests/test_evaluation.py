@@ -193,8 +193,10 @@ def test_the_error_of_the_ground_and_its_low_frequencies() -> None:
 
 def test_removals_are_pairs_the_other_way_round() -> None:
     cases = metrics.removals(pairs(8))
-    assert [(c.number, c.task) for c in cases] == [(n, task) for n in (0, 4) for task in (metrics.REMOVE, metrics.NAME_GROUND)]
-    assert cases[0].prompt == "" and {c.prompt for c in cases[1::2]} == {f"a {pair.background}" for pair in pairs(8)[::4]}
+    assert [(c.number, c.task) for c in cases] == [(0, metrics.REMOVE), (4, metrics.REMOVE)]
+    assert [c.prompt for c in cases] == [f"an empty {pair.background}" for pair in pairs(8)[::4]]
+    best = ROWS["best"]
+    assert cases[0].options(best) == replace(best, strength=1.0) and pairs(1)[0].options(best) == best
 
 
 def test_rows_match_their_names() -> None:
@@ -318,7 +320,7 @@ def test_the_command_writes_table_plot_and_contact_sheets(
     assert (out / "pairs" / "best" / "000.json").stat().st_mtime_ns == stamp
     capsys.readouterr()
     assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == [
-        f"{name}.{kind}" for name in ("000-name-ground", "000-remove", "000", "001") for kind in ("json", "png")
+        f"{name}.{kind}" for name in ("000-removed", "000", "001") for kind in ("json", "png")
     ]
     for arguments_of_error, message in (
         (["--only", "better"], "unknown row better; known are best, paper"),

@@ -42,17 +42,14 @@ PAIR_LISTS = {False: (20220624, 1000), True: (20220626, 5001)}
 """held_back → (seed of the order, seed of the first scene). A held-back list can be used once: after a look at its results, choose new seeds."""
 
 
-ADD, REMOVE, NAME_GROUND = "add", "remove", "name-ground"
+ADD, REMOVE = "add", "remove"
 REMOVED_SHARE = 4
 """Of so many pairs one is edited the other way round too."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A scene with a mask, and an object.
-
-    ``task``: ADD the object to the empty scene; REMOVE it, without a prompt; or NAME_GROUND, remove it with a prompt that names the background.
-    """
+    """A scene with a mask, and an object. ``task``: ADD the object to the empty scene, or REMOVE it with a prompt that names the background."""
 
     number: int
     background: str
@@ -62,11 +59,14 @@ class Pair:
 
     @property
     def prompt(self) -> str:
-        """'an apple', 'a meadow', or ''."""
+        """'an apple', or 'an empty meadow'."""
         if self.task == REMOVE:
-            return ""
-        noun = self.name if self.task == ADD else self.background
-        return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+            return f"an empty {self.background}"
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+
+    def options(self, options: EditOptions) -> EditOptions:
+        """Those of a row, for this pair. A removal keeps nothing of what the mask covers."""
+        return replace(options, strength=1.0) if self.task == REMOVE else options
 
 
 def pairs(count: int, held_back: bool = False) -> list[Pair]:
@@ -86,8 +86,8 @@ def pairs(count: int, held_back: bool = False) -> list[Pair]:
 
 
 def removals(cases: Iterable[Pair]) -> list[Pair]:
-    """For every fourth pair, the same scene with the object in it, to be removed without and with a prompt."""
-    return [replace(case, task=task) for case in list(cases)[::REMOVED_SHARE] for task in (REMOVE, NAME_GROUND)]
+    """For every fourth pair, the same scene with the object in it, to be removed."""
+    return [replace(case, task=REMOVE) for case in list(cases)[::REMOVED_SHARE]]
 
 
 def evaluate(
@@ -156,7 +156,7 @@ def _cache_key(case: Pair, options: EditOptions, networks: Mapping[str, str] | N
 
 def record_path(out: Path, row: str, case: Pair) -> Path:
     """The file with the result of a pair."""
-    return out / "pairs" / row / (f"{case.number:03}.json" if case.task == ADD else f"{case.number:03}-{case.task}.json")
+    return out / "pairs" / row / (f"{case.number:03}{'' if case.task == ADD else '-removed'}.json")
 
 
 def load_record(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -194,7 +194,7 @@ def _edit_and_measure(
     picture = torch.from_numpy(scene).permute(2, 0, 1)[None].float() / 255
     mask_image = torch.from_numpy(mask[..., 0]).float()[None, None] / 255
     start = time.perf_counter()
-    result = edit_picture(picture, mask_image, case.prompt, models, options, on_step=on_step)
+    result = edit_picture(picture, mask_image, clip.prompt(case.prompt), models, case.options(options), on_step=on_step)
     seconds = time.perf_counter() - start
     finished = torch.cat([result.picture(c) for c in result.candidates])
     strip = np.concatenate([to_uint8(row[None]) for row in finished], 1)
