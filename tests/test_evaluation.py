@@ -352,7 +352,7 @@ def test_a_full_disk_ends_an_evaluation_with_what_is_finished(
     assert main(["evaluate", "--only", "best", "--pairs", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert (
-        f"No space left on device: {tmp_path / 'out' / 'pairs' / 'best' / '001.json'}. 1 of 2 pairs are finished in {tmp_path / 'out'}"
+        f"No space left on device: {tmp_path / 'out' / 'pairs' / 'best' / '001.json'}. 1 of 3 pairs are finished in {tmp_path / 'out'}"
         in said
     )
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blended_core import sample as sample_module
+from blended_core.denoiser import DiffusionModel
 from blended_core.diagnose import options_without_effect
+from blended_core.diffusion import DiffusionConfig
 from blended_core.edit import edit_picture
 from blended_core.mask import EditMask
 from blended_core.options import PRESETS, EditOptions, preset
@@ -20,7 +22,7 @@ from blended_core.random import SeededRandom
 from blended_core.sample import Models, Step, edit_steps, guided_step, noise_background
 from blended_core.tone import LATE, LIMIT, acts_at, membrane, tone_shift
 
-from .tiny import oracle_model, same_bits, tiny_models
+from .tiny import Network, oracle_model, same_bits, tiny_models
 
 
 def ellipse(height: int, width: int, x: float = 0.5, y: float = 0.5, radius: float = 0.35) -> Tensor:
@@ -161,6 +163,33 @@ def test_a_cast_of_the_network_does_not_reach_the_result(sampler: str, tone_matc
     torch.testing.assert_close(result, source.expand_as(result), atol=2e-3, rtol=0)
     outside = (~inside).expand_as(result)
     assert torch.equal(result[outside], source.expand_as(result)[outside])
+
+
+def biased_world(source: Tensor, spread: float = 0.1) -> Models:
+    """The exact denoiser of pictures that are normal around the source and a cast. It reproduces its input at the last levels."""
+    process = DiffusionConfig(objective="x0", variance="fixed_small")
+    alphas = torch.from_numpy(process.respaced(1000).alphas_cumprod).float()
+
+    def x0(x: Tensor, timesteps: Tensor) -> Tensor:
+        share = alphas[timesteps.round().long()].view(-1, 1, 1, 1)
+        trust = share * spread**2 / (share * spread**2 + 1 - share)
+        return trust * x / share.sqrt() + (1 - trust) * (source + CAST)
+
+    return Models(DiffusionModel(Network(x0), process, SIZE))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_late_corrects_what_a_network_keeps_from_the_middle_levels(sampler: str) -> None:
+    source, inside = region(), ellipse(SIZE, SIZE)
+
+    def cast_of(tone_match: str) -> float:
+        options = options_of(tone_match, sampler=sampler, steps="40", strength=1.0)
+        result = edited(biased_world(source), source, EditMask.of(inside.float()), options, range(64))[-1].x
+        return float((result - source)[inside.expand_as(result)].mean())
+
+    without, end, late = (cast_of(choice) for choice in ("off", "end", "late"))
+    assert without == pytest.approx(CAST, rel=0.15)
+    assert end > 0.6 * without and abs(late) < 0.25 * without, (without, end, late)
 
 
 def test_end_acts_on_the_last_step_and_late_on_the_last_levels() -> None:
