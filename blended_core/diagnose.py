@@ -47,6 +47,7 @@ def options_without_effect(options: EditOptions, model: DiffusionModel, prompted
         (not options.keeps_background, "the original is not restored outside the mask", ("feather",)),
         (options.keeps_background and options.feather == 1, "the pixels at the edge of the mask have the whole edit already", ("feather",)),
         (options.algorithm == "blended" and bool(options.enforce_background), "Algorithm 2 always does it", ("enforce_background",)),
+        (options.algorithm == "local", "Algorithm 1 blends nothing", ("tone_match",)),
         (model.num_classes is None, "the diffusion model is not class-conditional", ("class_choice",)),
         (not prompted, "there is no prompt", (*guidance_names, "ranking")),
         (prompted and blended_away, "Algorithm 2 replaces all that this loss changes, which lies outside the mask", ("background_scale",)),

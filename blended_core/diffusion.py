@@ -7,7 +7,7 @@ Dhariwal & Nichol (2021), algorithms 1 and 2, for guidance.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,11 @@ class Prediction:
 
     def __repr__(self) -> str:
         return f"Prediction({tuple(self.x0.shape)})"
+
+    def moved(self, shift: Tensor, index: int | Tensor, schedule: Schedule) -> Prediction:
+        """The prediction for x̂0 + shift. The mean moves by the shift times the coefficient that x̂0 has in it."""
+        coef = coefficient(schedule.posterior_mean_coef1, index, shift)
+        return replace(self, x0=self.x0 + shift, mean=self.mean + coef * shift)
 
     def detach(self) -> Prediction:
         """The same values without a graph."""

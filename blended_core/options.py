@@ -377,6 +377,12 @@ class EditOptions:
         "Pixels over which the edit fades in, counted inward from the mask edge. The outside stays untouched.",
         low=0, high=MOST, node_high=512, metavar="PX", unit="pixels", group=REGION,
     )  # fmt: skip
+    tone_match: str = option(
+        "off",
+        "Corrects colors inside the mask so that they continue the source image across its edge. end: once, on the result. late: also at the last noise "
+        "levels, for models that keep what they are given there.",
+        choices=("off", "end", "late"), group=REGION,
+    )  # fmt: skip
     ranking: str = option(
         "views",
         "Order of the candidates. views: CLIP distance averaged over 32 views. corrected: of one view. reference: as in the reference code.",

@@ -26,6 +26,7 @@ from .options import EditOptions, GuidanceOptions
 from .random import RandomSource
 from .reference import BatchBackgroundLoss, Deviations, MixedInput, unclamped_distance
 from .schedule import CLEAN, Schedule
+from .tone import acts_at, tone_shift
 
 DISTANCES: dict[str, Distance] = {
     "spherical": spherical_distance, "cosine": cosine_distance, "spherical_unclamped": unclamped_distance,
@@ -279,6 +280,7 @@ def guided_step(
     losses: Sequence[Loss] = (),
     previous: Tensor | None = None,
     wait: bool = True,
+    inside: Tensor | None = None,
 ) -> Step:
     """x_{t−1} from x_t at ``index``: a prediction, its guidance, and a step of the sampler. Nothing is blended.
 
@@ -289,10 +291,11 @@ def guided_step(
         x: [B, C, H, W] at ``index``; images: number of the candidate in each row.
         prompt: None or empty: no guidance but that of ``losses``.
         mask: [B or 1, 1, H, W], 1 = the part that CLIP sees.
-        source: [B or 1, C, H, W] in −1..1, needed where the background loss is on.
+        source: [B or 1, C, H, W] in −1..1, needed where the background loss is on, and for ``inside``.
         losses: further losses of guidance.
         previous: x̂0 of the step before [B, C, H, W], which a multistep sampler extrapolates from; None at the first step.
         wait: for the device. False only queues the work, so that the CPU can draw random numbers meanwhile.
+        inside: bool [B or 1, 1, H, W], what blending will take of this step; the option ``tone_match`` needs it. None: nothing is blended.
 
     Returns:
         The step, its ``done`` and ``total`` left at 0.
@@ -311,11 +314,12 @@ def guided_step(
         for first in range(0, len(x), rows):
             part = slice(first, first + rows)
             own_source = source if source is None or len(source) == 1 else source[part]
+            own_inside = inside if inside is None or len(inside) == 1 else inside[part]
             inputs = StepInput(
                 x[part], index, schedule, images[part], random, mask if len(mask) == 1 else mask[part], own_source
             )  # fmt: skip
             own_previous = None if previous is None else previous[part]
-            steps.append(_step(models, inputs, options, guidance_from(guidance, models, prompt, losses), own_previous))
+            steps.append(_step(models, inputs, options, guidance_from(guidance, models, prompt, losses), own_previous, own_inside))
         return steps
 
     description = GuidedWork(
@@ -329,9 +333,14 @@ def guided_step(
     return step.settled() if wait else step
 
 
-def _step(models: Models, inputs: StepInput, options: EditOptions, guidance: Guidance, previous: Tensor | None) -> Step:
+def _step(
+    models: Models, inputs: StepInput, options: EditOptions, guidance: Guidance, previous: Tensor | None, inside: Tensor | None
+) -> Step:
     labels = class_labels(models.ddpm, options.class_choice, inputs)
     guided = deviations_of(options).predict(guidance, models.ddpm, inputs, labels)
+    if inside is not None and inputs.source is not None and acts_at(options.tone_match, inputs.index, inputs.schedule):
+        correction = tone_shift(guided.prediction.x0, inputs.source, inside)
+        guided = replace(guided, prediction=guided.prediction.moved(correction, inputs.index, inputs.schedule))
     x, x0, shift = sampler_of(options).step(guided, inputs, previous)
     return Step(tuple(inputs.images), inputs.index - 1, 0, 0, x, x0, guided.values.get("clip"), shift, guided.broken, guided.gradient)
 
@@ -387,10 +396,13 @@ def blended_diffusion(
     x = noise_background(source, start, schedule, random, images, "start")
     previous = None
     for index in range(start, -1, -1):
-        step = guided_step(models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous, wait=False)
+        weights = mask.at_level(index, start)
+        step = guided_step(
+            models, x, index, schedule, options, prompt, seen, random, images, source, losses, previous, wait=False, inside=weights > 0
+        )
         previous = step.x0
         background = noise_background(source, deviations.background_index(index), schedule, random, deviations.background_images(images))
-        x = blend(step.x, background, mask.at_level(index, start))
+        x = blend(step.x, background, weights)
         yield replace(step, x=x, done=start - index + 1, total=start + 1).settled()
 
 

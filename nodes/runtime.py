@@ -27,10 +27,11 @@ INPUTS: dict[str, dict[str, str]] = {
     "Noise Background": {
         **{name: name for name in ("steps", "strength", "seed", "batch", "context")}, "mask_rule": "soft_mask",
     },
-    "CLIP Guidance Step": {name: name for name in ("sampler", "eta", "class_choice", "ddim_guidance")},
+    "CLIP Guidance Step": {name: name for name in ("sampler", "eta", "class_choice", "ddim_guidance", "tone_match")},
     "Blended Diffusion Sampler": {
         **{name: name for name in (
             "steps", "strength", "seed", "batch", "context", "sampler", "eta", "class_choice", "feather", "candidates", "preset", "algorithm",
+            "tone_match",
         )},
         "mask_rule": "mask_edges",
     },

@@ -122,6 +122,7 @@ class BlendedSampler(io.ComfyNode):
                     tooltip="Class label for a class-conditional model: zero (no class), random (a new one at every step), or the number of a class. "
                     "Empty: the preset's choice.",
                 ),
+                edit_option("tone_match", advanced=True),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The candidates, pasted at the source image's size, best first."),
@@ -156,10 +157,11 @@ class BlendedSampler(io.ComfyNode):
         eta: float = 0.0,
         respacing: str = "",
         class_choice: str = "",
+        tone_match: str = "off",
     ) -> io.NodeOutput:
         changes: dict[str, Any] = {
             "strength": strength, "seed": seed, "candidates": candidates, "algorithm": algorithm, "batch": batch, "feather": feather,
-            "context": context, "eta": eta,
+            "context": context, "eta": eta, "tone_match": tone_match,
         }  # fmt: skip
         if respacing.strip() or steps:
             changes["steps"] = respacing.strip() or str(steps)

@@ -165,13 +165,14 @@ class CLIPGuidanceStep(io.ComfyNode):
                 io.Image.Input(
                     "source",
                     optional=True,
-                    tooltip="Used only if background_scale in the options is above 0: the image whose background is kept. Unconnected: the source "
-                    "image of the edit.",
+                    tooltip="Used only if background_scale in the options is above 0, or by tone_match: the image whose background is kept. Unconnected: "
+                    "the source image of the edit.",
                 ),
                 edit_option("sampler", default="ddpm", advanced=True),
                 edit_option("eta", advanced=True),
                 edit_option("class_choice", advanced=True),
                 edit_option("ddim_guidance", advanced=True),
+                edit_option("tone_match", advanced=True),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The LATENT one level lower: the foreground for Blend Latents."),
@@ -192,6 +193,7 @@ class CLIPGuidanceStep(io.ComfyNode):
         eta: float = 0.0,
         class_choice: str = "zero",
         ddim_guidance: str = "matched",
+        tone_match: str = "off",
     ) -> io.NodeOutput:
         with library_scope(STEP):
             noisy = unpack(latent, STEP)
@@ -202,7 +204,7 @@ class CLIPGuidanceStep(io.ComfyNode):
             guidance = with_scale(options.options if options is not None else GuidanceOptions(), ddpm.model)
             edit = EditOptions(
                 steps=state.respacing, seed=state.seed, sampler=sampler, eta=eta, ddim_guidance=ddim_guidance, guidance=guidance,
-                class_choice=inputs.parse_class(class_choice), mask_rule=mask_rule(state.soft),
+                tone_match=tone_match, class_choice=inputs.parse_class(class_choice), mask_rule=mask_rule(state.soft),
             )  # fmt: skip
             given = noisy.seen_mask(from_optional_mask(mask), STEP)
             if prompt is not None and not len(prompt.prompt):
@@ -210,6 +212,8 @@ class CLIPGuidanceStep(io.ComfyNode):
             if given is None and prompt is not None:
                 raise BlendedError(f"{STEP} has a prompt and no mask; connect a MASK to Noise Background (start) or to this node.")
             area = torch.ones(1, 1, state.size, state.size) if given is None else given.for_clip()
+            blended = None if tone_match == "off" else noisy.region_mask(None, STEP)
+            inside = None if blended is None else blended.at_level(state.level, state.start) > 0
             sources = noisy.sources if source is None else noisy.cut(from_image(source, "source"), "source")
             done = state.start - state.level
             progress = Progress(state.start + 1)
@@ -223,6 +227,7 @@ class CLIPGuidanceStep(io.ComfyNode):
                 edit_models(ddpm, clip, perceptual, context), context.put(noisy.samples.clone()), state.level, state.schedule, edit,
                 None if prompt is None else prompt.prompt, context.put(area), SeededRandom(state.seed), noisy.candidates,
                 context.put(sources.clone()), previous=None if noisy.previous is None else context.put(noisy.previous.clone()),
+                inside=None if inside is None else context.put(inside),
             )  # fmt: skip
             x0 = to_intermediate(step.x0)
             progress.update(done + 1, blend(x0, sources.to(x0), area.to(x0)))

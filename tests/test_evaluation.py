@@ -21,10 +21,12 @@ from blended_core.cli.request import options_of_arguments
 from blended_core.diffusion import DiffusionConfig
 from blended_core.errors import BlendedError
 from blended_core.evaluation import metrics, plots
+from blended_core.evaluation.ground import ground_error, tone_and_edge
 from blended_core.evaluation.judge import ANSWERS, NONE, Judge, Verdict
 from blended_core.evaluation.metrics import as_table, pairs, rank_auc, summary
 from blended_core.evaluation.rows import ROWS, shortened
 from blended_core.io.atomic import sha256
+from blended_core.mask import distance_inward
 from blended_core.options import PRESETS
 from blended_core.sample import Models
 from blended_core.toy import corrupt
@@ -120,17 +122,23 @@ def test_pairs_are_fixed_and_the_lists_are_disjoint() -> None:
 
 def record(*candidates: tuple[float | None, bool], **more: Any) -> dict[str, Any]:
     rows = [
-        {"clip_distance": d, "gain": None if d is None else 1 - d, "background_error": 0.0, "seam_energy": 0.1, "answer": "cat" if a else NONE,
+        {"clip_distance": d, "gain": None if d is None else 1 - d, "background_error": 0.0, "tone": 2.0, "edge": None, "answer": "cat" if a else NONE,
          "accepted": a, "one_view_distance": None if d is None else -d}
         for d, a in candidates
     ]  # fmt: skip
-    return {"candidates": rows, "diversity": 0.5, "seconds": 2.0, **more}
+    return {"task": metrics.ADD, "candidates": rows, "diversity": 0.5, "seconds": 2.0, **more}
+
+
+def removed(*errors: tuple[float, float]) -> dict[str, Any]:
+    rows = [{"candidate": i, "ground_rmse": rmse, "ground_low": low} for i, (rmse, low) in enumerate(errors)]
+    return {"task": metrics.REMOVE, "candidates": rows, "seconds": 99.0}
 
 
 def test_summary_of_a_row() -> None:
     records = [
         record((0.1, True), (0.2, True), (0.3, False), (0.4, False)),
         record((0.1, False), (0.2, True), (0.3, False), (0.4, False), diversity=0.3, seconds=4.0),
+        removed((9.0, 4.0), (11.0, 2.0)),
     ]
     row = summary("x", records)
     assert row["batch_precision"] == 3 / 8 and row["best_precision"] == 1 / 2 and row["nothing"] == 5 / 8
@@ -140,12 +148,56 @@ def test_summary_of_a_row() -> None:
     assert row["diversity"] == pytest.approx(0.4) and row["seconds"] == 3 and row["clip_gain"] == pytest.approx(0.75)
     assert row["pairs"] == 2 and row["candidates"] == 8 and row["background_error_max"] == 0
     assert row["by_rank"] == [0.5, 1, 0, 0]
+    assert (row["tone"], row["edge"], row["ground_rmse"], row["ground_low"]) == (2, None, 10, 3)
     assert rank_auc([record((0.1, True), (0.1, False))]) == 0.5
     assert rank_auc([record((None, True), (0.1, False))]) is None
     assert summary("y", [record((None, True), diversity=None)])["clip_gain"] is None
     table = as_table([row, summary("y", [record((None, False), diversity=None)])])
-    assert "37.5%" in table and "50% / 0%" in table and "| –" in table
+    assert "37.5%" in table and "50% / 0%" in table and "10.0 / 3.0" in table and "– / –" in table
     assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def within_a_disc(side: int = 64, radius: float = 20.0) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
+    return (((rows - side / 2) ** 2 + (columns - side / 2) ** 2).sqrt() <= radius)[None, None]
+
+
+def test_tone_and_edge_see_a_cast_and_neither_texture_nor_objects() -> None:
+    inside, ground = within_a_disc(), torch.full((1, 3, 64, 64), 0.5)
+    checks = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
+    beside = torch.where(torch.arange(64) < 32, 1.0, -1.0).expand(64, 64)
+    fading = (1 - distance_inward(inside, 5)[0, 0] / 5).clamp(min=0)
+    pictures = torch.cat([ground + 5 / 255 * pattern * inside for pattern in (torch.ones(64, 64), checks, beside, fading)])
+    (cast, edge), (texture, _), (opposed, _), (faded, faded_edge) = tone_and_edge(pictures, ground, inside)
+    assert cast == pytest.approx(5, abs=1e-3) and edge == pytest.approx(5, abs=1e-3)
+    assert texture is not None and texture < 0.5
+    assert opposed == pytest.approx(5, abs=0.1), "a cast to both sides does not cancel"
+    assert faded is not None and faded_edge is not None and faded < 3 < faded_edge
+    pictures[:1, :, 20:44, 20:44] += 0.3
+    ((with_object, _),) = tone_and_edge(pictures[:1], ground, inside)
+    assert with_object == pytest.approx(5, abs=0.1)
+    assert tone_and_edge(ground + 0.4 * inside, ground, inside) == [(None, None)], "no ground is left"
+    ((thin, _),) = tone_and_edge(ground + 5 / 255, ground, torch.zeros_like(inside).index_fill(3, torch.tensor([7]), True))
+    assert thin == pytest.approx(5, abs=1e-3)
+
+
+def test_the_error_of_the_ground_and_its_low_frequencies() -> None:
+    inside, ground = within_a_disc(), torch.full((1, 3, 64, 64), 0.5)
+    checks = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
+    outside_only = (~inside).float()
+    pictures = torch.cat([ground + 5 / 255 * pattern for pattern in (torch.ones(64, 64), checks, outside_only[0, 0])])
+    cast, texture, clean = ground_error(pictures, ground, inside)
+    assert cast == pytest.approx((5, 5), abs=1e-3)
+    assert texture[0] == pytest.approx(5, abs=1e-3) and texture[1] < 1
+    assert clean == (0, 0)
+
+
+def test_removals_are_pairs_the_other_way_round() -> None:
+    cases = metrics.removals(pairs(8))
+    assert [(c.number, c.task) for c in cases] == [(0, metrics.REMOVE), (4, metrics.REMOVE)]
+    assert [c.prompt for c in cases] == [f"an empty {pair.background}" for pair in pairs(8)[::4]]
+    best = ROWS["best"]
+    assert cases[0].options(best) == replace(best, strength=1.0) and pairs(1)[0].options(best) == best
 
 
 def test_rows_match_their_names() -> None:
@@ -166,6 +218,7 @@ def test_rows_match_their_names() -> None:
         scaled = replace(options.guidance, scale=row.guidance.scale)
         assert row == replace(options, steps=shortened(options.steps), guidance=scaled), "a preset with fewer steps and a scale"
         assert float(row.steps) / float(ROWS["paper"].steps) == float(options.steps) / float(PRESETS["paper"].steps)
+    assert [ROWS[f"tone-{choice}"].tone_match for choice in ("end", "late")] == ["end", "late"]
 
 
 class FixedVerdict(Verdict):
@@ -254,9 +307,9 @@ def test_the_command_writes_table_plot_and_contact_sheets(
     output = capsys.readouterr().out
     report = json.loads((out / "evaluation.json").read_text("utf-8"))
     assert [row["name"] for row in report["rows"]] == ["best"] and report["rows"][0]["background_error"] == 0
-    assert {"batch_precision", "best_precision", "background_error", "diversity", "seam_energy", "clip_gain", "seconds"} <= set(
-        report["rows"][0]
-    )
+    measured = set(report["rows"][0])
+    assert {"batch_precision", "best_precision", "background_error", "diversity", "clip_gain", "seconds"} <= measured
+    assert {"tone", "edge", "ground_rmse", "ground_low"} <= measured
     assert report["pairs"] == 2 and len(report["networks"]["ddpm"]) == 64
     assert as_table(report["rows"]) in output and (out / "evaluation.md").read_text("utf-8").strip() in output
     for name in ("evaluation.png", "best.png", "comparison.png"):
@@ -270,7 +323,9 @@ def test_the_command_writes_table_plot_and_contact_sheets(
     assert main(arguments) == 0
     assert (out / "pairs" / "best" / "000.json").stat().st_mtime_ns == stamp
     capsys.readouterr()
-    assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == ["000.json", "000.png", "001.json", "001.png"]
+    assert sorted(p.name for p in (out / "pairs" / "best").iterdir()) == [
+        f"{name}.{kind}" for name in ("000-removed", "000", "001") for kind in ("json", "png")
+    ]
     for arguments_of_error, message in (
         (["--only", "better"], "unknown row better; known are best, fast"),
         (["--pairs", "0"], "--pairs is 0"),
@@ -301,7 +356,7 @@ def test_a_full_disk_ends_an_evaluation_with_what_is_finished(
     assert main(["evaluate", "--only", "best", "--pairs", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert (
-        f"No space left on device: {tmp_path / 'out' / 'pairs' / 'best' / '001.json'}. 1 of 2 pairs are finished in {tmp_path / 'out'}"
+        f"No space left on device: {tmp_path / 'out' / 'pairs' / 'best' / '001.json'}. 1 of 3 pairs are finished in {tmp_path / 'out'}"
         in said
     )
 
@@ -328,7 +383,7 @@ def test_the_published_table_supports_its_text() -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] > 0
     for name, row in rows.items():
         assert name in local or row["background_error_max"] == 0
-        assert row["seam_energy"] < 0.25 * rows["naive-paste"]["seam_energy"] or name == "naive-paste"
+        assert row["edge"] < rows["naive-paste"]["edge"] or name in ("naive-paste", *local)
         if ROWS[name].ranking != "reference":
             assert row["top_fifth"] > row["bottom_fifth"] and row["rank_auc"] > 0.5
     spread = [rows[name]["diversity"] for name in local]

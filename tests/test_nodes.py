@@ -329,14 +329,33 @@ def test_loop_sampler_and_terminal_give_one_picture(comfyui: Server, preset: str
     assert (terminal[0] != picture).any()
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_multistep_sampler_remembers_its_step_in_the_latent(comfyui: Server, eta: float) -> None:
-    options = {"sampler": "dpmpp-2m", "eta": eta}
+@pytest.mark.parametrize(("eta", "tone_match"), [(0.0, "off"), (1.0, "off"), (0.0, "late")])
+def test_a_multistep_sampler_remembers_its_step_in_the_latent(comfyui: Server, eta: float, tone_match: str) -> None:
+    options = {"sampler": "dpmpp-2m", "eta": eta, "tone_match": tone_match}
     begin = start(steps=100, **{"respacing": "logsnr8"})
     stepped = comfyui.pictures(comfyui.run(loop({**scene(), "start": begin}, **options)), "save")
     at_once = comfyui.pictures(comfyui.run(sampler(scene(), respacing="logsnr8", **options)), "save")
     assert {picture.tobytes() for picture in stepped} == {picture.tobytes() for picture in at_once}
     assert len(stepped) == 2
+
+
+def test_tone_matching_step_by_step_is_that_of_one_node(comfyui: Server) -> None:
+    soft = {"soft_mask": True}
+
+    def stepped(tone_match: str, **begin: Any) -> list[Any]:
+        return comfyui.pictures(comfyui.run(loop({**scene(), "start": start(**begin)}, tone_match=tone_match)), "save")
+
+    def at_once(tone_match: str, **more: Any) -> list[Any]:
+        return comfyui.pictures(comfyui.run(sampler(scene(), tone_match=tone_match, **more)), "save")
+
+    results = {}
+    for tone_match in ("off", "end", "late"):
+        results[tone_match] = {picture.tobytes() for picture in stepped(tone_match)}
+        assert results[tone_match] == {picture.tobytes() for picture in at_once(tone_match)} and len(results[tone_match]) == 2
+    assert not results["off"] & results["end"] and not results["end"] & results["late"]
+    assert {picture.tobytes() for picture in stepped("late", **soft)} == {
+        picture.tobytes() for picture in at_once("late", mask_edges="soft")
+    }
 
 
 def test_no_number_of_steps_is_the_presets(comfyui: Server) -> None:

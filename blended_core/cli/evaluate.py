@@ -62,7 +62,7 @@ def _evaluate(args: argparse.Namespace, out: Path, rows: Mapping[str, EditOption
     from ..device import DeviceContext
     from ..evaluation import metrics
     from ..evaluation.judge import Judge
-    from ..evaluation.metrics import Pair, as_table, finished, pairs
+    from ..evaluation.metrics import Pair, as_table, finished, pairs, removals
     from ..evaluation.plots import comparison, plot, row_sheet
     from ..io.results import as_json
     from ..perceptual import load_perceptual
@@ -78,7 +78,8 @@ def _evaluate(args: argparse.Namespace, out: Path, rows: Mapping[str, EditOption
         "precision": precision_of(context.dtype),
         "device": context.device.type,
     }
-    cases = pairs(args.pairs, args.held_back)
+    shown = pairs(args.pairs, args.held_back)
+    cases = [*shown, *removals(shown)]
     done = 0
     with tqdm(total=len(cases) * len(rows), unit="pair", disable=None, dynamic_ncols=True, leave=False) as bar:
 
@@ -101,7 +102,7 @@ def _evaluate(args: argparse.Namespace, out: Path, rows: Mapping[str, EditOption
     with claimed_path(out / "evaluation.json", TABLE_SECONDS):
         table = finished(out, ROWS, cases, args.candidates, networks)  # includes the rows of earlier runs with the same settings
         about = {
-            "pairs": len(cases),
+            "pairs": len(shown),
             "candidates": args.candidates,
             "held_back": args.held_back,
             "networks": networks,
@@ -112,8 +113,8 @@ def _evaluate(args: argparse.Namespace, out: Path, rows: Mapping[str, EditOption
         plot(out / "evaluation.png", table)
         measured = [row["name"] for row in table]
         for name in measured:
-            row_sheet(out / f"{name}.png", out, name, cases[:12])
-        comparison(out / "comparison.png", out, measured, cases[:5])
+            row_sheet(out / f"{name}.png", out, name, shown[:12])
+        comparison(out / "comparison.png", out, measured, shown[:5])
     say(as_table(table))
     say(f"\nwritten: {out / 'evaluation.json'}, with a plot, and a sheet for each row")
     return 0

@@ -1,5 +1,6 @@
 """Quality of edits on the embedded world. A pair is an empty scene and an object to add; the judge decides whether the result shows the
-object. A row is a set of options. Every row edits the same pairs with the same seeds.
+object. Some scenes contain the object, and the edit removes it; the true ground is known. A row is a set of options. Every row edits the same
+pairs with the same seeds.
 
 A run has a folder. The result of each pair and row is saved as soon as it is finished, so that a run can be stopped and resumed.
 """
@@ -32,28 +33,41 @@ from ..result import EditResult
 from ..sample import Models, Step
 from ..toy.models import SIDE
 from ..toy.world import BACKGROUNDS, OBJECTS, demo_scene
+from .ground import ground_error, tone_and_edge
 from .judge import NONE, Judge
 from .rows import CANDIDATES
 
-FORMAT = 2  # version of the saved files; increase it when their meaning changes
+FORMAT = 3  # version of the saved files; increase it when their meaning changes
 FIFTH = 0.2
 PAIR_LISTS = {False: (20220624, 1000), True: (20220626, 5001)}
 """held_back → (seed of the order, seed of the first scene). A held-back list can be used once: after a look at its results, choose new seeds."""
 
 
+ADD, REMOVE = "add", "remove"
+REMOVED_SHARE = 4
+"""Of so many pairs one is edited the other way round too."""
+
+
 @dataclass(frozen=True)
 class Pair:
-    """An empty scene with a mask, and the object that the edit should add."""
+    """A scene with a mask, and an object. ``task``: ADD the object to the empty scene, or REMOVE it with a prompt that names the background."""
 
     number: int
     background: str
     seed: int
     name: str
+    task: str = ADD
 
     @property
     def prompt(self) -> str:
-        """'an apple'."""
+        """'an apple', or 'an empty meadow'."""
+        if self.task == REMOVE:
+            return f"an empty {self.background}"
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+
+    def options(self, options: EditOptions) -> EditOptions:
+        """Those of a row, for this pair. A removal keeps nothing of what the mask covers."""
+        return replace(options, strength=1.0) if self.task == REMOVE else options
 
 
 def pairs(count: int, held_back: bool = False) -> list[Pair]:
@@ -70,6 +84,11 @@ def pairs(count: int, held_back: bool = False) -> list[Pair]:
             background = list(BACKGROUNDS)[int(index) % len(BACKGROUNDS)]
             out.append(Pair(len(out), background, first + 2 * len(out), str(name)))
     return out[:count]
+
+
+def removals(cases: Iterable[Pair]) -> list[Pair]:
+    """For every fourth pair, the same scene with the object in it, to be removed."""
+    return [replace(case, task=REMOVE) for case in list(cases)[::REMOVED_SHARE]]
 
 
 def evaluate(
@@ -138,7 +157,7 @@ def _cache_key(case: Pair, options: EditOptions, networks: Mapping[str, str] | N
 
 def record_path(out: Path, row: str, case: Pair) -> Path:
     """The file with the result of a pair."""
-    return out / "pairs" / row / f"{case.number:03}.json"
+    return out / "pairs" / row / (f"{case.number:03}{'' if case.task == ADD else '-removed'}.json")
 
 
 def load_record(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -171,18 +190,32 @@ def _edit_and_measure(
     on_step: Callable[[Step], None] | None,
 ) -> tuple[dict[str, Any], UInt8]:
     """(result, image of all candidates side by side, best first)."""
-    scene, mask = demo_scene(case.background, case.seed)
+    scene, mask = demo_scene(case.background, case.seed, name=None if case.task == ADD else case.name)
+    empty, _ = demo_scene(case.background, case.seed)
     picture = torch.from_numpy(scene).permute(2, 0, 1)[None].float() / 255
     mask_image = torch.from_numpy(mask[..., 0]).float()[None, None] / 255
     start = time.perf_counter()
-    result = edit_picture(picture, mask_image, clip.prompt(case.prompt), models, options, on_step=on_step)
+    result = edit_picture(picture, mask_image, clip.prompt(case.prompt), models, case.options(options), on_step=on_step)
     seconds = time.perf_counter() - start
     finished = torch.cat([result.picture(c) for c in result.candidates])
+    strip = np.concatenate([to_uint8(row[None]) for row in finished], 1)
     squares, inside = _regions(finished, result)
+    ground, _ = _regions(torch.from_numpy(empty).permute(2, 0, 1)[None].float() / 255, result)
+    before, within = (ground + 1) / 2, inside > 0
+    if case.task != ADD:
+        errors = ground_error((squares + 1) / 2, before, within)
+        return {
+            "task": case.task,
+            "seconds": seconds / len(finished),
+            "candidates": [
+                {"candidate": c.index, "ground_rmse": a, "ground_low": b} for c, (a, b) in zip(result.candidates, errors, strict=True)
+            ],
+        }, strip
     verdicts = judge(squares, inside)
-    prompt = clip.prompt(case.prompt)
-    one_view = clip_distance(models.context.put(squares), models.context.put(inside), clip, prompt)
+    one_view = clip_distance(models.context.put(squares), models.context.put(inside), clip, clip.prompt(case.prompt))
+    tones = tone_and_edge((squares + 1) / 2, before, within)
     return {
+        "task": case.task,
         "seconds": seconds / len(finished),
         "source_distance": result.source_distance,
         "diversity": diversity(models.context.put(squares), models.context.put(inside), perceptual),
@@ -194,10 +227,12 @@ def _edit_and_measure(
                 "answer": verdict.answer,
                 "probability": verdict.probabilities[case.name],
                 "accepted": verdict.accepts(case.name),
+                "tone": tone,
+                "edge": edge,
             }
-            for c, verdict, one in zip(result.candidates, verdicts, one_view, strict=True)
+            for c, verdict, one, (tone, edge) in zip(result.candidates, verdicts, one_view, tones, strict=True)
         ],
-    }, np.concatenate([to_uint8(row[None]) for row in finished], 1)
+    }, strip
 
 
 def _regions(pictures: Tensor, result: EditResult) -> tuple[Tensor, Tensor]:
@@ -224,8 +259,11 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     - ``best_precision``: share of pairs whose first candidate the judge accepts.
     - ``top_fifth``, ``bottom_fifth``: share accepted among the best and the worst ranked fifth of each pair, rounded up.
     - ``rank_auc``: :func:`rank_auc`; ``one_view_auc``: the same for a ranking by the unwarped view of the pasted region alone.
+    - ``tone``, ``edge``: :func:`~.ground.tone_and_edge`; ``ground_rmse``, ``ground_low``: :func:`~.ground.ground_error` of removals.
     - ``by_rank``: share accepted at each rank. ``background_error_max`` is a maximum, all others are means.
     """
+    removed = [c for r in records if r["task"] != ADD for c in r["candidates"]]
+    records = [r for r in records if r["task"] == ADD]
     candidates = [c for r in records for c in r["candidates"]]
     firsts = [r["candidates"][0] for r in records]
     top, bottom = ([c["accepted"] for r in records for c in _fifth(r["candidates"], end)] for end in (False, True))
@@ -239,7 +277,10 @@ def summary(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "background_error": _mean(c["background_error"] for c in candidates),
         "background_error_max": max((c["background_error"] for c in candidates), default=0.0),
         "diversity": _mean(r["diversity"] for r in records if r["diversity"] is not None),
-        "seam_energy": _mean(c["seam_energy"] for c in candidates),
+        "tone": _mean(c["tone"] for c in candidates if c["tone"] is not None),
+        "edge": _mean(c["edge"] for c in candidates if c["edge"] is not None),
+        "ground_rmse": _mean(c["ground_rmse"] for c in removed),
+        "ground_low": _mean(c["ground_low"] for c in removed),
         "clip_gain": _mean(c["gain"] for c in candidates if c["gain"] is not None),
         "top_fifth": _mean(top),
         "bottom_fifth": _mean(bottom),
@@ -275,15 +316,15 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with one line per row."""
     columns = (
         ("row", "name", "{}"), ("batch precision", "batch_precision", "{:.1%}"), ("best precision", "best_precision", "{:.1%}"),
-        ("background error", "background_error", "{:.4f}"), ("diversity", "diversity", "{:.3f}"), ("seam", "seam_energy", "{:.4f}"),
-        ("CLIP gain", "clip_gain", "{:.3f}"), ("top / bottom fifth", "", ""), ("rank AUC", "rank_auc", "{:.2f}"),
+        ("background error", "background_error", "{:.4f}"), ("diversity", "diversity", "{:.3f}"), ("tone", "tone", "{:.1f}"), ("edge", "edge", "{:.1f}"),
+        ("ground kept", ("ground_rmse", "ground_low"), "{:.1f}"), ("CLIP gain", "clip_gain", "{:.3f}"), ("top / bottom fifth", ("top_fifth", "bottom_fifth"), "{:.0%}"), ("rank AUC", "rank_auc", "{:.2f}"),
         ("s / candidate", "seconds", "{:.1f}"),
     )  # fmt: skip
 
-    def cell(row: dict[str, Any], key: str, form: str) -> str:
-        if not key:
-            return f"{cell(row, 'top_fifth', '{:.0%}')} / {cell(row, 'bottom_fifth', '{:.0%}')}"
-        return "–" if row[key] is None else form.format(row[key])
+    def cell(row: dict[str, Any], key: str | tuple[str, ...], form: str) -> str:
+        if isinstance(key, tuple):
+            return " / ".join(cell(row, part, form) for part in key)
+        return "–" if row.get(key) is None else form.format(row[key])
 
     lines = [[title for title, _, _ in columns], *([cell(row, key, form) for _, key, form in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
