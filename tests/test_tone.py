@@ -211,7 +211,7 @@ def test_a_step_moves_by_the_coefficient_of_the_prediction_times_the_membrane(sa
 
     def step(tone_match: str) -> Step:
         options = options_of(tone_match, sampler=sampler)
-        return guided_step(models, x, index, schedule, options, None, inside.float(), random, [0, 1], source, (), before, inside)
+        return guided_step(models, x, index, schedule, options, None, inside.float(), random, [0, 1], source, (), before, inside=inside)
 
     without, late = step("off"), step("late")
     assert torch.equal(step("end").x, without.x)
