@@ -1,7 +1,8 @@
 """How much memory a guided step needs, and what happens when it runs out: the same work in smaller parts.
 
 First the memory of other networks is released, then that of CUDA graphs. Then fewer images are processed at once, then fewer views, then with gradient
-checkpointing. All of that changes memory and time; the result stays the same up to rounding. Only the gradient at x̂0 changes the result, and it is taken only where the options allow it.
+checkpointing. All of that changes memory and time; the result stays the same up to rounding. Only the gradient at x̂0 changes the result, and it is
+taken only where the options allow it.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ class LoadCLIP(io.ComfyNode):
             display_name=CLIP,
             category=inputs.CATEGORY,
             description=(
-                "Loads the CLIP that guides the edit and ranks the candidates. Weights other than the embedded ones are loaded with open_clip, because ComfyUI's own CLIP has no image "
-                "gradients. “embedded” knows only the words of the toy world."
+                "Loads the CLIP that guides the edit and ranks the candidates. Weights other than the embedded ones are loaded with "
+                "open_clip, because ComfyUI's own CLIP has no image gradients. “embedded” knows only the words of the toy world."
             ),
             search_aliases=["open clip", "openclip", "CLIP guidance model", "ViT-B/16"],
             inputs=[

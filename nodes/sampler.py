@@ -111,7 +111,8 @@ class BlendedSampler(io.ComfyNode):
                     default=AS_PRESET,
                     advanced=True,
                     tooltip=declared(EditOptions)["sampler"][0].help
-                    + " If you choose a sampler other than that of the preset, steps 0 means 100 steps; with fast, 40 steps with four views (two at the noisier levels).",
+                    + " If you choose a sampler other than that of the preset, steps 0 means 100 steps; with fast, 40 steps with four views (two at "
+                    "the noisier levels).",
                 ),
                 edit_option("eta", advanced=True),
                 inputs.respacing(),
