@@ -378,9 +378,9 @@ class EditOptions:
         low=0, high=MOST, node_high=512, metavar="PX", unit="pixels", group=REGION,
     )  # fmt: skip
     tone_match: str = option(
-        "off",
+        "late",
         "Corrects colors inside the mask so that they continue the source image across its edge. end: once, on the result. late: also at the last noise "
-        "levels, for models that keep what they are given there.",
+        "levels, since models that predict noise keep what they are given there.",
         choices=("off", "end", "late"), group=REGION,
     )  # fmt: skip
     ranking: str = option(
@@ -433,6 +433,7 @@ PRESETS: dict[str, EditOptions] = {
         steps="100",
         guidance=GuidanceOptions(distance="cosine", range_scale=0.0, views=16),
         ddim_guidance="score",
+        tone_match="off",
         ranking="corrected",
     ),
     "official": EditOptions(
@@ -455,6 +456,7 @@ PRESETS: dict[str, EditOptions] = {
         index_lookup="reference",
         mask_rule="nonzero",
         crop="squash",
+        tone_match="off",
         ranking="reference",
     ),
 }
@@ -462,8 +464,8 @@ PRESETS: dict[str, EditOptions] = {
 official: the reference code, random number by random number."""
 
 ONE_STEP_PRESETS: dict[str, EditOptions] = {
-    "best": EditOptions(sampler="ddpm", steps="100", guidance=GuidanceOptions()),
-    "fast": EditOptions(preset="fast", sampler="ddpm", steps="40", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
+    "best": EditOptions(sampler="ddpm", steps="100", tone_match="off", guidance=GuidanceOptions()),
+    "fast": EditOptions(preset="fast", sampler="ddpm", steps="40", tone_match="off", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
 }
 """What a preset stands for with a sampler other than its own: those of one step need more. Workflows and command lines that name ddpm or ddim,
 as all did before the presets had another sampler, keep their results."""

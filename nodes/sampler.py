@@ -123,7 +123,12 @@ class BlendedSampler(io.ComfyNode):
                     tooltip="Class label for a class-conditional model: zero (no class), random (a new one at every step), or the number of a class. "
                     "Empty: the preset's choice.",
                 ),
-                edit_option("tone_match", advanced=True),
+                edit_option(
+                    "tone_match",
+                    options=[AS_PRESET, *declared(EditOptions)["tone_match"][0].choices],
+                    default=AS_PRESET,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The candidates, pasted at the source image's size, best first."),
@@ -158,16 +163,18 @@ class BlendedSampler(io.ComfyNode):
         eta: float = 0.0,
         respacing: str = "",
         class_choice: str = "",
-        tone_match: str = "off",
+        tone_match: str = AS_PRESET,
     ) -> io.NodeOutput:
         changes: dict[str, Any] = {
             "strength": strength, "seed": seed, "candidates": candidates, "algorithm": algorithm, "batch": batch, "feather": feather,
-            "context": context, "eta": eta, "tone_match": tone_match,
+            "context": context, "eta": eta,
         }  # fmt: skip
         if respacing.strip() or steps:
             changes["steps"] = respacing.strip() or str(steps)
         if sampler != AS_PRESET:
             changes["sampler"] = sampler
+        if tone_match != AS_PRESET:
+            changes["tone_match"] = tone_match
         if mask_edges != AS_PRESET:
             changes["mask_rule"] = mask_edges
         if class_choice.strip():

@@ -172,7 +172,7 @@ class CLIPGuidanceStep(io.ComfyNode):
                 edit_option("eta", advanced=True),
                 edit_option("class_choice", advanced=True),
                 edit_option("ddim_guidance", advanced=True),
-                edit_option("tone_match", advanced=True),
+                edit_option("tone_match", default="off", advanced=True),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The LATENT one level lower: the foreground for Blend Latents."),

@@ -218,7 +218,7 @@ def test_rows_match_their_names() -> None:
         scaled = replace(options.guidance, scale=row.guidance.scale)
         assert row == replace(options, steps=shortened(options.steps), guidance=scaled), "a preset with fewer steps and a scale"
         assert float(row.steps) / float(ROWS["paper"].steps) == float(options.steps) / float(PRESETS["paper"].steps)
-    assert [ROWS[f"tone-{choice}"].tone_match for choice in ("end", "late")] == ["end", "late"]
+    assert [ROWS[f"tone-{choice}"].tone_match for choice in ("off", "end")] == ["off", "end"] and ROWS["best"].tone_match == "late"
 
 
 class FixedVerdict(Verdict):

@@ -696,7 +696,7 @@ def test_presets_are_those_of_the_method() -> None:
         "sampler": ("ddpm", "ddpm", "dpmpp-2m"),
         "ddim_guidance": ("score", "score", "matched"),
         "algorithm": ("blended", "blended", "blended"),
-        "tone_match": ("off", "off", "off"),
+        "tone_match": ("off", "off", "late"),
     }
     for name, values in rows.items():
         for which, value in zip(("official", "paper", "best"), values, strict=True):

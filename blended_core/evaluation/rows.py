@@ -51,8 +51,8 @@ ROWS: dict[str, EditOptions] = {
     "guide-from-0.2": _ddpm(start=0.2),
     "early-views-2": _ddpm(early_views=2),
     "half-steps": _ddpm(steps=shortened("50")),
+    "tone-off": _row("best", tone_match="off"),
     "tone-end": _row("best", tone_match="end"),
-    "tone-late": _row("best", tone_match="late"),
 }
 """Name → options. ``ddpm`` is best with the sampler of the paper, and the rows below it differ from it in what their names say. ``local-λ`` is
 Algorithm 1. ``naive-paste`` is Algorithm 1 without D_bg, and pastes the background at the end."""

@@ -12,7 +12,7 @@ from ..options import EditOptions, is_finite, option, validate
 
 MACHINE = "machine and output"
 MOST_THREADS = 1024
-DEFAULTS_OF_OLD_REPORTS = {"ddim_guidance": "score"}
+DEFAULTS_OF_OLD_REPORTS = {"ddim_guidance": "score", "tone_match": "off"}
 REQUEST_DEFAULTS_OF_OLD_REPORTS = {"ddpm_weights": "", "clip_dtype": "fp32", "cuda_graphs": "off"}
 GUIDANCE_DEFAULTS_OF_OLD_REPORTS = {"reference_size": 0}
 """Values of options that did not exist when the report was written, where they differ from today's defaults."""
