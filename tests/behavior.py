@@ -31,7 +31,7 @@ PROMPT = ("--prompt", "a pumpkin")
 EDITS: dict[str, tuple[str, ...]] = {
     "best": (*PROMPT, *PRESET),
     "fast": (*PROMPT, *PRESET, "--preset", "fast"),
-    "dpmpp_noisy": (*PROMPT, *PRESET, "--eta", "0.5", "--steps", "logsnr8"),
+    "dpmpp_noisy": (*PROMPT, *PRESET, "--eta", "0.5", "--steps", "logsnr8", "--tone-match", "off"),
     "ddpm": (*PROMPT, *SHORT),
     "ddpm_one_by_one": (*PROMPT, *SHORT, "--batch", "1", "--view-chunk", "3"),
     "ddpm_fast": (*PROMPT, *SHORT, "--preset", "fast"),

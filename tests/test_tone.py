@@ -281,5 +281,5 @@ def test_algorithm_1_has_nothing_to_match() -> None:
     source, mask, models = region(), EditMask.of(ellipse(SIZE, SIZE).float()), tiny_models()
     first, second = (edited(models, source, mask, options_of(choice, algorithm="local"))[-1].x for choice in ("off", "late"))
     assert torch.equal(first, second)
-    notes = options_without_effect(preset("best", algorithm="local", tone_match="late"), models.ddpm, False)
+    notes = options_without_effect(preset("best", algorithm="local", tone_match="end"), models.ddpm, False)
     assert any("tone_match" in note.options for note in notes)
