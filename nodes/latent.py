@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,7 +53,7 @@ class EditState:
         soft: whether the mask is soft.
         sources: the regions of the source images [N, 3, S, S] in −1..1.
         masks: the masks of the source images [N or 1, 1, H, W], as the edit uses them, or None.
-        rows: fingerprint → row.
+        rows: fingerprint → the rows with these samples, in order. Several masks of one image begin with the same samples.
         area: ``masks`` in the frame of the samples [N or 1, 1, S, S].
     """
 
@@ -65,7 +66,7 @@ class EditState:
     soft: bool
     sources: Tensor
     masks: EditMask | None
-    rows: Mapping[str, Row] = field(default_factory=dict)
+    rows: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     area: EditMask | None = None
 
     @property
@@ -238,7 +239,10 @@ def pack(
     """A LATENT of the pack; ``base`` holds other keys that travel with it, ``previous`` x̂0 of the step before."""
     before: Sequence[Tensor | None] = [None] * len(samples) if previous is None else list(previous)
     rows = zip(samples, images, candidates, before, strict=True)
-    known = {fingerprint(sample): Row(image, candidate, x0) for sample, image, candidate, x0 in rows}
+    known: dict[str, tuple[Row, ...]] = {}
+    for sample, image, candidate, x0 in rows:
+        key = fingerprint(sample)
+        known[key] = (*known.get(key, ()), Row(image, candidate, x0))
     return {**(base or {}), "samples": samples, "batch_index": list(candidates), KEY: replace(state, rows=known)}
 
 
@@ -266,7 +270,13 @@ def unpack(latent: Latent, node: str) -> NoisyImages:
             "scaled it. Scale the image before Noise Background, or after Final Paste."
         )
     samples = samples.to(torch.float32)
-    rows = [state.rows.get(fingerprint(row)) for row in samples]
+    rows: list[Row | None] = []
+    seen: Counter[str] = Counter()
+    for sample in samples:
+        key = fingerprint(sample)
+        same = state.rows.get(key, ())
+        rows.append(same[seen[key] % len(same)] if same else None)  # again from the first one if rows were repeated
+        seen[key] += 1
     if changed := [str(i + 1) for i, row in enumerate(rows) if row is None]:
         raise BlendedError(
             f"row {', '.join(changed)} of {len(rows)} in the LATENT at {node} does not match its recorded noise level ({state}): another node "

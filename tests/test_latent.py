@@ -52,6 +52,15 @@ def test_rows_repeated_get_new_numbers_and_keep_their_picture() -> None:
     assert (noisy.images, noisy.candidates) == ((0, 1, 0, 1), (0, 1, 2, 3))
 
 
+def test_rows_with_the_same_samples_keep_their_own_pictures() -> None:
+    """Several masks of one image begin with the same noise."""
+    images, samples = (0, 0, 1, 1), packed(2)["samples"].repeat(2, 1, 1, 1)
+    whole = latent.pack(samples, state(pictures=2), images, (0, 1, 0, 1))
+    assert latent.unpack(whole, "x").images == images and latent.unpack(whole, "x").candidates == (0, 1, 0, 1)
+    repeated = {**whole, "samples": samples.repeat(2, 1, 1, 1)}
+    assert latent.unpack(repeated, "x").images == images * 2
+
+
 def test_joined_latents_of_different_levels_are_refused_and_the_row_is_named() -> None:
     first, second = packed(2), packed(1, index=2, seed=5)
     joined = {**first, "samples": torch.cat([first["samples"], second["samples"]]), "batch_index": [0, 1, 0]}

@@ -471,6 +471,24 @@ def test_two_masks_of_one_edit_intersect_at_full_size(comfyui: Server, where: st
     assert (changed & both).sum() > 0.95 * both.sum()
 
 
+def test_masks_of_one_image_are_edited_apart_in_batches(comfyui: Server) -> None:
+    """Their rows begin with the same samples; each keeps its own mask, in the steps and at the paste."""
+    base, masks = masked_scene(first=(8, 20, 40, 60), second=(50, 31, 90, 75))
+    base = with_masks(comfyui, base, masks)
+    for name in masks:
+        base[f"{name}_image"] = core("MaskToImage", mask=[name, 0])
+    base["both_images"] = core("ImageBatch", image1=["first_image", 0], image2=["second_image", 0])
+    base["both"] = core("ImageToMask", image=["both_images", 0], channel="red")
+    outcome = comfyui.run(loop({**base, "start": start(mask=("both", 0), batch=2)}))
+    assert outcome.error is None, outcome.error
+    before = comfyui.pictures(outcome, "save_scene")[0]
+    results = comfyui.pictures(outcome, "save")
+    assert len(results) == 4
+    for result, mask in zip(results, [masks["first"], masks["first"], masks["second"], masks["second"]], strict=True):
+        changed = (result != before).any(-1)
+        assert not (changed & ~mask).any() and (changed & mask).sum() > 0.9 * mask.sum()
+
+
 def test_two_masks_that_do_not_overlap_are_an_error(comfyui: Server) -> None:
     base, masks = masked_scene(first=(4, 4, 24, 24), second=(60, 50, 80, 70))
     prompt = loop({**with_masks(comfyui, base, masks), "start": start(mask=("first", 0))})
