@@ -465,7 +465,9 @@ official: the reference code, random number by random number."""
 
 ONE_STEP_PRESETS: dict[str, EditOptions] = {
     "best": EditOptions(sampler="ddpm", steps="100", tone_match="off", guidance=GuidanceOptions()),
-    "fast": EditOptions(preset="fast", sampler="ddpm", steps="40", tone_match="off", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)),
+    "fast": EditOptions(
+        preset="fast", sampler="ddpm", steps="40", tone_match="off", guidance=GuidanceOptions(views=4, early_views=2, end=0.8)
+    ),
 }
 """What a preset stands for with a sampler other than its own: those of one step need more. Workflows and command lines that name ddpm or ddim,
 as all did before the presets had another sampler, keep their results."""

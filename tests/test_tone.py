@@ -251,7 +251,12 @@ def test_nothing_is_known_around_a_full_mask_and_off_computes_nothing(monkeypatc
     full = EditMask.of(torch.ones(1, 1, SIZE, SIZE))
     assert torch.equal(edited(models, source, full, options_of("late"))[-1].x, edited(models, source, full, options_of("off"))[-1].x)
     monkeypatch.delattr(sample_module, "tone_shift")
-    assert {name: options.tone_match for name, options in PRESETS.items()} == {"best": "late", "fast": "late", "paper": "off", "official": "off"}
+    assert {name: options.tone_match for name, options in PRESETS.items()} == {
+        "best": "late",
+        "fast": "late",
+        "paper": "off",
+        "official": "off",
+    }
     edited(models, source, EditMask.of(ellipse(SIZE, SIZE).float()), options_of("off"))
 
 
