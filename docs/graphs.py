@@ -204,8 +204,8 @@ STEP_BY_STEP = Graph(
                 "step": Node(
                     "BlendedCLIPGuidanceStep",
                     {"ddpm": "ddpm.ddpm", "latent": "begin.latent", "prompt": "prompt.prompt", "options": "options.options"},
-                    {"sampler": SAMPLER},
-                    height=480,
+                    {"sampler": SAMPLER, "tone_match": "late"},
+                    height=504,
                 ),
                 "match": Node(
                     "BlendedNoiseBackground", {"image": "scene.image", "mode.latent": "step.latent"}, {"mode": "match"}, height=90
