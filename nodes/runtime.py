@@ -36,6 +36,8 @@ INPUTS: dict[str, dict[str, str]] = {
         "mask_rule": "mask_edges",
     },
     "Final Paste": {"feather": "feather", "mask_rule": "soft_mask"},
+    "Cut Region": {"size": "size", "shape": "shape", "context": "context", "one_region": "one_region", "mask_rule": "soft_mask"},
+    "Paste Region": {"feather": "feather", "tone_match": "tone_match"},
     "Guidance Options": {**{name: name for name in GUIDANCE_INPUTS}, "start": "guide_from", "end": "guide_to"},
     "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides", "ddpm_weights": "weights"},
     "Load CLIP (open_clip)": {"clip": "weights"},
