@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .edit import visible
 from .errors import BlendedError, Note
-from .mask import EditMask
+from .mask import EditMask, dilated
 from .region import Region, aspect_around, feather_notes, pasted_values, rectangle_around, region_around, same_aspect, size_of_aspect
 from .tone import tone_shift
 
 SQUARE, FITTED = "square", "as the mask"
 SHAPES = (SQUARE, FITTED)
-STRADDLING = 1
-"""Pixels of a cut around the mask that may show both the edit and its surroundings; tone matching compares none of them."""
+KERNEL = 2
+"""Pixels that a resampled pixel is made of on each side, in pixels of the coarser picture. Tone matching corrects as many around the mask, and compares
+what lies beyond them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ def paste_back(
         if tone_match:
             known = cuts.mask.rows([paste.cut])
             seen = known if mask is None else known.with_values(torch.maximum(known.values, own.values))
-            values = values + _tone(values, _source_of(region, source, values), region.cut_mask(seen, (values.shape[-2], values.shape[-1])))
+            values = values + _tone(values, _source_of(region, source, values), seen, region)
         if not notes:
             notes += feather_notes(own, region, feather)
         target = results[paste.result : paste.result + 1]
@@ -257,7 +257,9 @@ def _source_of(region: Region, source: Tensor, values: Tensor) -> Tensor:
     return region.cut(visible(source), (values.shape[-2], values.shape[-1]))
 
 
-def _tone(values: Tensor, source: Tensor, mask: EditMask) -> Tensor:
-    """What tone matching adds to an edited cut [1, 3, h, w] in 0..1."""
-    inside = F.max_pool2d(mask.inside.to(values), 2 * STRADDLING + 1, 1, STRADDLING) > 0
+def _tone(values: Tensor, source: Tensor, mask: EditMask, region: Region) -> Tensor:
+    """What tone matching adds to an edited cut [1, 3, h, w] in 0..1, with a mask in the frame of the picture."""
+    size = (values.shape[-2], values.shape[-1])
+    margin = KERNEL * max(1, *(math.ceil(new / old) for new, old in zip(size, region.size, strict=True)))
+    inside = dilated(region.cut_mask(mask, size).inside.to(values), margin) > 0
     return tone_shift(values * 2 - 1, source * 2 - 1, inside) / 2
