@@ -23,6 +23,8 @@ NAME = "Blended Noise (MODEL)"
 KEY = "blended_noise"
 MASK_FUNCTION = "denoise_mask_function"
 """Where Differential Diffusion puts what makes the mask of a level. It has the last word on the mask, wherever it is in the chain."""
+MEMORYLESS = ("sample_euler", "sample_euler_ancestral", "sample_ddpm", "sample_lcm")
+"""Samplers (``ddim`` is the first) that make a step of x and x̂0 alone, as the pack's own do. Others remember earlier calls, which their x must fit."""
 
 
 class BlendedNoise(io.ComfyNode):
@@ -124,7 +126,8 @@ def blending(sampler_function: Callable[..., Tensor], background: Background) ->
 
     @functools.wraps(sampler_function)
     def sample(network: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return sampler_function(BlendingNetwork(network, background), *args, **kwargs)
+        blending_network = BlendingNetwork(network, background, getattr(sampler_function, "__name__", "") in MEMORYLESS)
+        return sampler_function(blending_network, *args, **kwargs)
 
     return sample
 
@@ -132,11 +135,12 @@ def blending(sampler_function: Callable[..., Tensor], background: Background) ->
 class BlendingNetwork:
     """The network that core gives its samplers (``KSamplerX0Inpaint``), with other noise and another mask in each call.
 
-    Samplers read further attributes of that network, which are its own.
+    Samplers read further attributes of that network, which are its own. ``in_place``: the sampler's own x is blended too, as in Algorithm 2. Else the
+    pixels that a gray mask releases go on with the noise that the run started with.
     """
 
-    def __init__(self, network: Any, background: Background) -> None:
-        self._network, self._background = network, background
+    def __init__(self, network: Any, background: Background, in_place: bool) -> None:
+        self._network, self._background, self._in_place = network, background, in_place
         self._start = getattr(network, "noise", None)
 
     def __getattr__(self, name: str) -> Any:
@@ -152,14 +156,16 @@ class BlendingNetwork:
         network, level = self._network, float(sigma.flatten()[0])
         noise = self._background.noise(level, x.shape)
         network.noise = self._start if noise is None else noise.to(self._start)
-        if MASK_FUNCTION not in options:
-            # Core has one mask for the blend before the network and for the one after it; Algorithm 2's mask may have grown or shrunk between them.
-            before, after = (weights.to(x) for weights in (self._background.weights_before(level), self._background.weights_after(level)))
-            if noise is not None and not torch.equal(before, after):
-                model = network.inner_model.inner_model
-                noised = model.scale_latent_inpaint(
-                    x=x, sigma=sigma, noise=network.noise, latent_image=network.latent_image, denoise_mask=before
-                )
-                x = blend(x, noised, before)
-            denoise_mask = after
-        return network(x, sigma, denoise_mask=denoise_mask, model_options=options, **kwargs)
+        if MASK_FUNCTION in options:
+            return network(x, sigma, denoise_mask=denoise_mask, model_options=options, **kwargs)
+        before, after = (weights.to(x) for weights in (self._background.weights_before(level), self._background.weights_after(level)))
+        if noise is not None:
+            noised = network.inner_model.inner_model.scale_latent_inpaint(
+                x=x, sigma=sigma, noise=network.noise, latent_image=network.latent_image, denoise_mask=before
+            )
+            blended = blend(x, noised, before)
+            # Some models start from the source image itself.
+            x = x.copy_(blended) if self._in_place and x is not network.latent_image else blended
+        # Core blends both x and x̂0 with the mask that it is given; a mask that shrinks now is larger for x.
+        x0 = network(x, sigma, denoise_mask=torch.maximum(before, after), model_options=options, **kwargs)
+        return blend(x0, network.latent_image, after) if bool((before > after).any()) else x0
