@@ -361,6 +361,19 @@ def others(core: Pack) -> dict[str, Any]:
     return found
 
 
+def guided(core: Pack, ddpm: Any) -> tuple[Tensor, Tensor]:
+    """A guided step of the pack with the gradient through the network: the sample and the gradient."""
+    options = core.options.preset("best", steps="6", batch=1, gradient="unet", scale=1000.0)
+    with core.runtime.library_scope("Load DDPM"):
+        clip, context = core.tiny.tiny_clip(), core.memory.load_to_device(ddpm, None)
+        models = core.steps.Models(ddpm.model, clip, None, context, ddpm.limits)
+        step = core.steps.guided_step(
+            models, picture().clone(), 3, ddpm.model.config.respaced("6"), options, clip.prompt("a"), torch.ones(1, 1, SIZE, SIZE),
+            core.random.SeededRandom(0), range(1),
+        )  # fmt: skip
+    return step.x, step.gradient
+
+
 def memory(core: Pack) -> dict[str, Any]:
     """One network in both sockets, weight patches, what stays on the MODEL, /free."""
     mm, found = core.mm, {}
@@ -377,32 +390,15 @@ def memory(core: Pack) -> dict[str, Any]:
     change = torch.randn(before["input_blocks.0.0.weight"].shape, generator=torch.Generator().manual_seed(0))
     patched.add_patches({"diffusion_model.input_blocks.0.0.weight": (change,)}, 0.5)
 
-    with torch.inference_mode(False):
-        clip = core.tiny.tiny_clip()
-        prompt = clip.prompt("a")
-
-    def guided() -> tuple[Tensor, Tensor]:
-        """A guided step of the pack with the gradient through the network."""
-        sample = core.steps
-        options = core.options.preset("best", steps="6", batch=1, gradient="unet", scale=1000.0)
-        with core.runtime.library_scope("Load DDPM"):
-            context = core.memory.load_to_device(ddpm, None)
-            models = sample.Models(ddpm.model, clip, None, context, ddpm.limits)
-            step = sample.guided_step(
-                models, picture().clone(), 3, ddpm.model.config.respaced("6"), options, prompt, torch.ones(1, 1, SIZE, SIZE),
-                core.random.SeededRandom(0), range(1),
-            )  # fmt: skip
-        return step.x, step.gradient
-
     first = core.sample(out, latent, model=patched)
     found["patch"] = float((first - plain).abs().mean())
-    x, gradient = guided()
+    x, gradient = guided(core, ddpm)
     found["restored"] = all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     found["inference"] = sum(value.is_inference() for value in network.parameters())
     found["entries"] = sum(entry.model.model is ddpm.patcher.model for entry in mm.current_loaded_models)
     found["bytes"] = [sum(entry.model.loaded_size() for entry in mm.current_loaded_models), ddpm.patcher.model_size()]
     again = core.sample(out, latent, model=patched)
-    y, other = guided()
+    y, other = guided(core, ddpm)
     found["either order"] = [torch.equal(first, again), torch.equal(x, y) and torch.equal(gradient, other), float(gradient.abs().max())]
     found["as before"] = torch.equal(core.sample(out, latent), plain)
 
@@ -417,7 +413,7 @@ def memory(core: Pack) -> dict[str, Any]:
     found["without a GPU"] = pretended_gpu(core, patched, out, latent)
     mm.unload_all_models()
     gone = [weakref.ref(thing) for thing in (network, out[0].model, out[0], patched)]
-    del ddpm, network, out, patched, guided
+    del ddpm, network, out, patched
     gc.collect()
     mm.cleanup_models_gc()
     found["alive"] = [ref() is not None for ref in gone]
