@@ -79,7 +79,8 @@ class Graph:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A graph of which a part becomes one node. Slots: (inner node, its slot, the name that the person sees)."""
+    """A graph of which a part becomes one node. Slots: (inner node, its slot, the name that the person sees); inputs with one name are one
+    input."""
 
     graph: Graph
     inside: tuple[str, ...]
@@ -654,7 +655,99 @@ DIFFERENTIAL = Graph(
     colors={**GROUPS, "Soft mask": GROUPS["Image"]},
 )
 
-TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL)
+CUT = Graph(
+    "Cut, edit with any model, paste exactly",
+    (
+        note_column(
+            "# Cut, edit with any model, paste exactly\n\n*Cut Region* cuts the part around the mask at the size of a model. Any nodes edit the cut. "
+            "*Paste Region* puts it back: **outside the mask every pixel keeps its value, to the last bit**.\n\n"
+            "Here core's KSampler fills the mask with the embedded model. *Blended Noise* noises the surroundings afresh at every step, as Blended "
+            "Diffusion does.\n\n"
+            "**With SDXL, Flux or another latent model:**\n\n"
+            "1. Disconnect *ddpm* of *Cut Region* and set *size* (1024) and *shape*.\n"
+            "2. *image* → VAE Encode → *Set Latent Noise Mask* with *mask*, which *Grow Mask* has grown by 8 → *KSampler*.\n"
+            "3. Connect the VAE of that model to *VAE Decode*, and turn on *tone_match* of *Paste Region*.\n\n"
+            "Many masks of one image give one cut each, and all of them go back into the image.",
+            width=440,
+            height=520,
+        ),
+        Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),
+        Column(
+            "Image",
+            {
+                "scene": scene("meadow", object_name="mushroom", width=384, height=256, seed=4),
+                "before": preview("scene.image", "Before", 280),
+            },
+        ),
+        Column(
+            "Cut",
+            {
+                "cut": Node("BlendedCutRegion", {"image": "scene.image", "mask": "scene.mask", "ddpm": "ddpm.ddpm"}),
+                **enlarged("cut.image", "region", "The cut", 260),
+            },
+        ),
+        Column(
+            "Edit",
+            {
+                "repeat": Node("RepeatLatentBatch", {"samples": "cut.latent"}, {"amount": 4}),
+                "fill": ksampler("repeat.LATENT", "blended.model"),
+                "decode": Node("VAEDecode", {"samples": "fill.LATENT", "vae": "model.vae"}),
+            },
+        ),
+        Column(
+            "Result",
+            {
+                "paste": Node("BlendedPasteRegion", {"edited": "decode.IMAGE", "original": "scene.image", "region": "cut.region"}),
+                "after": save("paste.image", "cut", 400),
+            },
+        ),
+    ),
+    before="before",
+    after=("after",),
+    images_per_node=4,
+    colors={**GROUPS, "Cut": GROUPS["Image"]},
+)
+
+ANYONE = Graph(
+    "Rank anyone's batch",
+    (
+        note_column(
+            "# Rank anyone's batch\n\n*Rank by CLIP* sorts the images of any node by their CLIP distance to a prompt, best first, and keeps as many as "
+            "*keep* says. With a MASK, only that part of each image counts.\n\n"
+            "Here core's *KSampler* makes twelve images from noise, with a model that knows no text. The prompt alone chooses.\n\n"
+            "For your own batch, connect its IMAGE in place of *VAE Decode*: the results of SDXL or Flux, of *Batch Images*, or of *Load Image* nodes. In "
+            "*Load CLIP*, choose `ViT-B-16:openai`; the embedded CLIP knows only the embedded world.\n\n"
+            "The ranking of CLIP is coarse. Compare the images yourself.",
+            height=400,
+        ),
+        Column("Models", {**core_model(), "clip": Node("BlendedLoadCLIP", height=120), "prompt": prompt("a desert")}),
+        Column(
+            "A batch of any nodes",
+            {
+                "empty": Node("EmptyLatentImage", {"width": "model.size", "height": "model.size"}, {"batch_size": 12}),
+                "make": ksampler("empty.LATENT"),
+                "decode": Node("VAEDecode", {"samples": "make.LATENT", "vae": "model.vae"}),
+            },
+        ),
+        Column("All twelve", enlarged("decode.IMAGE", "before", "In the order in which they were made", 420)),
+        Column(
+            "Result",
+            {
+                "rank": Node("BlendedRankByCLIP", {"images": "decode.IMAGE", "prompt": "prompt.prompt"}, {"keep": 4}),
+                "larger": Node(
+                    "ImageScaleBy", {"image": "rank.images"}, {"upscale_method": "nearest-exact", "scale_by": 4}, title="Enlarge to see it"
+                ),
+                "after": save("larger.IMAGE", "anyone", 400),
+                "scores": scores("rank.scores"),
+            },
+        ),
+    ),
+    after=("after",),
+    images_per_node=4,
+    colors={**GROUPS, "A batch of any nodes": GROUPS["Edit"], "All twelve": GROUPS["Image"]},
+)
+
+TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL, CUT, ANYONE)
 
 
 # Where the picture of each node's help page is taken: the template and the node's name in it.
@@ -673,6 +766,9 @@ NODE_SCREENSHOTS = {
     "BlendedFinalPaste": (STEP_BY_STEP, "paste"),
     "BlendedRankByCLIP": (RANKED, "rank"),
     "BlendedDDPMAsModel": (KSAMPLER, "model"),
+    "BlendedNoiseModel": (CUT, "blended"),
+    "BlendedCutRegion": (CUT, "cut"),
+    "BlendedPasteRegion": (CUT, "paste"),
 }
 
 
@@ -737,5 +833,65 @@ BLUEPRINTS = (
         Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0, control_after_generate=NEW_SEEDS)}),
         mask=("grow", "mask"),
         more=(("grow", "expand", "grow_mask"),),
+    ),
+    Blueprint(
+        Graph(
+            "Cut, Sample, Paste (Blended Diffusion)",
+            (
+                Column("Models", core_model()),
+                Column("Image", {"scene": scene("meadow", width=384, height=256)}),
+                Column(
+                    "Cut",
+                    {
+                        "cut": Node("BlendedCutRegion", {"image": "scene.image", "mask": "scene.mask"}),
+                        "encode": Node("VAEEncode", {"pixels": "cut.image", "vae": "model.vae"}),
+                        "grow": Node("GrowMask", {"mask": "cut.mask"}, {"expand": 8}),
+                        "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "grow.MASK"}),
+                    },
+                ),
+                Column(
+                    "Sample",
+                    {
+                        "blended": Node("BlendedNoiseModel", {"model": "model.model"}),
+                        "sample": ksampler("limit.LATENT", "blended.model", control_after_generate=NEW_SEEDS),
+                        "decode": Node("VAEDecode", {"samples": "sample.LATENT", "vae": "model.vae"}),
+                    },
+                ),
+                Column(
+                    "Paste",
+                    {
+                        "paste": Node(
+                            "BlendedPasteRegion",
+                            {"edited": "decode.IMAGE", "original": "scene.image", "region": "cut.region"},
+                            {"tone_match": True},
+                        )
+                    },
+                ),
+            ),
+        ),
+        inside=("cut", "encode", "grow", "limit", "blended", "sample", "decode", "paste"),
+        inputs=(
+            ("cut", "image", "image"),
+            ("paste", "original", "image"),
+            ("cut", "mask", "mask"),
+            ("blended", "model", "model"),
+            ("sample", "positive", "positive"),
+            ("sample", "negative", "negative"),
+            ("encode", "vae", "vae"),
+            ("decode", "vae", "vae"),
+            ("cut", "size", "size"),
+            ("cut", "shape", "shape"),
+            ("cut", "context", "context"),
+            ("grow", "expand", "grow_mask"),
+            ("sample", "seed", "seed"),
+            ("sample", "steps", "steps"),
+            ("sample", "cfg", "cfg"),
+            ("sample", "sampler_name", "sampler"),
+            ("sample", "scheduler", "scheduler"),
+            ("sample", "denoise", "denoise"),
+            ("paste", "feather", "feather"),
+        ),
+        outputs=(("paste", "image", "images"),),
+        description="Edits the white part of the mask with any MODEL, at the size that it works best at. Every other pixel of the image stays unchanged.",
     ),
 )
