@@ -668,23 +668,19 @@ CUT = Graph(
             "2. *image* → VAE Encode → *Set Latent Noise Mask* with *mask*, which *Grow Mask* has grown by 8 → *KSampler*.\n"
             "3. Connect the VAE of that model to *VAE Decode*, and turn on *tone_match* of *Paste Region*.\n\n"
             "Many masks of one image give one cut each, and all of them go back into the image.",
-            width=440,
-            height=520,
+            width=400,
+            height=560,
         ),
         Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),
-        Column(
-            "Image",
-            {
-                "scene": scene("meadow", object_name="mushroom", width=384, height=256, seed=4),
-                "before": preview("scene.image", "Before", 280),
-            },
-        ),
-        Column(
-            "Cut",
-            {
-                "cut": Node("BlendedCutRegion", {"image": "scene.image", "mask": "scene.mask", "ddpm": "ddpm.ddpm"}),
-                **enlarged("cut.image", "region", "The cut", 260),
-            },
+        (
+            Column(
+                "Image",
+                {
+                    "scene": scene("meadow", object_name="mushroom", width=384, height=256, seed=4),
+                    "before": preview("scene.image", "Before", 260),
+                },
+            ),
+            Column("Cut", {"cut": Node("BlendedCutRegion", {"image": "scene.image", "mask": "scene.mask", "ddpm": "ddpm.ddpm"})}),
         ),
         Column(
             "Edit",
@@ -720,7 +716,7 @@ ANYONE = Graph(
             "The ranking of CLIP is coarse. Compare the images yourself.",
             height=400,
         ),
-        Column("Models", {**core_model(), "clip": Node("BlendedLoadCLIP", height=120), "prompt": prompt("a desert")}),
+        Column("Models", {**core_model(), "clip": Node("BlendedLoadCLIP", height=120), "prompt": prompt("a cat")}),
         Column(
             "A batch of any nodes",
             {

@@ -193,10 +193,6 @@ def paste_mask(mask: Tensor | None, region: Cuts, edited: Tensor) -> tuple[EditM
     own = (mask.shape[-2], mask.shape[-1])
     if own != size and own in (region.size, (edited.shape[-2], edited.shape[-1])):
         return EditMask.of(mask, "soft" if soft else "binary"), True
-    if own == region.size:
-        warn(
-            Note(
-                "the cut and the original have one size; the mask at Paste Region is taken as drawn over the original.", option="mask_rule"
-            )
-        )
+    if own == region.size and any((each.left, each.top, *each.size) != (0, 0, *size) for each in region.regions):
+        warn(Note(f"the cut and the original have one size; the mask at {PASTE} is taken as drawn over the original."))
     return fit_mask(mask, size, soft), False
