@@ -571,7 +571,7 @@ KSAMPLER = Graph(
             "2. Replace *Demo Scene* by *Load Image*. *Upscale Image* scales it to the size of the model.\n"
             "3. For a model with classes, set *class_choice* to the number of a class, and *cfg* to 2 or more. Leave *cfg* at 1 for others.\n\n"
             "These models know no text. To follow a prompt, use *Blended Diffusion Sampler*.",
-            height=470,
+            height=400,
             below=(Column("Models", core_model()),),
         ),
         Column(
@@ -623,7 +623,7 @@ DIFFERENTIAL = Graph(
             "- Here *Feather Mask* makes the edges soft, so that the new object has no seam. Paint your own mask in any image editor.\n"
             "- *denoise* is the change of a white pixel.\n"
             "- For your own files, choose a checkpoint in *Load DDPM*, and replace *Demo Scene* by *Load Image*.",
-            height=400,
+            height=330,
         ),
         Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),
         Column(
