@@ -23,6 +23,8 @@ NAME = "Blended Noise (MODEL)"
 KEY = "blended_noise"
 MASK_FUNCTION = "denoise_mask_function"
 """Where Differential Diffusion puts what makes the mask of a level. It has the last word on the mask, wherever it is in the chain."""
+NETWORK = ("noise", "latent_image", "inner_model")
+"""What core's network for samplers with a noise mask has."""
 MEMORYLESS = ("sample_euler", "sample_euler_ancestral", "sample_ddpm", "sample_lcm")
 """Samplers (``ddim`` is the first) that make a step of x and x̂0 alone, as the pack's own do. Others remember earlier calls, which their x must fit."""
 
@@ -126,6 +128,12 @@ def blending(sampler_function: Callable[..., Tensor], background: Background) ->
 
     @functools.wraps(sampler_function)
     def sample(network: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if missing := [name for name in NETWORK if not hasattr(network, name)]:
+            logging.warning(
+                "Blended Diffusion: %s has no effect: the sampler's network %s has no %s; choose a sampler of KSampler.",
+                NAME, type(network).__name__, " and no ".join(missing),
+            )  # fmt: skip
+            return sampler_function(network, *args, **kwargs)
         blending_network = BlendingNetwork(network, background, getattr(sampler_function, "__name__", "") in MEMORYLESS)
         return sampler_function(blending_network, *args, **kwargs)
 

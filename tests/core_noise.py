@@ -249,6 +249,19 @@ class OwnLoop:
         return latent_image
 
 
+def of_another_pack(core: Core) -> Any:
+    """A sampler of core's kind that gives its function a network of its own."""
+
+    class Sampler(core.samplers.KSAMPLER):  # type: ignore[misc, name-defined]
+        def sample(self, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *others: Any) -> Tensor:
+            return self.sampler_function(guider, noise * 2, sigmas)  # type: ignore[no-any-return]
+
+    def sampler_function(network: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        return x
+
+    return Sampler(sampler_function)
+
+
 def wrong_use(core: Core) -> dict[str, Any]:
     """What has no effect or is refused, and what is said."""
     model, patched = tiny(core)
@@ -263,6 +276,9 @@ def wrong_use(core: Core) -> dict[str, Any]:
     same("no mask", {"samples": picture()})
     same("no noise", latent, torch.zeros_like(noise))
     same("own loop", latent, sampler=OwnLoop())
+    with told() as lines:
+        core.sampled(patched, latent, noise, steps=4, sampler=of_another_pack(core))
+    found["own network"] = lines
     found["empty"] = sentence(lambda: core.sampled(patched, {**latent, "noise_mask": torch.zeros(1, 1, SIZE, SIZE)}, noise, steps=4))
     lost = F.pad(torch.ones(1, 1, 1, 64), (32, 32, 61, 66))
     found["lost"] = sentence(lambda: core.sampled(patched, {**latent, "noise_mask": lost}, noise, steps=4))

@@ -249,7 +249,7 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
 def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> None:
     pack = "blended-diffusion"
     templates = sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))
-    assert sorted(comfyui.get("/workflow_templates")[pack]) == templates and len(templates) == 11
+    assert sorted(comfyui.get("/workflow_templates")[pack]) == templates and len(templates) == 13
 
     def size(path: str) -> int:
         with urllib.request.urlopen(comfyui.url + urllib.parse.quote(path), timeout=60) as answer:

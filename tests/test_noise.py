@@ -166,6 +166,8 @@ def test_wrong_use_runs_as_without_the_patch_and_is_told(told: dict[str, Any]) -
         difference, lines = found[name]
         assert difference == 0, name
         assert len(lines) == 1 and lines[0].startswith("Blended Diffusion: Blended Noise (MODEL) has no effect: ") and words in lines[0]
+    (line,) = found["own network"]
+    assert "network CFGGuider has no noise and no latent_image; choose a sampler of KSampler." in line
     assert "empty at the size of the samples, 16×16" in found["empty"] and found["empty"] == found["lost"]
     assert found["interrupted"] == "InterruptProcessingException"
     assert found["sampler after it"] == "sample_euler", "the sampler itself is as it was"
