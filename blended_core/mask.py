@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import BlendedError, Note
@@ -207,6 +208,16 @@ def distance_inward(inside: Tensor, limit: int) -> Tensor:
         for to, of in ((slice(shift, None), slice(None, -shift)), (slice(None, -shift), slice(shift, None))):
             nearest[..., to] = torch.minimum(nearest[..., to], along_column[..., of] + shift**2)
     return nearest.sqrt()
+
+
+def dilated(values: Tensor, by: int) -> Tensor:
+    """A mask grown by a square of 2·by + 1 pixels, over its last two axes; of gray values the largest. [..., H, W] → the same shape."""
+    if by <= 0:
+        return values
+    flat = values.reshape(1, -1, *values.shape[-2:])
+    # One axis after the other: a square is a run of rows and a run of columns.
+    flat = F.max_pool2d(F.max_pool2d(flat, (2 * by + 1, 1), 1, (by, 0)), (1, 2 * by + 1), 1, (0, by))
+    return flat.reshape(values.shape)
 
 
 def blend(foreground: Tensor, background: Tensor, mask: Tensor) -> Tensor:

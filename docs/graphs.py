@@ -79,7 +79,8 @@ class Graph:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A graph of which a part becomes one node. Slots: (inner node, its slot, the name that the person sees)."""
+    """A graph of which a part becomes one node. Slots: (inner node, its slot, the name that the person sees); inputs with one name are one
+    input."""
 
     graph: Graph
     inside: tuple[str, ...]
@@ -522,7 +523,227 @@ OWN = Graph(
     after=("after",),
 )
 
-TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN)
+
+def core_model() -> dict[str, Node]:
+    """The embedded network as a MODEL."""
+    return {"ddpm": Node("BlendedLoadDDPM", height=236), "model": Node("BlendedDDPMAsModel", {"ddpm": "ddpm.ddpm"})}
+
+
+def ksampler(latent: str, model: str = "model.model", **values: Any) -> Node:
+    """Core's sampler with a network that knows no text."""
+    settings = {
+        "seed": 0, "control_after_generate": "fixed", "steps": STEPS, "cfg": 1, "sampler_name": "ddpm", "scheduler": "normal", "denoise": 1, **values,
+    }  # fmt: skip
+    wires = {"model": model, "positive": "model.positive", "negative": "model.negative", "latent_image": latent}
+    return Node("KSampler", wires, settings, height=480)
+
+
+def decoded(latent: str, title: str, height: int = 320) -> dict[str, Node]:
+    """The pixels of a LATENT, four times as large on the node: the embedded model works at 64 pixels."""
+    name = latent.split(".")[0]
+    return {
+        f"{name}_pixels": Node("VAEDecode", {"samples": latent, "vae": "model.vae"}),
+        f"{name}_larger": Node(
+            "ImageScaleBy", {"image": f"{name}_pixels.IMAGE"}, {"upscale_method": "nearest-exact", "scale_by": 4}, title="Enlarge to see it"
+        ),
+        f"{name}_shown": Node("SaveImage", {"images": f"{name}_larger.IMAGE"}, {"filename_prefix": "blended/ksampler"}, title=title, height=height),
+    }  # fmt: skip
+
+
+def enlarged(picture: str, name: str, title: str, height: int = 300) -> dict[str, Node]:
+    """A small picture, four times as large."""
+    return {
+        f"{name}_larger": Node(
+            "ImageScaleBy", {"image": picture}, {"upscale_method": "nearest-exact", "scale_by": 4}, title="Enlarge to see it"
+        ),
+        name: preview(f"{name}_larger.IMAGE", title, height),
+    }
+
+
+KSAMPLER = Graph(
+    "KSampler with your ADM",
+    (
+        note_column(
+            "# KSampler with your ADM\n\n*DDPM as MODEL* makes a MODEL of a pixel-space diffusion model. Every sampler and scheduler of ComfyUI works with it.\n\n"
+            "- **Fill the mask**: *Set Latent Noise Mask* limits the change. Black pixels keep their values exactly.\n"
+            "- **From noise**: an empty latent image and *denoise* 1.\n\n"
+            "To use your own files:\n\n"
+            "1. Choose a checkpoint of `models/ddpm` in *Load DDPM*.\n"
+            "2. Replace *Demo Scene* by *Load Image*. *Upscale Image* scales it to the size of the model.\n"
+            "3. For a model with classes, set *class_choice* to the number of a class, and *cfg* to 2 or more. Leave *cfg* at 1 for others.\n\n"
+            "These models know no text. To follow a prompt, use *Blended Diffusion Sampler*.",
+            height=400,
+            below=(Column("Models", core_model()),),
+        ),
+        Column(
+            "Image",
+            {
+                "scene": scene("lake", object_name="balloon", width=64, height=64),
+                "scale": Node(
+                    "ImageScale", {"image": "scene.image", "width": "model.size", "height": "model.size"}, {"upscale_method": "lanczos", "crop": "center"}
+                ),
+                **enlarged("scale.IMAGE", "before", "Before"),
+            },
+        ),
+        (
+            Column(
+                "Fill the mask",
+                {
+                    "encode": Node("VAEEncode", {"pixels": "scale.IMAGE", "vae": "model.vae"}),
+                    "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "scene.mask"}),
+                    "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4}),
+                    "fill": ksampler("repeat.LATENT"),
+                },
+            ),
+        ),
+        Column("Filled", decoded("fill.LATENT", "Filled", 420)),
+        Column(
+            "From noise",
+            {
+                "empty": Node("EmptyLatentImage", {"width": "model.size", "height": "model.size"}, {"batch_size": 4}),
+                "make": ksampler("empty.LATENT", seed=1),
+            },
+        ),
+        Column("Made", decoded("make.LATENT", "Made from noise", 420)),
+    ),
+    before="before",
+    after=("fill_shown",),
+    images_per_node=4,
+    colors={
+        **GROUPS, "Fill the mask": GROUPS["Edit"], "From noise": GROUPS["Edit"], "Filled": GROUPS["Result"], "Made": GROUPS["Result"],
+    },
+)  # fmt: skip
+
+DIFFERENTIAL = Graph(
+    "Differential Diffusion with an ADM",
+    (
+        note_column(
+            "# Differential Diffusion with an ADM\n\nThe gray value of the mask says **how much** each pixel may change: black keeps it, white makes it anew, "
+            "and a gray value sets the noise level from which a pixel is sampled.\n\n"
+            "*Differential Diffusion* is a node of ComfyUI. It works with the MODEL of *DDPM as MODEL*, as other patches do.\n\n"
+            "- Here *Feather Mask* makes the edges soft, so that the new object has no seam. Paint your own mask in any image editor.\n"
+            "- *denoise* is the change of a white pixel.\n"
+            "- For your own files, choose a checkpoint in *Load DDPM*, and replace *Demo Scene* by *Load Image*.",
+            height=330,
+        ),
+        Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),
+        Column(
+            "Image", {"scene": scene("desert", object_name="cactus", width=64, height=64), **enlarged("scene.image", "before", "Before")}
+        ),
+        Column(
+            "Soft mask",
+            {
+                "white": Node("SolidMask", values={"value": 1, "width": 64, "height": 64}),
+                "feather": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 24, "top": 24, "right": 24, "bottom": 24}),
+                "mask": Node("MaskPreview", {"mask": "feather.MASK"}, title="Black stays, white changes", height=260),
+            },
+        ),
+        Column(
+            "Edit",
+            {
+                "encode": Node("VAEEncode", {"pixels": "scene.image", "vae": "model.vae"}),
+                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "feather.MASK"}),
+                "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4}),
+                "change": ksampler("repeat.LATENT", "differential.MODEL", seed=1),
+            },
+        ),
+        Column("Result", decoded("change.LATENT", "After", 420)),
+    ),
+    before="before",
+    after=("change_shown",),
+    images_per_node=4,
+    colors={**GROUPS, "Soft mask": GROUPS["Image"]},
+)
+
+CUT = Graph(
+    "Cut, edit with any model, paste exactly",
+    (
+        note_column(
+            "# Cut, edit with any model, paste exactly\n\n*Cut Region* cuts the part around the mask at the size of a model. Any nodes edit the cut. "
+            "*Paste Region* puts it back: **outside the mask every pixel keeps its value, to the last bit**.\n\n"
+            "Here core's KSampler fills the mask with the embedded model. *Blended Noise* noises the surroundings afresh at every step, as Blended "
+            "Diffusion does.\n\n"
+            "**With SDXL, Flux or another latent model:**\n\n"
+            "1. Disconnect *ddpm* of *Cut Region* and set *size* (1024) and *shape*.\n"
+            "2. *image* → VAE Encode → *Set Latent Noise Mask* with *mask*, which *Grow Mask* has grown by 8 → *KSampler*.\n"
+            "3. Connect the VAE of that model to *VAE Decode*, and turn on *tone_match* of *Paste Region*.\n\n"
+            "Many masks of one image give one cut each, and all of them go back into the image.",
+            width=400,
+            height=560,
+        ),
+        Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),
+        (
+            Column(
+                "Image",
+                {
+                    "scene": scene("meadow", object_name="mushroom", width=384, height=256, seed=4),
+                    "before": preview("scene.image", "Before", 260),
+                },
+            ),
+            Column("Cut", {"cut": Node("BlendedCutRegion", {"image": "scene.image", "mask": "scene.mask", "ddpm": "ddpm.ddpm"})}),
+        ),
+        Column(
+            "Edit",
+            {
+                "repeat": Node("RepeatLatentBatch", {"samples": "cut.latent"}, {"amount": 4}),
+                "fill": ksampler("repeat.LATENT", "blended.model"),
+                "decode": Node("VAEDecode", {"samples": "fill.LATENT", "vae": "model.vae"}),
+            },
+        ),
+        Column(
+            "Result",
+            {
+                "paste": Node("BlendedPasteRegion", {"edited": "decode.IMAGE", "original": "scene.image", "region": "cut.region"}),
+                "after": save("paste.image", "cut", 400),
+            },
+        ),
+    ),
+    before="before",
+    after=("after",),
+    images_per_node=4,
+    colors={**GROUPS, "Cut": GROUPS["Image"]},
+)
+
+ANYONE = Graph(
+    "Rank anyone's batch",
+    (
+        note_column(
+            "# Rank anyone's batch\n\n*Rank by CLIP* sorts the images of any node by their CLIP distance to a prompt, best first, and keeps as many as "
+            "*keep* says. With a MASK, only that part of each image counts.\n\n"
+            "Here core's *KSampler* makes twelve images from noise, with a model that knows no text. The prompt alone chooses.\n\n"
+            "For your own batch, connect its IMAGE in place of *VAE Decode*: the results of SDXL or Flux, of *Batch Images*, or of *Load Image* nodes. In "
+            "*Load CLIP*, choose `ViT-B-16:openai`; the embedded CLIP knows only the embedded world.\n\n"
+            "The ranking of CLIP is coarse. Compare the images yourself.",
+            height=400,
+        ),
+        Column("Models", {**core_model(), "clip": Node("BlendedLoadCLIP", height=120), "prompt": prompt("a cat")}),
+        Column(
+            "A batch of any nodes",
+            {
+                "empty": Node("EmptyLatentImage", {"width": "model.size", "height": "model.size"}, {"batch_size": 12}),
+                "make": ksampler("empty.LATENT"),
+                "decode": Node("VAEDecode", {"samples": "make.LATENT", "vae": "model.vae"}),
+            },
+        ),
+        Column("All twelve", enlarged("decode.IMAGE", "before", "In the order in which they were made", 420)),
+        Column(
+            "Result",
+            {
+                "rank": Node("BlendedRankByCLIP", {"images": "decode.IMAGE", "prompt": "prompt.prompt"}, {"keep": 4}),
+                "larger": Node(
+                    "ImageScaleBy", {"image": "rank.images"}, {"upscale_method": "nearest-exact", "scale_by": 4}, title="Enlarge to see it"
+                ),
+                "after": save("larger.IMAGE", "anyone", 400),
+                "scores": scores("rank.scores"),
+            },
+        ),
+    ),
+    after=("after",),
+    images_per_node=4,
+    colors={**GROUPS, "A batch of any nodes": GROUPS["Edit"], "All twelve": GROUPS["Image"]},
+)
+
+TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL, CUT, ANYONE)
 
 
 # Where the picture of each node's help page is taken: the template and the node's name in it.
@@ -540,6 +761,10 @@ NODE_SCREENSHOTS = {
     "BlendedDenoiseLoopEnd": (STEP_BY_STEP, "end"),
     "BlendedFinalPaste": (STEP_BY_STEP, "paste"),
     "BlendedRankByCLIP": (RANKED, "rank"),
+    "BlendedDDPMAsModel": (KSAMPLER, "model"),
+    "BlendedNoiseModel": (CUT, "blended"),
+    "BlendedCutRegion": (CUT, "cut"),
+    "BlendedPasteRegion": (CUT, "paste"),
 }
 
 
@@ -604,5 +829,65 @@ BLUEPRINTS = (
         Column("Edit", {"sampler": sampler(mask="grow.MASK", strength=1.0, control_after_generate=NEW_SEEDS)}),
         mask=("grow", "mask"),
         more=(("grow", "expand", "grow_mask"),),
+    ),
+    Blueprint(
+        Graph(
+            "Cut, Sample, Paste (Blended Diffusion)",
+            (
+                Column("Models", core_model()),
+                Column("Image", {"scene": scene("meadow", width=384, height=256)}),
+                Column(
+                    "Cut",
+                    {
+                        "cut": Node("BlendedCutRegion", {"image": "scene.image", "mask": "scene.mask"}),
+                        "encode": Node("VAEEncode", {"pixels": "cut.image", "vae": "model.vae"}),
+                        "grow": Node("GrowMask", {"mask": "cut.mask"}, {"expand": 8}),
+                        "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "grow.MASK"}),
+                    },
+                ),
+                Column(
+                    "Sample",
+                    {
+                        "blended": Node("BlendedNoiseModel", {"model": "model.model"}),
+                        "sample": ksampler("limit.LATENT", "blended.model", control_after_generate=NEW_SEEDS),
+                        "decode": Node("VAEDecode", {"samples": "sample.LATENT", "vae": "model.vae"}),
+                    },
+                ),
+                Column(
+                    "Paste",
+                    {
+                        "paste": Node(
+                            "BlendedPasteRegion",
+                            {"edited": "decode.IMAGE", "original": "scene.image", "region": "cut.region"},
+                            {"tone_match": True},
+                        )
+                    },
+                ),
+            ),
+        ),
+        inside=("cut", "encode", "grow", "limit", "blended", "sample", "decode", "paste"),
+        inputs=(
+            ("cut", "image", "image"),
+            ("paste", "original", "image"),
+            ("cut", "mask", "mask"),
+            ("blended", "model", "model"),
+            ("sample", "positive", "positive"),
+            ("sample", "negative", "negative"),
+            ("encode", "vae", "vae"),
+            ("decode", "vae", "vae"),
+            ("cut", "size", "size"),
+            ("cut", "shape", "shape"),
+            ("cut", "context", "context"),
+            ("grow", "expand", "grow_mask"),
+            ("sample", "seed", "seed"),
+            ("sample", "steps", "steps"),
+            ("sample", "cfg", "cfg"),
+            ("sample", "sampler_name", "sampler"),
+            ("sample", "scheduler", "scheduler"),
+            ("sample", "denoise", "denoise"),
+            ("paste", "feather", "feather"),
+        ),
+        outputs=(("paste", "image", "images"),),
+        description="Edits the white part of the mask with any MODEL, at the size that it works best at. Every other pixel of the image stays unchanged.",
     ),
 )

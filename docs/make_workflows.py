@@ -94,9 +94,11 @@ CONVERT_TO_SUBGRAPH = """async ({inside, inputs, outputs, title, description}) =
   // The page exposes what was connected and some widgets, in its own order.
   for (const outer of [...subgraph.inputs]) subgraph.removeInput(outer);
   for (const outer of [...subgraph.outputs]) subgraph.removeOutput(outer);
+  const outer = {};
   for (const [id, name, label] of inputs) {
     const inner = subgraph.getNodeById(id), input = inner.inputs.find(i => i.name === name);
-    subgraph.addInput(label, String(input.type)).connect(input, inner);
+    outer[label] ??= subgraph.addInput(label, String(input.type));
+    outer[label].connect(input, inner);
   }
   for (const [id, name, label] of outputs) {
     const inner = subgraph.getNodeById(id), output = inner.outputs.find(o => o.name === name);

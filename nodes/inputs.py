@@ -15,6 +15,7 @@ DDPM = io.Custom("BLENDED_DDPM")
 CLIP = io.Custom("BLENDED_CLIP")
 PROMPT = io.Custom("BLENDED_PROMPT")
 GUIDANCE = io.Custom("BLENDED_GUIDANCE")
+REGION = io.Custom("BLENDED_REGION")
 
 
 def from_option(kind: type[Any], option: str, name: str | None = None, **changes: Any) -> Any:

@@ -36,11 +36,14 @@ INPUTS: dict[str, dict[str, str]] = {
         "mask_rule": "mask_edges",
     },
     "Final Paste": {"feather": "feather", "mask_rule": "soft_mask"},
+    "Cut Region": {"size": "size", "shape": "shape", "context": "context", "one_region": "one_region", "mask_rule": "soft_mask"},
+    "Paste Region": {"feather": "feather", "tone_match": "tone_match"},
     "Guidance Options": {**{name: name for name in GUIDANCE_INPUTS}, "start": "guide_from", "end": "guide_to"},
     "Load DDPM": {"ddpm": "checkpoint", "dtype": "precision", "overrides": "overrides", "ddpm_weights": "weights"},
     "Load CLIP (open_clip)": {"clip": "weights"},
     "Encode Prompt": {"weights": "weight"},
     "Demo Scene": {"seed": "seed"},
+    "DDPM as MODEL": {"class_choice": "class_choice"},
 }  # fmt: skip
 """Display name of a node → option of the library → input of that node. Where several nodes have an input for an option, a message on a node
 without one names the first. An option without an input (device, invert_mask, crop, …) is in none of them."""

@@ -249,7 +249,7 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
 def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> None:
     pack = "blended-diffusion"
     templates = sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))
-    assert sorted(comfyui.get("/workflow_templates")[pack]) == templates and len(templates) == 9
+    assert sorted(comfyui.get("/workflow_templates")[pack]) == templates and len(templates) == 13
 
     def size(path: str) -> int:
         with urllib.request.urlopen(comfyui.url + urllib.parse.quote(path), timeout=60) as answer:
@@ -267,12 +267,12 @@ def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> 
             texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
             assert served[language]["nodeDefs"][node] == texts[node]
     listed = {b["name"] for b in comfyui.get("/global_subgraphs").values() if pack in b["info"]["node_pack"]}
-    assert listed == {p.stem for p in (ROOT / "subgraphs").glob("*.json")} and len(listed) == 3
+    assert listed == {p.stem for p in (ROOT / "subgraphs").glob("*.json")} and len(listed) == 4
 
 
 def test_every_node_and_socket_explains_itself(comfyui: Server) -> None:
     nodes = {name: info for name, info in comfyui.get("/object_info").items() if name.startswith("Blended")}
-    assert len(nodes) == 13
+    assert len(nodes) == 17
 
     def silent(inputs: dict[str, Any]) -> list[str]:
         out = []

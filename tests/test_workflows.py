@@ -178,13 +178,33 @@ def test_the_app_of_quick_edit_shows_widgets_and_a_result_that_exist() -> None:
 
 def test_blueprints_have_the_same_inputs_in_the_same_order() -> None:
     shared = ["image", "mask", "prompt", "checkpoint", "clip", "guidance_scale", "steps", "strength", "seed", "candidates"]
-    for path in BLUEPRINTS:
+    whole_edits = [path for path in BLUEPRINTS if "BlendedSampler" in path.read_text(encoding="utf-8")]
+    assert len(whole_edits) == 3
+    for path in whole_edits:
         (subgraph,) = read(path)["definitions"]["subgraphs"]
         names = [i["name"].replace("object_mask", "mask") for i in subgraph["inputs"]]
         assert names[: len(shared)] == shared, path.stem
         assert [o["name"] for o in subgraph["outputs"]] == ["images", "scores"]
         (sampler,) = (n for n in subgraph["nodes"] if n["type"] == "BlendedSampler")
         assert sampler["widgets_values_named"]["control_after_generate"] == "randomize"
+
+
+def test_the_blueprint_for_any_model_feeds_an_input_to_all_that_need_it() -> None:
+    (subgraph,) = read(ROOT / "subgraphs" / "Cut, Sample, Paste (Blended Diffusion).json")["definitions"]["subgraphs"]
+    kinds = {node["id"]: node["type"] for node in subgraph["nodes"]}
+    fed: dict[str, set[tuple[str, str]]] = {}
+    for link in subgraph["links"]:
+        if link["origin_id"] not in kinds:
+            name = subgraph["inputs"][link["origin_slot"]]["name"]
+            node = next(n for n in subgraph["nodes"] if n["id"] == link["target_id"])
+            fed.setdefault(name, set()).add((node["type"], node["inputs"][link["target_slot"]]["name"]))
+    assert fed["image"] == {("BlendedCutRegion", "image"), ("BlendedPasteRegion", "original")}
+    assert fed["vae"] == {("VAEEncode", "vae"), ("VAEDecode", "vae")}
+    assert fed["model"] == {("BlendedNoiseModel", "model")} and fed["mask"] == {("BlendedCutRegion", "mask")}
+    (paste,) = (n for n in subgraph["nodes"] if n["type"] == "BlendedPasteRegion")
+    (sampler,) = (n for n in subgraph["nodes"] if n["type"] == "KSampler")
+    assert paste["widgets_values_named"]["tone_match"] is True
+    assert sampler["widgets_values_named"]["control_after_generate"] == "randomize"
 
 
 def test_nothing_of_the_machine_that_saved_it_is_left() -> None:
