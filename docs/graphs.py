@@ -571,7 +571,7 @@ KSAMPLER = Graph(
             "1. Choose a checkpoint of `models/ddpm` in *Load DDPM*.\n"
             "2. Replace *Demo Scene* by *Load Image*. *Upscale Image* scales it to the size of the model.\n"
             "3. For a model with classes, set *class_choice* to the number of a class, and *cfg* to 2 or more. Leave *cfg* at 1 for others.\n\n"
-            "These models know no text. To follow a prompt, use *Blended Diffusion Sampler*.",
+            "These models know no text. To follow a prompt, add *CLIP Guidance (MODEL)* before *KSampler*.",
             height=400,
             below=(Column("Models", core_model()),),
         ),

@@ -65,7 +65,8 @@ class Levels(comfy.model_sampling.ModelSamplingDiscrete):
     def sigma(self, timestep: Tensor) -> Tensor:
         """The level of the nearest step, because the network knows no others: scheduler 'normal' then gives the levels of the pack's own respacing."""
         steps = timestep.float().round().clamp(0, self.num_timesteps - 1).long()
-        return self.sigmas[steps.to(self.sigmas.device)].to(timestep.device)
+        levels: Tensor = self.sigmas[steps.to(self.sigmas.device)]
+        return levels.to(timestep.device)
 
     def percent_to_sigma(self, percent: float) -> float:
         """Core's own takes every process for one of 1000 steps."""
