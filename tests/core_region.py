@@ -101,6 +101,25 @@ def sampled(core: Core) -> dict[str, Any]:
     }
 
 
+def blueprint(core: Core) -> dict[str, Any]:
+    """The nodes of the blueprint *Cut, Sample, Paste*, on a MODEL of pixels whose VAE loses nothing."""
+    from comfy_extras.nodes_mask import GrowMask
+
+    import nodes
+
+    made = core.model.DDPMAsModel.execute(core.ddpm(core.diffusion.DiffusionConfig(variance="fixed_small"))).result
+    model, positive, negative, vae = made[:4]
+    image, mask = images(2, 4), masks(2)
+    pixels, area, region, _ = cut(core, image, mask, size=96, shape="as the mask")
+    latent = nodes.SetLatentNoiseMask().set_mask(nodes.VAEEncode().encode(vae, pixels)[0], GrowMask.execute(area, 8, True).result[0])[0]
+    sampler = nodes.KSampler()
+    results = {}
+    for name, which in (("blended", core.node(model, -1)), ("plain", model)):
+        samples = sampler.sample(which, 3, 12, 1.0, "dpmpp_2m", "normal", positive, negative, latent, denoise=0.8)[0]
+        results[name] = paste(core, nodes.VAEDecode().decode(vae, samples)[0], image, region, feather=2, tone_match=True)
+    return {"changed": changed(results["blended"], image, mask), "noise": float((results["blended"] - results["plain"]).abs().max())}
+
+
 def wrong_use(core: Core) -> dict[str, Any]:
     """Sentences."""
     image, mask = images(), masks()
@@ -131,4 +150,4 @@ def wrong_use(core: Core) -> dict[str, Any]:
 
 if __name__ == "__main__":
     core = Core()
-    print(json.dumps({check.__name__: check(core) for check in (pastes, sampled, wrong_use)}))
+    print(json.dumps({check.__name__: check(core) for check in (pastes, sampled, blueprint, wrong_use)}))

@@ -47,6 +47,11 @@ def test_a_ksampler_between_them_changes_nothing_outside(told: dict[str, Any]) -
     assert found["results"] == [3, 110, 150, 3] and found["changed"] == [0, 4800] and found["edit"] > 0.01
 
 
+def test_the_nodes_of_the_blueprint_run_and_change_nothing_outside(told: dict[str, Any]) -> None:
+    outside, inside = told["blueprint"]["changed"]
+    assert outside == 0 and inside == 2 * 1600 and told["blueprint"]["noise"] > 1e-5
+
+
 def test_wrong_use_gets_a_sentence(told: dict[str, Any]) -> None:
     words = {
         "empty": "the MASK is empty (1×64×64, all 0)",
