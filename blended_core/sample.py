@@ -135,9 +135,7 @@ def class_labels(model: DiffusionModel, choice: str | int, step: StepInput) -> T
         return torch.zeros(len(step.images), model.label_dim, device=step.x.device)
     if choice == "random":
         return upload(step.random.labels(step.index, step.images, model.num_classes), step.x.device)
-    if not isinstance(choice, int) or not 0 <= choice < model.num_classes:
-        raise BlendedError(f"class {choice} does not exist; the model has classes 0 to {model.num_classes - 1}.", option="class_choice")
-    return torch.full((len(step.images),), choice, device=step.x.device)
+    return torch.full((len(step.images),), model.class_index(choice), device=step.x.device)
 
 
 def step_noise(step: StepInput) -> Tensor:
