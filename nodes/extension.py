@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders, load, loop, model, paste, prompt, rank, sampler, scene, steps
+from . import folders, guidance, load, loop, model, paste, prompt, rank, sampler, scene, steps
 
 
 class BlendedDiffusionExtension(ComfyExtension):
@@ -31,4 +31,5 @@ class BlendedDiffusionExtension(ComfyExtension):
             rank.RankByCLIP,
             scene.DemoScene,
             model.DDPMAsModel,
+            guidance.CLIPGuidanceModel,
         ]
