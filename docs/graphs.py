@@ -577,7 +577,7 @@ KSAMPLER = Graph(
         Column(
             "Image",
             {
-                "scene": scene("lake", object_name="house", width=64, height=64),
+                "scene": scene("lake", object_name="balloon", width=64, height=64),
                 "scale": Node(
                     "ImageScale", {"image": "scene.image", "width": "model.size", "height": "model.size"}, {"upscale_method": "lanczos", "crop": "center"}
                 ),
