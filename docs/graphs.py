@@ -527,18 +527,18 @@ OWN = Graph(
 )
 
 
-def core_model(**values: Any) -> dict[str, Node]:
+def core_model() -> dict[str, Node]:
     """The embedded network as a MODEL."""
-    return {"ddpm": Node("BlendedLoadDDPM", height=236), "model": Node("BlendedDDPMAsModel", {"ddpm": "ddpm.ddpm"}, values)}
+    return {"ddpm": Node("BlendedLoadDDPM", height=236), "model": Node("BlendedDDPMAsModel", {"ddpm": "ddpm.ddpm"})}
 
 
-def ksampler(latent: str, model: str = "model.model", title: str | None = None, **values: Any) -> Node:
+def ksampler(latent: str, model: str = "model.model", **values: Any) -> Node:
     """Core's sampler with a network that knows no text."""
     settings = {
-        "seed": 0, "control_after_generate": "fixed", "steps": STEPS, "cfg": 1, "sampler_name": "euler", "scheduler": "normal", "denoise": 1, **values,
+        "seed": 0, "control_after_generate": "fixed", "steps": STEPS, "cfg": 1, "sampler_name": "ddpm", "scheduler": "normal", "denoise": 1, **values,
     }  # fmt: skip
     wires = {"model": model, "positive": "model.positive", "negative": "model.negative", "latent_image": latent}
-    return Node("KSampler", wires, settings, title=title, height=480)
+    return Node("KSampler", wires, settings, height=480)
 
 
 def decoded(latent: str, title: str, height: int = 320) -> dict[str, Node]:
@@ -575,9 +575,9 @@ KSAMPLER = Graph(
             "2. Replace *Demo Scene* by *Load Image*. *Upscale Image* scales it to the size of the model.\n"
             "3. For a model with classes, set *class_choice* to the number of a class, and *cfg* to 2 or more. Leave *cfg* at 1 for others.\n\n"
             "These models know no text. To follow a prompt, use *Blended Diffusion Sampler*.",
-            height=470,
+            height=400,
+            below=(Column("Models", core_model()),),
         ),
-        Column("Models", core_model()),
         Column(
             "Image",
             {
@@ -604,7 +604,7 @@ KSAMPLER = Graph(
             "From noise",
             {
                 "empty": Node("EmptyLatentImage", {"width": "model.size", "height": "model.size"}, {"batch_size": 4}),
-                "make": ksampler("empty.LATENT", sampler_name="dpmpp_2m"),
+                "make": ksampler("empty.LATENT", seed=1),
             },
         ),
         Column("Made", decoded("make.LATENT", "Made from noise", 420)),
@@ -624,10 +624,10 @@ DIFFERENTIAL = Graph(
             "# Differential Diffusion with an ADM\n\nThe gray value of the mask says **how much** each pixel may change: black keeps it, white makes it anew, "
             "and a gray value sets the noise level from which a pixel is sampled.\n\n"
             "*Differential Diffusion* is a node of ComfyUI. It works with the MODEL of *DDPM as MODEL*, as other patches do.\n\n"
-            "- Here *Feather Mask* makes a ramp from left to right. Paint your own in any image editor.\n"
+            "- Here *Feather Mask* makes the edges soft, so that the new object has no seam. Paint your own mask in any image editor.\n"
             "- *denoise* is the change of a white pixel.\n"
             "- For your own files, choose a checkpoint in *Load DDPM*, and replace *Demo Scene* by *Load Image*.",
-            height=400,
+            height=330,
         ),
         Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),
         Column(
@@ -637,17 +637,17 @@ DIFFERENTIAL = Graph(
             "Soft mask",
             {
                 "white": Node("SolidMask", values={"value": 1, "width": 64, "height": 64}),
-                "ramp": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 60, "top": 0, "right": 0, "bottom": 0}),
-                "mask": Node("MaskPreview", {"mask": "ramp.MASK"}, title="Black stays, white changes", height=260),
+                "feather": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 24, "top": 24, "right": 24, "bottom": 24}),
+                "mask": Node("MaskPreview", {"mask": "feather.MASK"}, title="Black stays, white changes", height=260),
             },
         ),
         Column(
             "Edit",
             {
                 "encode": Node("VAEEncode", {"pixels": "scene.image", "vae": "model.vae"}),
-                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "ramp.MASK"}),
+                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "feather.MASK"}),
                 "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4}),
-                "change": ksampler("repeat.LATENT", "differential.MODEL"),
+                "change": ksampler("repeat.LATENT", "differential.MODEL", seed=1),
             },
         ),
         Column("Result", decoded("change.LATENT", "After", 420)),
