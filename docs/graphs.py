@@ -12,6 +12,8 @@ CHECKPOINTS_SCALE = -1.0
 WIDTH = 300
 NOTE = ("#432", "#653")
 STEPS = 20
+SDXL = "sd_xl_base_1.0.safetensors"
+"""The checkpoint that templates of ComfyUI itself name; the user chooses his own."""
 SAMPLER = "dpmpp-2m"
 """Of the step loop; the sampler node has that of its preset."""
 GROUPS = {
@@ -48,7 +50,8 @@ class Graph:
     """A workflow. Columns in a tuple stand one below the other.
 
     ``before`` and ``after`` name the nodes whose pictures make the thumbnail, ``images_per_node`` how many of each. ``app`` lists what the App
-    mode of the page shows: (node, widget) for inputs and a node for an output.
+    mode of the page shows: (node, widget) for inputs and a node for an output. ``stand_in``: the graph that runs instead, for the thumbnail, where this
+    one needs a model that is not part of the pack.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Graph:
     overlap_free: bool = True
     colors: dict[str, str] = field(default_factory=lambda: GROUPS)
     app: tuple[str | tuple[str, str], ...] = ()
+    stand_in: Graph | None = None
 
     def stacks(self) -> list[tuple[Column, ...]]:
         """The columns from left to right, each from top to bottom."""
@@ -655,6 +659,75 @@ DIFFERENTIAL = Graph(
     colors={**GROUPS, "Soft mask": GROUPS["Image"]},
 )
 
+
+def guided_columns(
+    loader: dict[str, Node], model: str, vae: str, conditioning: tuple[str, str], side: int, **settings: Any
+) -> tuple[Column, ...]:
+    """KSampler with CLIP Guidance (MODEL), inside a mask."""
+    guide = Node("BlendedCLIPGuidanceModel", {"model": model, "prompt": "prompt.prompt", "vae": vae}, {"scale": CHECKPOINTS_SCALE})
+    positive, negative = conditioning
+    values = {"seed": 0, "control_after_generate": "fixed", "steps": 30, "scheduler": "normal", "denoise": 0.75, **settings}
+    wires = {"model": "guide.model", "positive": positive, "negative": negative, "latent_image": "repeat.LATENT"}
+    return (
+        Column("Models", loader),
+        Column("Guidance", {"clip": Node("BlendedLoadCLIP", height=120), "prompt": prompt("a pumpkin"), "guide": guide}),
+        Column("Image", {"scene": scene("snow", seed=3, width=side, height=side), "before": preview("scene.image", "Before", 300)}),
+        Column(
+            "Edit",
+            {
+                "encode": Node("VAEEncode", {"pixels": "scene.image", "vae": vae}),
+                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "scene.mask"}),
+                "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4 if side < 256 else 1}),
+                "sample": Node("KSampler", wires, values, height=480),
+            },
+        ),
+        Column(
+            "Result",
+            {
+                "decode": Node("VAEDecode", {"samples": "sample.LATENT", "vae": vae}),
+                "paste": Node("BlendedFinalPaste", {"edited": "decode.IMAGE", "original": "scene.image", "mask": "scene.mask"}),
+                "after": save("paste.image", "guided", 400),
+            },
+        ),
+    )
+
+
+GUIDED = Graph(
+    "CLIP guidance on your own model",
+    (
+        note_column(
+            "# CLIP guidance on your own model\n\n*CLIP Guidance (MODEL)* guides any MODEL toward a prompt, inside the mask, with every sampler. Choose before the "
+            "first run:\n\n"
+            "1. *Load Checkpoint*: your model. The sizes here are those of SDXL; for SD 1.5 use 512. For Flux or Qwen-Image, replace it by their loaders.\n"
+            "2. *Load CLIP (open_clip)*: **ViT-B-16:openai**, which is fetched once. The embedded CLIP knows only the objects of *Demo Scene*.\n"
+            "3. *Demo Scene*: replace it by *Load Image*, and paint the mask (right-click, Open in MaskEditor).\n\n"
+            "- **Two prompts**: CLIP guides toward that of *Encode Prompt*; the model itself gets that of *CLIP Text Encode*. They may differ.\n"
+            "- **scale** is the first setting to adjust. Begin with 1000, and change it by factors of 2.\n"
+            "- **vae** shows CLIP the whole image. Unconnected, CLIP sees a rough picture, and a step takes less time and memory.\n"
+            "- **From noise**: connect *Empty Latent Image* to *KSampler*, set *denoise* to 1, and leave out *Final Paste*.\n"
+            "- *Final Paste* keeps every pixel outside the mask, which the VAE alone does not.",
+            height=560,
+        ),
+        *guided_columns(
+            {
+                "checkpoint": Node("CheckpointLoaderSimple", values={"ckpt_name": SDXL}),
+                "positive": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "a photo of a pumpkin in the snow"}, "What the model gets", height=140),
+                "negative": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "blurry"}, "What it avoids", height=140),
+            },
+            "checkpoint.MODEL", "checkpoint.VAE", ("positive.CONDITIONING", "negative.CONDITIONING"), 1024, cfg=6, sampler_name="dpmpp_2m",
+        ),
+    ),
+    stand_in=Graph(
+        "CLIP guidance on the embedded model",
+        guided_columns(core_model(), "model.model", "model.vae", ("model.positive", "model.negative"), 64, cfg=1, sampler_name="euler"),
+        before="before",
+        after=("after",),
+        images_per_node=4,
+        colors={**GROUPS, "Guidance": GROUPS["Models"]},
+    ),
+    colors={**GROUPS, "Guidance": GROUPS["Models"]},
+)  # fmt: skip
+
 CUT = Graph(
     "Cut, edit with any model, paste exactly",
     (
@@ -743,7 +816,7 @@ ANYONE = Graph(
     colors={**GROUPS, "A batch of any nodes": GROUPS["Edit"], "All twelve": GROUPS["Image"]},
 )
 
-TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL, CUT, ANYONE)
+TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL, GUIDED, CUT, ANYONE)
 
 
 # Where the picture of each node's help page is taken: the template and the node's name in it.
@@ -762,6 +835,7 @@ NODE_SCREENSHOTS = {
     "BlendedFinalPaste": (STEP_BY_STEP, "paste"),
     "BlendedRankByCLIP": (RANKED, "rank"),
     "BlendedDDPMAsModel": (KSAMPLER, "model"),
+    "BlendedCLIPGuidanceModel": (GUIDED, "guide"),
     "BlendedNoiseModel": (CUT, "blended"),
     "BlendedCutRegion": (CUT, "cut"),
     "BlendedPasteRegion": (CUT, "paste"),

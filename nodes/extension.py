@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders, load, loop, model, noise, paste, prompt, rank, region, sampler, scene, steps
+from . import folders, guidance, load, loop, model, noise, paste, prompt, rank, region, sampler, scene, steps
 
 
 class BlendedDiffusionExtension(ComfyExtension):
@@ -31,6 +31,7 @@ class BlendedDiffusionExtension(ComfyExtension):
             rank.RankByCLIP,
             scene.DemoScene,
             model.DDPMAsModel,
+            guidance.CLIPGuidanceModel,
             noise.BlendedNoise,
             region.CutRegion,
             region.PasteRegion,

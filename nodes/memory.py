@@ -168,6 +168,17 @@ def load_rest(patcher: ModelPatcher) -> None:
             raise
 
 
+def heal(network: nn.Module) -> None:
+    """Replaces weights that were made in ComfyUI's inference mode by copies that gradients can pass. Call it outside of inference mode."""
+    for module in network.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_inference():
+                module._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        for name, values in module._buffers.items():
+            if values is not None and values.is_inference():
+                module._buffers[name] = values.clone()
+
+
 def edit_models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None, context: ManagedContext) -> Models:
     """The library's bundle of loaded networks; ``context`` from :func:`load_to_device`."""
     return Models(ddpm.model, clip.model if clip else None, perceptual.model if perceptual else None, context, ddpm.limits)
