@@ -40,7 +40,7 @@ KEY = "blended_diffusion_guidance"
 KINDS = {"auto": None, "ode": 0.0, "sde": 1.0}
 """Kind of the sampler → its noise η; None: by its name."""
 BACKWARD = 3
-"""Memory of a pass forward and backward, relative to what core estimates for the pass forward alone."""
+"""Memory of a pass forward and backward, relative to what core estimates for the pass forward alone. Measured for core's AutoencoderKL: 2.7."""
 
 
 class CLIPGuidanceModel(io.ComfyNode):
