@@ -67,7 +67,7 @@ class Background:
         """The background for a mask in 0..1, whose gray values are released by level, as those of a soft mask.
 
         Args:
-            mask: [B, …], over whose last two axes it is dilated. Of two axes or fewer behind the channels, there must be two to dilate at all.
+            mask: [B, …], over whose last two axes it is dilated. Masks with fewer than two axes after the channels (audio) are not dilated.
             dilations: number of dilations, or :data:`AUTO`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Regions cut out of pictures for any other program, and pasted back: the exact half of an edit, whatever makes the edit."""
+"""Regions cut out of pictures for any other program, and pasted back: everything outside the mask stays bit-identical."""
 
 from __future__ import annotations
 

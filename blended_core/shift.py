@@ -47,7 +47,7 @@ class Parameterization:
     - A gradient through the network is one with respect to x. With dx/dx_t = σ_data·√(1+s²), of a flow √((1−σ)²+σ²), the weight is **σ²**; of a flow
       **s²·(1−σ) = s²/(1+s)**. Both are the rule of the score: x̂0 moves by σ²·∇ₓ log p, of a flow by σ²/(1−σ)·∇ₓ log p.
 
-    So a guidance scale gives the same picture whatever a model predicts, and whether it is a flow.
+    So a guidance scale has the same effect whether a model predicts noise, v or x0, and whether or not it is a flow.
     """
 
     flow: bool = False
@@ -194,7 +194,7 @@ class Guide:
 
 @dataclass(eq=False)
 class ShiftedEstimate:
-    """The shifts of x̂0 in one run of a sampler. The views of a call are drawn by its number.
+    """The shifts of x̂0 in one run of a sampler. The random views of a call depend on the seed and the number of the call.
 
     Attributes:
         guides: their shifts add; each takes its gradient at x̂0 as the model predicted it.

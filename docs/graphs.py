@@ -573,10 +573,11 @@ KSAMPLER = Graph(
             "- **From noise**: an empty latent image and *denoise* 1.\n\n"
             "To use your own files:\n\n"
             "1. Choose a checkpoint of `models/ddpm` in *Load DDPM*.\n"
-            "2. Replace *Demo Scene* by *Load Image*. *Upscale Image* scales it to the size of the model.\n"
+            "2. Replace *Demo Scene* with *Load Image* and a square image, which *Upscale Image* scales to the size of the model. For other images use "
+            "*Cut Region*: *Upscale Image* would crop the image, but not the mask.\n"
             "3. For a model with classes, set *class_choice* to the number of a class, and *cfg* to 2 or more. Leave *cfg* at 1 for others.\n\n"
-            "These models know no text. To follow a prompt, add *CLIP Guidance (MODEL)* before *KSampler*.",
-            height=400,
+            "These models take no text prompt. To follow a prompt, add *CLIP Guidance (MODEL)* before *KSampler*.",
+            height=440,
             below=(Column("Models", core_model()),),
         ),
         Column(
@@ -622,12 +623,13 @@ DIFFERENTIAL = Graph(
     "Differential Diffusion with an ADM",
     (
         note_column(
-            "# Differential Diffusion with an ADM\n\nThe gray value of the mask says **how much** each pixel may change: black keeps it, white makes it anew, "
+            "# Differential Diffusion with an ADM\n\nThe gray value of the mask says **how much** each pixel may change: black keeps it, white replaces it, "
             "and a gray value sets the noise level from which a pixel is sampled.\n\n"
             "*Differential Diffusion* is a node of ComfyUI. It works with the MODEL of *DDPM as MODEL*, as other patches do.\n\n"
             "- Here *Feather Mask* makes the edges soft, so that the new object has no seam. Paint your own mask in any image editor.\n"
             "- *denoise* is the change of a white pixel.\n"
-            "- For your own files, choose a checkpoint in *Load DDPM*, and replace *Demo Scene* by *Load Image*.",
+            "- For your own files, choose a checkpoint in *Load DDPM*. Replace *Demo Scene* with *Load Image* and a square image, and *Upscale Image*, its "
+            "*width* and *height* from *size* of *DDPM as MODEL*.",
             height=330,
         ),
         Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),
@@ -698,12 +700,14 @@ GUIDED = Graph(
         note_column(
             "# CLIP guidance on your own model\n\n*CLIP Guidance (MODEL)* guides any MODEL toward a prompt, inside the mask, with every sampler. Choose before the "
             "first run:\n\n"
-            "1. *Load Checkpoint*: your model. The sizes here are those of SDXL; for SD 1.5 use 512. For Flux or Qwen-Image, replace it by their loaders.\n"
-            "2. *Load CLIP (open_clip)*: **ViT-B-16:openai**, which is fetched once. The embedded CLIP knows only the objects of *Demo Scene*.\n"
-            "3. *Demo Scene*: replace it by *Load Image*, and paint the mask (right-click, Open in MaskEditor).\n\n"
+            "1. *Load Checkpoint*: your model. The sizes here are those of SDXL; for SD 1.5 use 512. For Flux or Qwen-Image, replace it with *Load Diffusion Model*, "
+            "*Load VAE* and the CLIP loader of that model; for Flux, set *cfg* to 1.\n"
+            "2. *Load CLIP (open_clip)*: **ViT-B-16:openai**, which is downloaded on first use. The embedded CLIP knows only the objects of *Demo Scene*.\n"
+            "3. *Demo Scene*: replace it with *Load Image*, and paint the mask (right-click, *Open in MaskEditor*). Use an image of about 1024×1024 pixels. For larger ones, "
+            "see the template *Cut, edit with any model, paste exactly*.\n\n"
             "- **Two prompts**: CLIP guides toward that of *Encode Prompt*; the model itself gets that of *CLIP Text Encode*. They may differ.\n"
-            "- **scale** is the first setting to adjust. Begin with 1000, and change it by factors of 2.\n"
-            "- **vae** shows CLIP the whole image. Unconnected, CLIP sees a rough picture, and a step takes less time and memory.\n"
+            "- **scale** is the first setting to adjust. -1 means 1000 here, or the scale in options. Change it by factors of 2.\n"
+            "- **vae**: CLIP sees the image at full size. Unconnected, it sees a rough preview image, and a step takes less time and memory.\n"
             "- **From noise**: connect *Empty Latent Image* to *KSampler*, set *denoise* to 1, and leave out *Final Paste*.\n"
             "- *Final Paste* keeps every pixel outside the mask, which the VAE alone does not.",
             height=560,
@@ -734,15 +738,19 @@ CUT = Graph(
         note_column(
             "# Cut, edit with any model, paste exactly\n\n*Cut Region* cuts the part around the mask at the size of a model. Any nodes edit the cut. "
             "*Paste Region* puts it back: **outside the mask every pixel keeps its value, to the last bit**.\n\n"
-            "Here core's KSampler fills the mask with the embedded model. *Blended Noise* noises the surroundings afresh at every step, as Blended "
+            "Here core's KSampler fills the mask with the embedded model. *Blended Noise (MODEL)* gives the surroundings new noise at every level, as Blended "
             "Diffusion does.\n\n"
             "**With SDXL, Flux or another latent model:**\n\n"
             "1. Disconnect *ddpm* of *Cut Region* and set *size* (1024) and *shape*.\n"
-            "2. *image* → VAE Encode → *Set Latent Noise Mask* with *mask*, which *Grow Mask* has grown by 8 → *KSampler*.\n"
-            "3. Connect the VAE of that model to *VAE Decode*, and turn on *tone_match* of *Paste Region*.\n\n"
+            "2. MODEL of *Load Checkpoint* → *Blended Noise (MODEL)*. Two *CLIP Text Encode* → *positive* and *negative* of *KSampler*. Set its *cfg* (SDXL: "
+            "6, Flux: 1).\n"
+            "3. In place of *latent* of *Cut Region*: *image* → *VAE Encode* → *Set Latent Noise Mask* → *Repeat Latent Batch*, and *mask* → *Grow Mask* "
+            "(8) → *Set Latent Noise Mask*.\n"
+            "4. VAE of the checkpoint → *VAE Encode* and *VAE Decode*. Turn on *tone_match* of *Paste Region*. Delete *Load DDPM* and *DDPM as MODEL*.\n\n"
+            "The blueprint *Cut, Sample, Paste (Blended Diffusion)* has all of this in one node.\n\n"
             "Many masks of one image give one cut each, and all of them go back into the image.",
             width=400,
-            height=560,
+            height=680,
         ),
         Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),
         (
@@ -783,7 +791,7 @@ ANYONE = Graph(
         note_column(
             "# Rank anyone's batch\n\n*Rank by CLIP* sorts the images of any node by their CLIP distance to a prompt, best first, and keeps as many as "
             "*keep* says. With a MASK, only that part of each image counts.\n\n"
-            "Here core's *KSampler* makes twelve images from noise, with a model that knows no text. The prompt alone chooses.\n\n"
+            "Here core's *KSampler* makes twelve images from noise, with a model that takes no text prompt. The prompt is used only to rank them.\n\n"
             "For your own batch, connect its IMAGE in place of *VAE Decode*: the results of SDXL or Flux, of *Batch Images*, or of *Load Image* nodes. In "
             "*Load CLIP*, choose `ViT-B-16:openai`; the embedded CLIP knows only the embedded world.\n\n"
             "The ranking of CLIP is coarse. Compare the images yourself.",

@@ -53,7 +53,7 @@ class CLIPGuidanceModel(io.ComfyNode):
             display_name=NAME,
             category=inputs.CATEGORY,
             description=(
-                "Guides any MODEL toward a prompt by CLIP, inside the mask, with every sampler: SDXL, Flux, Qwen-Image, or a DDPM as MODEL. Works together "
+                "Guides any MODEL (SDXL, Flux, Qwen-Image, or a DDPM as MODEL) toward a prompt by CLIP, inside the mask. Works with every sampler, and together "
                 "with cfg, LoRA, ControlNet and other patches. Several of these nodes in a row add up."
             ),
             search_aliases=[
@@ -92,7 +92,7 @@ class CLIPGuidanceModel(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="ode: the sampler adds no noise (euler, dpmpp_2m), and is guided twice as far as sde (euler_ancestral, dpmpp_2m_sde), so that both follow "
+                    tooltip="ode: the sampler adds no noise (euler, dpmpp_2m), and is guided twice as strongly as sde (euler_ancestral, dpmpp_2m_sde), so that both follow "
                     "the prompt alike. auto: by the name of the sampler and its eta.",
                 ),
                 io.Mask.Input(
@@ -104,7 +104,7 @@ class CLIPGuidanceModel(io.ComfyNode):
                     "vae",
                     optional=True,
                     tooltip="The VAE of the model, through which CLIP sees the image at full size. Unconnected: a rough picture at the size of the latent, which is "
-                    "faster and needs no memory. Not needed for a DDPM as MODEL.",
+                    "faster and needs less memory. Not needed for a DDPM as MODEL.",
                 ),
                 inputs.GUIDANCE.Input("options", optional=True, tooltip="From Guidance Options. Unconnected: the defaults of that node."),
             ],
@@ -126,8 +126,8 @@ class CLIPGuidanceModel(io.ComfyNode):
         with library_scope(NAME):
             if not isinstance(prompt, LoadedPrompt):
                 raise BlendedError(
-                    f"the prompt is a {type(prompt).__name__}; connect Encode Prompt, with the CLIP of Load CLIP (open_clip). ComfyUI's own CLIP and its "
-                    "CONDITIONING have no image gradients."
+                    f"the prompt is a {type(prompt).__name__}; connect Encode Prompt, with the CLIP of Load CLIP (open_clip). The CLIP of a "
+                    "checkpoint is a text encoder and cannot see images."
                 )
             chosen = options.options if options is not None else GuidanceOptions()
             chosen = replace(chosen, scale=chosen.scale if scale < 0 else scale, gradient="unet" if gradient == "model" else "x0")
@@ -197,9 +197,7 @@ def decoder_of(model: ModelPatcher, vae: Any) -> Decoder:
         linear = LinearRGB(torch.tensor(factors), None if bias is None else torch.tensor(bias), rearrange)
         return Decoder(latent_format, linear=linear)
     if getattr(vae, "first_stage_model", None) is None or not hasattr(vae, "patcher"):
-        raise BlendedError(
-            "the VAE holds no network (a checkpoint without a VAE gives such a one); connect the VAE of the MODEL, from Load VAE."
-        )
+        raise BlendedError("the VAE is empty, because the checkpoint contains none; connect the VAE of the MODEL, from Load VAE.")
     found, of_vae = getattr(vae, "latent_channels", channels), getattr(vae, "latent_dim", 2)
     if of_vae == 1 or getattr(vae, "output_channels", 3) != 3:
         raise BlendedError("the VAE makes no RGB images; connect the VAE of the MODEL.")
@@ -470,7 +468,7 @@ def eta_of(sampler: Any) -> float:
     warnings.warn(
         BlendedWarning(
             f"the sampler {name} is unknown, so {NAME} takes it for one that adds noise (sde). If it adds none, choose sampler_kind ode, which guides twice "
-            "as far."
+            "as strongly."
         ),
         stacklevel=1,
     )

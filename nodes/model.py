@@ -185,7 +185,7 @@ class DDPMAsModel(io.ComfyNode):
             display_name=NAME,
             category=inputs.CATEGORY,
             description=(
-                "Makes a MODEL of a pixel-space diffusion model, for KSampler and every other node that takes a MODEL, with the VAE and the CONDITIONING "
+                "Turns a pixel-space diffusion model into a MODEL for KSampler and every other node that takes a MODEL, with the VAE and the CONDITIONING "
                 "that go with it. The LATENT of such a model is the image itself."
             ),
             search_aliases=["ADM", "guided diffusion", "KSampler", "pixel space model", "native model", "unconditional model"],
@@ -200,7 +200,9 @@ class DDPMAsModel(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="For KSampler and other nodes that take a MODEL."),
                 io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="The class. Empty for a model without classes. These models know no text."
+                    "positive",
+                    display_name="positive",
+                    tooltip="The class. Empty for a model without classes. These models take no text prompt.",
                 ),
                 io.Conditioning.Output(
                     "negative", display_name="negative", tooltip="No class. It has an effect if the model has classes and cfg is not 1."

@@ -40,7 +40,7 @@ class BlendedNoise(io.ComfyNode):
             category=inputs.CATEGORY,
             description=(
                 "Where a LATENT has a noise mask, KSampler blends the source with one fixed noise at all levels. With this patch it blends as Algorithm 2 of "
-                "Blended Diffusion does: the source is noised afresh at every level, gray values of the mask are released by level, and a thin mask is "
+                "Blended Diffusion does: the source is noised afresh at every level, darker pixels of the mask are edited from later levels on, and a thin mask is "
                 "shrunk step by step. For any MODEL and any sampler."
             ),
             search_aliases=[
@@ -60,7 +60,7 @@ class BlendedNoise(io.ComfyNode):
                     max=16,
                     optional=True,
                     tooltip="How often the mask is grown before the first step; it shrinks to its own size in as many stages (progressive mask shrinking). "
-                    "3: squares of 7, 5 and 3, then the mask itself. 0: off. -1: 3 for a thin mask, else off.",
+                    "3: grown by 3, 2 and 1 latent pixels on each side, then the mask itself. 0: off. -1: 3 for a thin mask, else off.",
                 ),
             ],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The patched MODEL, for KSampler or a guider.")],
@@ -111,7 +111,7 @@ def background_of(
     if denoise_mask is None:
         reason = "the LATENT has no noise mask; set one with Set Latent Noise Mask"
     elif not callable(getattr(sampler, "sampler_function", None)):
-        reason = f"the sampler {type(sampler).__name__} brings its own loop; choose one of KSampler's"
+        reason = f"the sampler {type(sampler).__name__} has its own sampling loop; choose a sampler of KSampler"
     elif len(sigmas) < 2 or not bool(noise.any()):
         reason = (
             "the run adds no noise, so it continues a noisy LATENT whose source is not known; connect the patch to the first sampler alone"

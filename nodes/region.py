@@ -61,7 +61,11 @@ class CutRegion(io.ComfyNode):
                     optional=True,
                     tooltip="square: as most models were trained. as the mask: width and height in the ratio of the mask with its context, at most 4 to 1.",
                 ),
-                edit_option("context"),
+                edit_option(
+                    "context",
+                    tooltip="Longer side of the region, as a multiple of the longer side of the mask. More context fits the edit in better and leaves it fewer "
+                    "pixels.",
+                ),
                 io.Int.Input(
                     "multiple",
                     default=64,
@@ -94,7 +98,7 @@ class CutRegion(io.ComfyNode):
                 io.Latent.Output(
                     "latent",
                     display_name="latent",
-                    tooltip="The cut as a clean LATENT of a model that works on pixels, with its noise mask: to KSampler with the MODEL of such a model.",
+                    tooltip="Only for a pixel-space MODEL (DDPM as MODEL): the cut as a LATENT with its noise mask, for KSampler. Not for SDXL or Flux.",
                 ),
             ],
         )
@@ -140,7 +144,7 @@ class PasteRegion(io.ComfyNode):
             inputs=[
                 io.Image.Input("edited", tooltip="The edited cut, at any scale: from VAE Decode, an upscaler or any other node."),
                 io.Image.Input(
-                    "original", tooltip="The image that was cut, or a result of another Paste Region. The result has its alpha channel."
+                    "original", tooltip="The image that was cut, or a result of another Paste Region. Its alpha channel is kept."
                 ),
                 inputs.REGION.Input("region", tooltip="From the Cut Region that made the cut."),
                 io.Mask.Input(
@@ -153,7 +157,8 @@ class PasteRegion(io.ComfyNode):
                     "tone_match",
                     default=False,
                     optional=True,
-                    tooltip="Corrects the colors inside the mask by what the edit changed around it, such as a VAE does, so that no rim shows. At most 16 of 255.",
+                    tooltip="Removes color shifts, such as those of a VAE, so that the edge of the mask does not show: the shift is measured around the mask and subtracted "
+                    "inside it. At most 16 of 255.",
                 ),
             ],
             outputs=[io.Image.Output("image", display_name="image", tooltip="The edited image at the original's size.")],
