@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import DiffusionConfig, Prediction, log_variance, posterior_mean, predict_x0
-from .errors import BlendedError
+from .errors import BlendedError, short_repr
 from .graphs import GraphedNetwork
 from .schedule import Schedule
+
+NO_CLASS = -1
+"""The label of an image without a class, for a class-conditional network."""
 
 
 class DiffusionModel:
@@ -62,6 +65,39 @@ class DiffusionModel:
         model = copy.copy(self)
         model.graphs = GraphedNetwork(self.network)
         return model
+
+    def class_index(self, choice: str | int) -> int:
+        """The label for a class by its number, :data:`NO_CLASS` for 'zero'.
+
+        Raises:
+            BlendedError: if the model does not have that class, or none at all, or for any other word.
+        """
+        if choice == "zero":
+            return NO_CLASS
+        if not isinstance(choice, int):
+            raise BlendedError(f"class_choice is {short_repr(choice)}; give 'zero' or the number of a class.", option="class_choice")
+        if self.num_classes is None:
+            raise BlendedError(f"class {short_repr(choice)} does not exist; the model has no classes: give 'zero'.", option="class_choice")
+        if not 0 <= choice < self.num_classes:
+            raise BlendedError(
+                f"class {short_repr(choice)} does not exist; the model has classes 0 to {self.num_classes - 1}.", option="class_choice"
+            )
+        return choice
+
+    def output(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """What the network predicts, as ``config.objective`` says, in one forward pass; a learned variance is left out.
+
+        Args:
+            x_t: [B, C, H, W].
+            timesteps: [B], steps of the whole process; fractions are allowed.
+            labels: class indices [B], :data:`NO_CLASS` for none; None for an unconditional network.
+
+        Returns:
+            [B, C, H, W] float32.
+        """
+        unit = 1000 / self.config.steps if self.config.rescale_timesteps else 1
+        out: Tensor = self.network(x_t, timesteps * unit, labels)
+        return out.chunk(2, dim=1)[0] if self.config.variance == "learned_range" else out
 
     def predict(self, x_t: Tensor, index: int | Tensor, schedule: Schedule, labels: Tensor | None = None) -> Prediction:
         """One forward pass: x̂0, and mean and variance of p(x_{t−1} | x_t).

@@ -128,29 +128,31 @@ def normalizes_groups(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def pull_back(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+def pull_back(output: Tensor, x: Tensor, cotangent: Tensor, keep_graph: bool = False) -> Tensor:
     """The gradient of ⟨output, cotangent⟩ with respect to x, from which ``output`` was computed; ``cotangent`` has the shape of ``output``.
+
+    ``keep_graph``: for another call.
 
     It is equal in every bit to that of torch.autograd.grad with the cotangent as an argument, for which torch imports sympy: more CPU time than the
     first step of a small edit.
     """
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad((output * cotangent).sum(), x)
+        (gradient,) = torch.autograd.grad((output * cotangent).sum(), x, retain_graph=keep_graph)
     return gradient
 
 
-def gradient_through(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+def gradient_through(output: Tensor, x: Tensor, cotangent: Tensor, keep_graph: bool = False) -> Tensor:
     """The gradient of ⟨output, cotangent⟩ with respect to x; the cotangent of each row is scaled to what half precision can hold.
 
     In float16 values below 6e-8 are lost, and the gradient of a mean over many pixels is of that size. It is scaled so that its largest value is
     about 1 before the network, and back afterward, by powers of two, which round nothing.
 
     Args:
-        output: [B, …], computed from x [B, …]; cotangent: float32, of the shape of the output.
+        output: [B, …], computed from x [B, …]; cotangent: float32, of the shape of the output. keep_graph: for another call.
     """
     largest = cotangent.flatten(1).abs().amax(1)
     exponent = torch.where(largest.isfinite() & (largest > 0), largest.log2().ceil(), 0.0).clamp(-100, 100)
-    gradient = pull_back(output, x, cotangent * torch.exp2(-exponent).view(-1, *[1] * (cotangent.ndim - 1)))
+    gradient = pull_back(output, x, cotangent * torch.exp2(-exponent).view(-1, *[1] * (cotangent.ndim - 1)), keep_graph)
     return gradient * torch.exp2(exponent).view(-1, *[1] * (x.ndim - 1))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .denoiser import DiffusionModel
-from .device import gradient_through, pull_back
+from .device import gradient_through
 from .diffusion import Prediction
 from .errors import BlendedError
 from .losses import Loss, LossTerm, StepInput
@@ -34,6 +35,14 @@ class GuidedPrediction:
     def __repr__(self) -> str:
         means = ", ".join(f"{name} {float(value.mean()):.4g}" for name, value in self.values.items())
         return f"GuidedPrediction({len(self.prediction.x0)} images, mean losses: {means or 'none'})"
+
+
+class LossGradient(NamedTuple):
+    """Of minus the sum of the losses [B, C, H, W]; ``values`` and ``broken`` as in :class:`GuidedPrediction`."""
+
+    gradient: Tensor
+    values: dict[str, Tensor]
+    broken: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,21 +83,33 @@ class Guidance:
             x = step.x.detach()
             if self.through_network:
                 x = x.requires_grad_()
-            prediction = model.predict(x, step.index, step.schedule, labels)
+            prediction = model.predict(x, step.index, step.levels, labels)
         if not self.losses:
             return GuidedPrediction(prediction.detach())
+        found = self.gradient(prediction.x0, step, x if self.through_network else None)
+        return GuidedPrediction(prediction.detach(), found.gradient, found.values, found.broken)
+
+    def gradient(self, x0: Tensor, step: StepInput, x: Tensor | None = None, keep_graph: bool = False) -> LossGradient:
+        """The gradient of minus the losses, scaled and limited as the attributes say.
+
+        Args:
+            x0: x̂0 [B, C, H, W].
+            step: what it was predicted from.
+            x: the leaf from which ``x0`` was computed with gradients; the gradient is then with respect to it, else with respect to ``x0``.
+            keep_graph: from ``x`` to ``x0``, for another call.
+        """
         # In two parts: down to x̂0, and from there through the network, which may compute in half precision.
-        terms, gradient = self._at_estimate(prediction.x0.detach(), step)
-        if self.through_network:
-            gradient = gradient_through(prediction.x0, x, gradient)
+        terms, gradient = self._at_estimate(x0.detach(), step)
+        if x is not None:
+            gradient = gradient_through(x0, x, gradient, keep_graph)
             gradient = sum((term.direct for term in terms.values() if term.direct is not None), start=gradient)
         gradient = -gradient
         if self.reference_size:
-            gradient = gradient * (x.shape[-1] * x.shape[-2] / self.reference_size**2)
+            gradient = gradient * (x0.shape[-1] * x0.shape[-2] / self.reference_size**2)
         gradient, broken = zero_broken_rows(gradient)
         if self.clamp is not None:
             gradient = clamp_rows(gradient, self.clamp)
-        return GuidedPrediction(prediction.detach(), gradient, {name: term.value for name, term in terms.items()}, broken)
+        return LossGradient(gradient, {name: term.value for name, term in terms.items()}, broken)
 
     def _at_estimate(self, x0: Tensor, step: StepInput) -> tuple[dict[str, LossTerm], Tensor]:
         """The losses by name, and the gradient of their sum with respect to x̂0."""
@@ -99,7 +120,7 @@ class Guidance:
         first, *others = (term.gradient for term in terms.values())
         gradient = sum(others, start=first)
         if self.decode is not None:
-            gradient = pull_back(image, leaf, gradient)
+            gradient = gradient_through(image, leaf, gradient)
         return terms, gradient
 
 

@@ -34,6 +34,7 @@ class StepInput:
 
     Attributes:
         x: the noisy batch [B, C, H, W]; index: its level in the schedule.
+        schedule: None where a sampler of another program takes the steps (:mod:`~blended_core.shift`); ``index`` then counts its calls.
         images: number of the candidate in each row; random: the source of their random numbers.
         mask: [B or 1, 1, H, W], 1 = the part that CLIP sees.
         source: the source image [B or 1, C, H, W] in −1..1, or None.
@@ -41,14 +42,26 @@ class StepInput:
 
     x: Tensor
     index: int
-    schedule: Schedule
+    schedule: Schedule | None
     images: Sequence[int]
     random: RandomSource
     mask: Tensor
     source: Tensor | None = None
 
+    @property
+    def levels(self) -> Schedule:
+        """The schedule. Raises BlendedError where there is none."""
+        if self.schedule is None:
+            raise BlendedError(
+                "clip_input 'mixed' needs the noise schedule of a pixel-space diffusion model, and here another sampler takes the steps; use "
+                "clip_input 'x0'.",
+                option="clip_input",
+            )
+        return self.schedule
+
     def __repr__(self) -> str:
-        return f"StepInput(level {self.index} of {len(self.schedule)}, candidates {list(self.images)}, {tuple(self.x.shape)})"
+        where = f"call {self.index}" if self.schedule is None else f"level {self.index} of {len(self.schedule)}"
+        return f"StepInput({where}, candidates {list(self.images)}, {tuple(self.x.shape)})"
 
 
 class LossTerm(NamedTuple):

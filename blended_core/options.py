@@ -236,7 +236,10 @@ class GuidanceOptions:
 
         Outside of start to end only the background loss acts, because without it Algorithm 1 has nothing that keeps the background.
         """
-        share = (levels - 1 - index) / levels
+        return self.at_share((levels - 1 - index) / levels)
+
+    def at_share(self, share: float) -> GuidanceOptions | None:
+        """:meth:`at` for a share of the noise levels, 0 at the noisiest one."""
         if share < self.start or (share >= self.end and self.end < 1):
             limited: dict[str, Any] = {name: 0.0 for name, (declaration, _) in declared(self).items() if declaration.limited_weight}
             return replace(self, **limited) if self.needs_perceptual else None

@@ -55,8 +55,8 @@ class MixedInput:
 
     def __call__(self, image: Tensor, step: StepInput) -> LossTerm:
         """The loss of the mixed image."""
-        term = self.loss(mixed_estimate(image, step.x.detach(), step.index, step.schedule), step)
-        share = float(step.schedule.sqrt_one_minus_alphas_cumprod[step.index])
+        term = self.loss(mixed_estimate(image, step.x.detach(), step.index, step.levels), step)
+        share = float(step.levels.sqrt_one_minus_alphas_cumprod[step.index])
         return LossTerm(term.value, term.gradient * share, term.gradient * (1 - share))
 
 
@@ -119,12 +119,12 @@ class Deviations:
 
     def predict(self, guidance: Guidance, model: DiffusionModel, step: StepInput, labels: Tensor | None) -> GuidedPrediction:
         """A guided prediction; where the looked-up index is another one, only its gradient comes from there."""
-        found = reference_index(step.index, step.schedule) if self.index_lookup else step.index
+        found = reference_index(step.index, step.levels) if self.index_lookup else step.index
         if found == step.index:
             return guidance(model, step, labels)
         guided = guidance(model, replace(step, index=found, random=_AtLevel(step.random, step.index)), labels)
         with torch.no_grad():
-            return replace(guided, prediction=model.predict(step.x, step.index, step.schedule, labels))
+            return replace(guided, prediction=model.predict(step.x, step.index, step.levels, labels))
 
 
 def reference_index(index: int, schedule: Schedule) -> int:

@@ -135,9 +135,7 @@ def class_labels(model: DiffusionModel, choice: str | int, step: StepInput) -> T
         return torch.zeros(len(step.images), model.label_dim, device=step.x.device)
     if choice == "random":
         return upload(step.random.labels(step.index, step.images, model.num_classes), step.x.device)
-    if not isinstance(choice, int) or not 0 <= choice < model.num_classes:
-        raise BlendedError(f"class {choice} does not exist; the model has classes 0 to {model.num_classes - 1}.", option="class_choice")
-    return torch.full((len(step.images),), choice, device=step.x.device)
+    return torch.full((len(step.images),), model.class_index(choice), device=step.x.device)
 
 
 def step_noise(step: StepInput) -> Tensor:
@@ -172,15 +170,15 @@ class DDIM:
     def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, guided x̂0, how far guidance moved it)."""
         x0, shift = self.target(guided, step)
-        return ddim_step(step.x, x0, step.index, self.noise(step), step.schedule, self.eta), x0, shift
+        return ddim_step(step.x, x0, step.index, self.noise(step), step.levels, self.eta), x0, shift
 
     def target(self, guided: GuidedPrediction, step: StepInput) -> tuple[Tensor, float | Tensor]:
         """(guided x̂0, how far guidance moved ε)."""
         if guided.gradient is None:
             return guided.prediction.x0, 0.0
         gradient = guided.gradient * (2 / (1 + self.eta**2)) if self.matched else guided.gradient
-        shift = gradient.square().mean().sqrt() * float(step.schedule.sqrt_one_minus_alphas_cumprod[step.index])
-        return guided_x0(step.x, guided.prediction.x0, step.index, step.schedule, gradient), shift
+        shift = gradient.square().mean().sqrt() * float(step.levels.sqrt_one_minus_alphas_cumprod[step.index])
+        return guided_x0(step.x, guided.prediction.x0, step.index, step.levels, gradient), shift
 
     def noise(self, step: StepInput) -> Tensor | None:
         """The noise of a step, or None where it has none."""
@@ -196,7 +194,7 @@ class DPMSolver(DDIM):
     def step(self, guided: GuidedPrediction, step: StepInput, previous: Tensor | None = None) -> tuple[Tensor, Tensor, float | Tensor]:
         """(x_{t−1}, guided x̂0, how far guidance moved it); ``previous``: guided x̂0 of the next noisier level."""
         x0, shift = self.target(guided, step)
-        return dpmpp_2m_step(step.x, x0, previous, step.index, self.noise(step), step.schedule, self.eta), x0, shift
+        return dpmpp_2m_step(step.x, x0, previous, step.index, self.noise(step), step.levels, self.eta), x0, shift
 
 
 def sampler_of(options: EditOptions) -> DDPM | DDIM:
@@ -243,22 +241,35 @@ def guidance_from(options: GuidanceOptions, models: Models, prompt: Prompt | Non
                 "a prompt was given without a CLIP model to measure the distance to it; give Models(…, clip=…).", option="clip"
             )
         scale = options.scale_for(models.ddpm.guidance_scale, models.ddpm.image_size)
-        if scale > 0:
-            distance = DISTANCES[options.distance]
-            chosen.append(ClipLoss(models.clip, prompt, scale, options.views, options.view_chunk, distance, options.symmetric_views))
-        if options.needs_perceptual:
-            if models.perceptual is None:
-                raise BlendedError("the background loss needs an LPIPS network; give Models(…, perceptual=…).", option="lpips")
-            chosen.append(
-                BackgroundLoss(models.perceptual, options.background_scale)
-                if options.background_loss == "paper"
-                else BatchBackgroundLoss(models.perceptual, options.lpips_scale, options.l2_scale)
-            )
-        if options.clip_input == "mixed":
-            chosen = [MixedInput(loss) for loss in chosen]
-        if options.range_scale > 0:
-            chosen.append(RangeLoss(options.range_scale))
+        chosen = losses_from(options, models.clip, models.perceptual, prompt, scale)
     return Guidance((*chosen, *losses), options.gradient == "unet", None, options.reference_size, options.clamp)
+
+
+def losses_from(
+    options: GuidanceOptions, clip: ClipModel, perceptual: PerceptualDistance | None, prompt: Prompt, scale: float
+) -> list[Loss]:
+    """The losses that options describe, toward a prompt; ``scale`` is the weight of the CLIP loss.
+
+    Raises:
+        BlendedError: if a network is missing that a loss needs.
+    """
+    chosen: list[Loss] = []
+    if scale > 0:
+        distance = DISTANCES[options.distance]
+        chosen.append(ClipLoss(clip, prompt, scale, options.views, options.view_chunk, distance, options.symmetric_views))
+    if options.needs_perceptual:
+        if perceptual is None:
+            raise BlendedError("the background loss needs an LPIPS network; give Models(…, perceptual=…).", option="lpips")
+        chosen.append(
+            BackgroundLoss(perceptual, options.background_scale)
+            if options.background_loss == "paper"
+            else BatchBackgroundLoss(perceptual, options.lpips_scale, options.l2_scale)
+        )
+    if options.clip_input == "mixed":
+        chosen = [MixedInput(loss) for loss in chosen]
+    if options.range_scale > 0:
+        chosen.append(RangeLoss(options.range_scale))
+    return chosen
 
 
 def deviations_of(options: EditOptions) -> Deviations:
@@ -338,9 +349,9 @@ def _step(
 ) -> Step:
     labels = class_labels(models.ddpm, options.class_choice, inputs)
     guided = deviations_of(options).predict(guidance, models.ddpm, inputs, labels)
-    if inside is not None and inputs.source is not None and acts_at(options.tone_match, inputs.index, inputs.schedule):
+    if inside is not None and inputs.source is not None and acts_at(options.tone_match, inputs.index, inputs.levels):
         correction = tone_shift(guided.prediction.x0, inputs.source, inside)
-        guided = replace(guided, prediction=guided.prediction.moved(correction, inputs.index, inputs.schedule))
+        guided = replace(guided, prediction=guided.prediction.moved(correction, inputs.index, inputs.levels))
     x, x0, shift = sampler_of(options).step(guided, inputs, previous)
     return Step(tuple(inputs.images), inputs.index - 1, 0, 0, x, x0, guided.values.get("clip"), shift, guided.broken, guided.gradient)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders, load, loop, paste, prompt, rank, sampler, scene, steps
+from . import folders, guidance, load, loop, model, paste, prompt, rank, sampler, scene, steps
 
 
 class BlendedDiffusionExtension(ComfyExtension):
@@ -30,4 +30,6 @@ class BlendedDiffusionExtension(ComfyExtension):
             prompt.GuidanceOptionsNode,
             rank.RankByCLIP,
             scene.DemoScene,
+            model.DDPMAsModel,
+            guidance.CLIPGuidanceModel,
         ]

@@ -16,6 +16,7 @@ from ..blended_core.errors import BlendedError
 from . import inputs
 from .folders import CLIP_FOLDER, DDPM_FOLDER, check_file, file_version, find_file, first_path, list_files
 from .memory import LoadedCLIP, LoadedDDPM, device_context, manage, offload_context, probe_context
+from .model import CoreModel
 from .runtime import Progress, keeps_text, library_scope, shown_text
 
 DDPM, CLIP = "Load DDPM", "Load CLIP (open_clip)"
@@ -115,7 +116,8 @@ class LoadDDPM(io.ComfyNode):
                 on_forward=lambda done, expected: Progress(expected).update(done),
             )
             loaded = load_checkpoint(offload_context(context), path, parse_overrides(overrides), probe=probe, weights=weights)
-            return io.NodeOutput(LoadedDDPM(loaded.model, manage(loaded.model.network), context), ui=shown_text(summary(loaded.detection)))
+            patcher = manage(CoreModel(loaded.model, context))
+            return io.NodeOutput(LoadedDDPM(loaded.model, patcher, context), ui=shown_text(summary(loaded.detection)))
 
 
 def parse_overrides(text: str) -> dict[str, str]:

@@ -150,15 +150,33 @@ def load_to_device(
     patchers = [network.patcher for network in (ddpm, clip, perceptual) if network is not None]
     mm.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
     for patcher in patchers:
-        # With --novram the manager leaves weights on the offload device, or moves a part of them back, for layers that fetch their weights at
-        # each call. The layers of these networks do not. (partially_load takes a network for whole after a part of it was moved back.)
-        if patcher.loaded_size() < patcher.model_size():
-            try:
-                patcher.patch_model(patcher.load_device)
-            except Exception:
-                patcher.detach()
-                raise
+        load_rest(patcher)
     return with_patchers(context, patchers)
+
+
+def load_rest(patcher: ModelPatcher) -> None:
+    """Moves what the manager left on the offload device after it loaded a network.
+
+    With --novram it leaves weights there, or moves a part of them back, for layers that fetch their weights at each call. The layers of these networks
+    do not. (partially_load takes a network for whole after a part of it was moved back.)
+    """
+    if patcher.loaded_size() < patcher.model_size():
+        try:
+            patcher.patch_model(patcher.load_device)
+        except Exception:
+            patcher.detach()
+            raise
+
+
+def heal(network: nn.Module) -> None:
+    """Replaces weights that were made in ComfyUI's inference mode by copies that gradients can pass. Call it outside of inference mode."""
+    for module in network.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_inference():
+                module._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        for name, values in module._buffers.items():
+            if values is not None and values.is_inference():
+                module._buffers[name] = values.clone()
 
 
 def edit_models(ddpm: LoadedDDPM, clip: LoadedCLIP | None, perceptual: LoadedPerceptual | None, context: ManagedContext) -> Models:

@@ -41,6 +41,8 @@ INPUTS: dict[str, dict[str, str]] = {
     "Load CLIP (open_clip)": {"clip": "weights"},
     "Encode Prompt": {"weights": "weight"},
     "Demo Scene": {"seed": "seed"},
+    "DDPM as MODEL": {"class_choice": "class_choice"},
+    "CLIP Guidance (MODEL)": {"scale": "scale", "gradient": "gradient"},
 }  # fmt: skip
 """Display name of a node → option of the library → input of that node. Where several nodes have an input for an option, a message on a node
 without one names the first. An option without an input (device, invert_mask, crop, …) is in none of them."""

@@ -365,7 +365,7 @@ class UNet(nn.Module):
         Args:
             x: [B, C, H, W], images in −1..1 with noise added.
             timesteps: [B], in the units that the network was trained with.
-            y: class indices [B], or a class embedding [B, 4·model_channels] that is added as it is (zeros: no class).
+            y: class indices [B], −1 for no class, or a class embedding [B, 4·model_channels] that is added as it is (zeros: no class).
 
         Returns:
             [B, out_channels, H, W] float32.
@@ -383,7 +383,7 @@ class UNet(nn.Module):
         elif y is None:
             raise BlendedError(f"the model has {self.config.num_classes} classes; give a label for each image.")
         else:
-            emb = emb + (y if y.ndim == 2 else self.label_emb(y))
+            emb = emb + (y if y.ndim == 2 else self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None])
 
         run: Callable[[nn.Module, Tensor, Tensor], Tensor] = _checkpointed if self.gradient_checkpointing else _direct
         h = x.to(self.compute_dtype)
