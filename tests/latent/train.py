@@ -34,7 +34,7 @@ sys.argv, ARGUMENTS = [sys.argv[0], "--cpu"], sys.argv[1:]  # ComfyUI reads the 
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
-from .networks import CHANNELS, CONTEXT, LATENT_SCALE, Autoencoder, initialize, new_unet  # noqa: E402
+from .networks import CHANNELS, CONTEXT, Autoencoder, initialize, new_unet  # noqa: E402
 
 SCENES = 32768
 """Latents that the UNet is trained on."""

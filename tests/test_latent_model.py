@@ -1,0 +1,82 @@
+"""Guidance of a latent model by CLIP, in a real ComfyUI: a small latent diffusion model of the embedded world (tests/latent), judged by the embedded judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blended_core.evaluation.judge import Judge
+from blended_core.evaluation.metrics import Pair, pairs
+from blended_core.toy.world import demo_scene
+
+from .server import ROOT, Prompt, Server, needs_comfyui
+
+DATA = ROOT / "tests" / "latent" / "data"
+BATCH = 2
+SCALE = 3000.0
+"""That is recommended for the embedded CLIP."""
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def edits(cases: list[Pair], guided: bool = True, flow: bool = False, decoder: bool = True, **sampler: Any) -> Prompt:
+    """A graph that edits every case with KSampler, a batch each, and pastes the results."""
+    prompt: Prompt = {"bed": node("LoadLatentTestBed", flow=flow)}
+    if guided:
+        prompt["clip"] = node("BlendedLoadCLIP", weights="embedded", architecture="", other_tag="")
+    values = {"steps": 30, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 0.75, **sampler}
+    for i, case in enumerate(cases):
+        text = node("CLIPTextEncode", clip=["bed", 1], text=case.prompt)
+        model = ["bed", 0]
+        prompt |= {
+            f"scene {i}": node("BlendedDemoScene", background=case.background, object="none", width=64, height=64, seed=case.seed),
+            f"text {i}": text,
+            f"encode {i}": node("VAEEncode", pixels=[f"scene {i}", 0], vae=["bed", 2]),
+            f"repeat {i}": node("RepeatLatentBatch", samples=[f"encode {i}", 0], amount=BATCH),
+            f"mask {i}": node("SetLatentNoiseMask", samples=[f"repeat {i}", 0], mask=[f"scene {i}", 1]),
+        }
+        if guided:
+            prompt[f"prompt {i}"] = node("BlendedEncodePrompt", clip=["clip", 0], text=case.prompt)
+            prompt[f"guide {i}"] = node("BlendedCLIPGuidanceModel", model=model, prompt=[f"prompt {i}", 0], scale=SCALE)
+            if decoder:
+                prompt[f"guide {i}"]["inputs"]["vae"] = ["bed", 2]
+            model = [f"guide {i}", 0]
+        prompt |= {
+            f"sample {i}": node(
+                "KSampler", model=model, seed=case.seed, positive=[f"text {i}", 0], negative=[f"text {i}", 0], latent_image=[f"mask {i}", 0], **values
+            ),
+            f"decode {i}": node("VAEDecode", samples=[f"sample {i}", 0], vae=["bed", 2]),
+            f"paste {i}": node("BlendedFinalPaste", edited=[f"decode {i}", 0], original=[f"scene {i}", 0], mask=[f"scene {i}", 1]),
+            f"decoded {i}": node("PreviewImage", images=[f"decode {i}", 0]),
+            f"pasted {i}": node("PreviewImage", images=[f"paste {i}", 0]),
+        }
+    return prompt
+
+
+def accepted(comfyui: Server, cases: list[Pair], **how: Any) -> list[bool]:
+    """For every picture, whether the judge sees the object. No picture differs from the scene outside the mask, where the decoded ones do."""
+    judge, found = Judge(), []
+    outcome = comfyui.run(edits(cases, **how))
+    assert outcome.error is None, outcome.error
+    for i, case in enumerate(cases):
+        scene, mask = demo_scene(case.background, case.seed)
+        pasted, decoded = (comfyui.pictures(outcome, f"{name} {i}") for name in ("pasted", "decoded"))
+        assert len(pasted) == BATCH
+        outside = mask[..., 0] == 0
+        for before, after in zip(decoded, pasted, strict=True):
+            assert (after[outside] == scene[outside]).all() and (before[outside] != scene[outside]).any()
+        rows = torch.stack([torch.from_numpy(p.copy()) for p in pasted]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        verdicts = judge(rows, torch.from_numpy((~outside)[None, None].astype("float32")))
+        found += [verdict.accepts(case.name) for verdict in verdicts]
+    return found
+
+
+def test_the_test_bed_is_small() -> None:
+    files = list(DATA.iterdir())
+    assert {f.name for f in files} == {"autoencoder.safetensors", "unet.safetensors"} and sum(f.stat().st_size for f in files) <= 8_000_000
