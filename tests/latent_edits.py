@@ -92,7 +92,7 @@ class Bench:
             with torch.inference_mode():
                 if kind == "pixel":
                     ddpm = self.node("BlendedLoadDDPM", checkpoint="embedded")[0]
-                    model, positive, *_, vae = self.node("BlendedDDPMAsModel", ddpm=ddpm)
+                    model, positive, _, vae, *_ = self.node("BlendedDDPMAsModel", ddpm=ddpm)
                 else:
                     model = bed.load_model(flow=kind == "flow")
                     positive = bed.EmptyTextEncoder().encode_from_tokens_scheduled("")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,13 @@ def edits(cases: list[Pair], guided: bool = True, flow: bool = False, decoder: b
             model = [f"guide {i}", 0]
         prompt |= {
             f"sample {i}": node(
-                "KSampler", model=model, seed=case.seed, positive=[f"text {i}", 0], negative=[f"text {i}", 0], latent_image=[f"mask {i}", 0], **values
+                "KSampler",
+                model=model,
+                seed=case.seed,
+                positive=[f"text {i}", 0],
+                negative=[f"text {i}", 0],
+                latent_image=[f"mask {i}", 0],
+                **values,
             ),
             f"decode {i}": node("VAEDecode", samples=[f"sample {i}", 0], vae=["bed", 2]),
             f"paste {i}": node("BlendedFinalPaste", edited=[f"decode {i}", 0], original=[f"scene {i}", 0], mask=[f"scene {i}", 1]),
@@ -80,3 +85,44 @@ def accepted(comfyui: Server, cases: list[Pair], **how: Any) -> list[bool]:
 def test_the_test_bed_is_small() -> None:
     files = list(DATA.iterdir())
     assert {f.name for f in files} == {"autoencoder.safetensors", "unet.safetensors"} and sum(f.stat().st_size for f in files) <= 8_000_000
+
+
+@needs_comfyui
+@pytest.mark.slow
+def test_guidance_brings_the_object_into_a_latent_model_and_without_it_there_is_none(comfyui: Server) -> None:
+    cases = pairs(4)
+    assert not any(accepted(comfyui, cases, guided=False))
+    assert sum(accepted(comfyui, cases)) >= 4
+    assert sum(accepted(comfyui, cases, decoder=False)) >= 4  # by the matrix of the previews, without the VAE
+
+
+@needs_comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"flow": True}, {"sampler_name": "dpmpp_2m"}, {"sampler_name": "euler_ancestral"}], ids=str)
+def test_one_scale_fits_flows_and_samplers_with_and_without_noise(comfyui: Server, how: dict[str, Any]) -> None:
+    assert sum(accepted(comfyui, pairs(3), **how)) >= 3
+
+
+TEMPLATE = ROOT / "workflows" / "CLIP guidance on your own model.json"
+
+
+def prompt_of(workflow: dict[str, Any]) -> Prompt:
+    """The prompt that the page would send for a saved workflow."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt: Prompt = {}
+    for item in workflow["nodes"]:
+        if item["type"] != "MarkdownNote":
+            inputs = {name: value for name, value in item.get("widgets_values_named", {}).items() if name != "control_after_generate"}
+            inputs |= {slot["name"]: links[slot["link"]] for slot in item["inputs"] if slot.get("link") is not None}
+            prompt[str(item["id"])] = {"class_type": item["type"], "inputs": inputs}
+    return prompt
+
+
+@needs_comfyui
+@pytest.mark.slow
+def test_the_template_for_other_models_runs_on_this_one(comfyui: Server) -> None:
+    prompt = prompt_of(json.loads(TEMPLATE.read_text(encoding="utf-8")))
+    (loader,) = (n for n in prompt.values() if n["class_type"] == "CheckpointLoaderSimple")
+    loader |= node("LoadLatentTestBed", flow=False)
+    outcome = comfyui.run(prompt)
+    assert outcome.error is None, outcome.error
