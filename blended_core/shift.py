@@ -39,7 +39,7 @@ class Parameterization:
     s = σ/(1 − σ).
 
     Guidance in the units of this package, where x_t = √ᾱ·x0 + √(1−ᾱ)·n with 1/ᾱ = 1 + s², is ε̂ = ε − √(1−ᾱ)·g for the gradient g of minus the
-    losses with respect to x_t. That moves x̂0 by (1−ᾱ)/√ᾱ·g = s²/√(1+s²)·g, and the mean of the posterior by exactly β̃·g, as a step of DDPM does.
+    losses with respect to x_t. That moves x̂0 by (1−ᾱ)/√ᾱ·g = s²/√(1+s²)·g, and the mean of the posterior by β/√α·g, which tends to the Σ·g of DDPM where steps are small.
     Two units remain:
 
     - A gradient at x̂0 stands for that at x_t, as everywhere in this package. Both image and gradient are in units of σ_data, so that factor comes

@@ -522,7 +522,139 @@ OWN = Graph(
     after=("after",),
 )
 
-TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN)
+
+def core_model(**values: Any) -> dict[str, Node]:
+    """The embedded network as a MODEL."""
+    return {"ddpm": Node("BlendedLoadDDPM", height=236), "model": Node("BlendedDDPMAsModel", {"ddpm": "ddpm.ddpm"}, values)}
+
+
+def ksampler(latent: str, model: str = "model.model", title: str | None = None, **values: Any) -> Node:
+    """Core's sampler with a network that knows no text."""
+    settings = {
+        "seed": 0, "control_after_generate": "fixed", "steps": STEPS, "cfg": 1, "sampler_name": "euler", "scheduler": "normal", "denoise": 1, **values,
+    }  # fmt: skip
+    wires = {"model": model, "positive": "model.positive", "negative": "model.negative", "latent_image": latent}
+    return Node("KSampler", wires, settings, title=title, height=480)
+
+
+def decoded(latent: str, title: str, height: int = 320) -> dict[str, Node]:
+    """The pixels of a LATENT, four times as large on the node: the embedded model works at 64 pixels."""
+    name = latent.split(".")[0]
+    return {
+        f"{name}_pixels": Node("VAEDecode", {"samples": latent, "vae": "model.vae"}),
+        f"{name}_larger": Node(
+            "ImageScaleBy", {"image": f"{name}_pixels.IMAGE"}, {"upscale_method": "nearest-exact", "scale_by": 4}, title="Enlarge to see it"
+        ),
+        f"{name}_shown": Node("SaveImage", {"images": f"{name}_larger.IMAGE"}, {"filename_prefix": "blended/ksampler"}, title=title, height=height),
+    }  # fmt: skip
+
+
+def enlarged(picture: str, name: str, title: str, height: int = 300) -> dict[str, Node]:
+    """A small picture, four times as large."""
+    return {
+        f"{name}_larger": Node(
+            "ImageScaleBy", {"image": picture}, {"upscale_method": "nearest-exact", "scale_by": 4}, title="Enlarge to see it"
+        ),
+        name: preview(f"{name}_larger.IMAGE", title, height),
+    }
+
+
+KSAMPLER = Graph(
+    "KSampler with your ADM",
+    (
+        note_column(
+            "# KSampler with your ADM\n\n*DDPM as MODEL* makes a MODEL of a pixel-space diffusion model. Every sampler and scheduler of ComfyUI works with it.\n\n"
+            "- **Fill the mask**: *Set Latent Noise Mask* limits the change. Black pixels keep their values exactly.\n"
+            "- **From noise**: an empty latent image and *denoise* 1.\n\n"
+            "To use your own files:\n\n"
+            "1. Choose a checkpoint of `models/ddpm` in *Load DDPM*.\n"
+            "2. Replace *Demo Scene* by *Load Image*. *Upscale Image* scales it to the size of the model.\n"
+            "3. For a model with classes, set *class_choice* to the number of a class, and *cfg* to 2 or more. Leave *cfg* at 1 for others.\n\n"
+            "These models know no text. To follow a prompt, use *Blended Diffusion Sampler*.",
+            height=470,
+        ),
+        Column("Models", core_model()),
+        Column(
+            "Image",
+            {
+                "scene": scene("lake", object_name="balloon", width=64, height=64),
+                "scale": Node(
+                    "ImageScale", {"image": "scene.image", "width": "model.size", "height": "model.size"}, {"upscale_method": "lanczos", "crop": "center"}
+                ),
+                **enlarged("scale.IMAGE", "before", "Before"),
+            },
+        ),
+        (
+            Column(
+                "Fill the mask",
+                {
+                    "encode": Node("VAEEncode", {"pixels": "scale.IMAGE", "vae": "model.vae"}),
+                    "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "scene.mask"}),
+                    "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4}),
+                    "fill": ksampler("repeat.LATENT"),
+                },
+            ),
+        ),
+        Column("Filled", decoded("fill.LATENT", "Filled", 420)),
+        Column(
+            "From noise",
+            {
+                "empty": Node("EmptyLatentImage", {"width": "model.size", "height": "model.size"}, {"batch_size": 4}),
+                "make": ksampler("empty.LATENT", sampler_name="dpmpp_2m"),
+            },
+        ),
+        Column("Made", decoded("make.LATENT", "Made from noise", 420)),
+    ),
+    before="before",
+    after=("fill_shown",),
+    images_per_node=4,
+    colors={
+        **GROUPS, "Fill the mask": GROUPS["Edit"], "From noise": GROUPS["Edit"], "Filled": GROUPS["Result"], "Made": GROUPS["Result"],
+    },
+)  # fmt: skip
+
+DIFFERENTIAL = Graph(
+    "Differential Diffusion with an ADM",
+    (
+        note_column(
+            "# Differential Diffusion with an ADM\n\nThe gray value of the mask says **how much** each pixel may change: black keeps it, white makes it anew, "
+            "and a gray value sets the noise level from which a pixel is sampled.\n\n"
+            "*Differential Diffusion* is a node of ComfyUI. It works with the MODEL of *DDPM as MODEL*, as other patches do.\n\n"
+            "- Here *Feather Mask* makes a ramp from left to right. Paint your own in any image editor.\n"
+            "- *denoise* is the change of a white pixel.\n"
+            "- For your own files, choose a checkpoint in *Load DDPM*, and replace *Demo Scene* by *Load Image*.",
+            height=400,
+        ),
+        Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),
+        Column(
+            "Image", {"scene": scene("desert", object_name="cactus", width=64, height=64), **enlarged("scene.image", "before", "Before")}
+        ),
+        Column(
+            "Soft mask",
+            {
+                "white": Node("SolidMask", values={"value": 1, "width": 64, "height": 64}),
+                "ramp": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 60, "top": 0, "right": 0, "bottom": 0}),
+                "mask": Node("MaskPreview", {"mask": "ramp.MASK"}, title="Black stays, white changes", height=260),
+            },
+        ),
+        Column(
+            "Edit",
+            {
+                "encode": Node("VAEEncode", {"pixels": "scene.image", "vae": "model.vae"}),
+                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "ramp.MASK"}),
+                "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4}),
+                "change": ksampler("repeat.LATENT", "differential.MODEL"),
+            },
+        ),
+        Column("Result", decoded("change.LATENT", "After", 420)),
+    ),
+    before="before",
+    after=("change_shown",),
+    images_per_node=4,
+    colors={**GROUPS, "Soft mask": GROUPS["Image"]},
+)
+
+TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL)
 
 
 # Where the picture of each node's help page is taken: the template and the node's name in it.
@@ -540,6 +672,7 @@ NODE_SCREENSHOTS = {
     "BlendedDenoiseLoopEnd": (STEP_BY_STEP, "end"),
     "BlendedFinalPaste": (STEP_BY_STEP, "paste"),
     "BlendedRankByCLIP": (RANKED, "rank"),
+    "BlendedDDPMAsModel": (KSAMPLER, "model"),
 }
 
 

@@ -62,6 +62,11 @@ class Levels(comfy.model_sampling.ModelSamplingDiscrete):
         self.num_timesteps = config.steps
         self.set_sigmas(torch.from_numpy(config.respaced(config.steps).sqrt_recipm1_alphas_cumprod))
 
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The level of the nearest step, because the network knows no others: scheduler 'normal' then gives the levels of the pack's own respacing."""
+        steps = timestep.float().round().clamp(0, self.num_timesteps - 1).long()
+        return self.sigmas[steps.to(self.sigmas.device)].to(timestep.device)
+
     def percent_to_sigma(self, percent: float) -> float:
         """Core's own takes every process for one of 1000 steps."""
         if percent <= 0 or percent >= 1:
@@ -71,11 +76,8 @@ class Levels(comfy.model_sampling.ModelSamplingDiscrete):
 
 def levels_of(config: DiffusionConfig) -> Levels:
     """The noise levels, and what core does with the network's output at them."""
-
-    class ModelSampling(Levels, PREDICTED[config.objective]):  # type: ignore[misc]
-        pass
-
-    return ModelSampling(config)
+    kind: type[Levels] = type("ModelSampling", (Levels, PREDICTED[config.objective]), {})
+    return kind(config)
 
 
 class Adapter(nn.Module):

@@ -71,6 +71,10 @@ class EncodePrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip: LoadedCLIP, text: str = "", weight: float = 1.0, previous: LoadedPrompt | None = None) -> io.NodeOutput:
         with library_scope(ENCODE):
+            if not isinstance(clip, LoadedCLIP):
+                raise BlendedError(
+                    f"the clip is a {type(clip).__name__}; connect Load CLIP (open_clip). ComfyUI's own CLIP does not fit, because it has no image gradients."
+                )
             if previous is not None and previous.clip is not clip:
                 raise BlendedError(
                     f"the previous prompt was encoded with another CLIP; connect one Load CLIP (open_clip) to both {ENCODE} nodes."

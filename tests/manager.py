@@ -64,7 +64,8 @@ def main() -> None:
         "x0, 64 in chunks": (clip, options(views=64, view_chunk=8)), "unet": (clip, options(gradient="unet")),
     }  # fmt: skip
     needed = {name: memory.memory_needed(ddpm, way[0], 4 * 64**2, way[1], 4, context.device) for name, way in ways.items()}
-    wrapped = memory.LoadedDDPM(ddpm, memory.manage(ddpm.network), context), memory.LoadedCLIP(clip, memory.manage(clip.model))
+    core = importlib.import_module(f"{NAME}.nodes.model").CoreModel(ddpm, context)
+    wrapped = memory.LoadedDDPM(ddpm, memory.manage(core), context), memory.LoadedCLIP(clip, memory.manage(clip.model))
     modes = {
         state.name: guided_in(memory, runtime, *wrapped, state)
         for state in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
