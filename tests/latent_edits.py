@@ -26,9 +26,13 @@ import torch
 from contract import NAME, pack
 from torch import Tensor
 
-BATCH, STEPS, DENOISE = 2, 30, 0.75
+BATCH, STEPS = 2, 30
+DENOISE = {"pixel": 0.75, "latent": 0.9, "flow": 0.9}
+"""Share of the noise levels. Latents of 16×16 show the scene through the noise of share 0.75, and the model then keeps it empty."""
 SCALE = 3000.0
 """Guidance scale that is recommended for the embedded CLIP."""
+LATENT_SCALE = 16 * SCALE
+"""That is as strong on latents of factor 4."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,23 @@ class Row:
     scale: float = SCALE
     sampler: str = "euler"
     steps: int = STEPS
-    denoise: float = DENOISE
+    denoise: float = 0.0
     gradient: str = "x0"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "denoise", self.denoise or DENOISE[self.model])
 
-FACTORS = (0.25, 0.5, 1, 2, 4)
+
+FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 ROWS = {
     "latent, unguided": Row(decoder="none"),
+    "latent, unguided, denoise 1": Row(decoder="none", denoise=1.0),
     "flow, unguided": Row("flow", "none"),
     "pixel, unguided": Row("pixel", "none"),
     **{f"latent, {decoder}, ×{f:g}": Row("latent", decoder, SCALE * f) for decoder in ("full", "linear") for f in FACTORS},
     **{f"{model}, ×{f:g}": Row(model, scale=SCALE * f) for model in ("flow", "pixel") for f in FACTORS},
-    **{f"latent, {s}": Row(sampler=s) for s in ("dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm", "heun", "uni_pc", "lcm")},
-    "latent, through the model": Row(gradient="model"),
+    **{f"latent, {s}": Row(scale=LATENT_SCALE, sampler=s) for s in ("dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm", "heun", "uni_pc", "lcm")},
+    "latent, through the model": Row(scale=LATENT_SCALE, gradient="model"),
 }
 
 
