@@ -2,8 +2,8 @@
 
     python -m benchmarks.guided_model --pairs 32
 
-Every row edits the same pairs of scene and object as ``blended-diffusion evaluate``, and the judge decides whether the object is there.
-``--cost`` measures a guided step instead, relative to an unguided one. ComfyUI is found by COMFYUI_PATH or in the home folder.
+Every row edits the same pairs of scene and object as ``blended-diffusion evaluate``, and the judge decides whether the object is there. ComfyUI is found by
+COMFYUI_PATH or in the home folder. ``tests/latent_edits.py cost`` measures the cost of a guided step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +51,35 @@ ROWS: dict[str, Row] = {
 def inside(arguments: argparse.Namespace) -> None:
     """The work, in ComfyUI's Python."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from contract import NAME, pack
-
-    pack()
+    contract = importlib.import_module("contract")
+    contract.pack()
     import torch
 
     torch.set_num_threads(1)
 
     def module(name: str) -> Any:
-        return importlib.import_module(f"{NAME}.{name}")
+        return importlib.import_module(f"{contract.NAME}.{name}")
 
     with torch.inference_mode():
         ddpm = module("nodes.load").LoadDDPM.execute("embedded").args[0]
         clip = module("nodes.load").LoadCLIP.execute("embedded").args[0]
-    if arguments.cost:
-        print(json.dumps(costs(module, ddpm, clip, arguments.rounds)))
-        return
     cases = module("blended_core.evaluation.metrics").pairs(arguments.pairs)
     judge = module("blended_core.evaluation.judge").Judge()
+    known = read(arguments.out)
     for name in arguments.rows:
-        row, accepted = ROWS[name], []
         for case in cases:
-            pictures, masks = edited(module, ddpm, clip, row, case)
-            accepted.append([verdict.accepts(case.name) for verdict in judge(pictures, masks)])
-            print(f"{name}: pair {len(accepted)} of {len(cases)}", file=sys.stderr, flush=True)
-        count = sum(map(sum, accepted))
-        print(json.dumps({"row": name, "accepted": count, "of": CANDIDATES * len(cases), "pairs": sum(map(any, accepted))}), flush=True)
+            key = {"row": name, **asdict(ROWS[name]), "pair": case.number}
+            if any(record["key"] == key for record in known):
+                continue
+            pictures, masks = edited(module, ddpm, clip, ROWS[name], case)
+            accepted = [verdict.accepts(case.name) for verdict in judge(pictures, masks)]
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "accepted": accepted}) + "\n")
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The verdicts of earlier runs."""
+    return [json.loads(line) for line in out.read_text("utf-8").splitlines()] if out.exists() else []
 
 
 def edited(module: Callable[[str], Any], ddpm: Any, clip: Any, row: Row, case: Any) -> tuple[Any, Any]:
@@ -124,16 +127,17 @@ def sampled(module: Callable[[str], Any], ddpm: Any, clip: Any, row: Row, prompt
     return samples.clone()
 
 
-def costs(module: Callable[[str], Any], ddpm: Any, clip: Any, rounds: int) -> dict[str, str]:
-    """Processor time of a run of four steps, relative to the unguided run: gradient → median and quartiles."""
-
-    raise SystemExit("filled in below")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table."""
+def table(records: list[dict[str, Any]], rows: list[str], pairs: int) -> str:
+    """A Markdown table: accepted candidates, and pairs with an accepted candidate."""
     lines = ["| row | accepted | best of a pair |", "|---|---|---|"]
-    lines += [f"| {r['row']} | {r['accepted']}/{r['of']} | {r['pairs']}/{r['of'] // CANDIDATES} |" for r in rows]
+    for name in rows:
+        found = [
+            r["accepted"] for r in records if r["key"].items() >= {"row": name, **asdict(ROWS[name])}.items() and r["key"]["pair"] < pairs
+        ]
+        count = sum(map(len, found))
+        lines.append(
+            f"| {name} | {sum(map(sum, found))}/{count} ({sum(map(sum, found)) / max(count, 1):.0%}) | {sum(map(any, found))}/{len(found)} |"
+        )
     return "\n".join(lines)
 
 
@@ -144,8 +148,9 @@ def main() -> int:
     )
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--cost", action="store_true")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/guided_model.jsonl"), help="file of the verdicts; a run continues where it stopped"
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -153,14 +158,22 @@ def main() -> int:
         return 0
     from tests.server import COMFYUI, environment, interpreter
 
-    command = [interpreter(), __file__, *sys.argv[1:], "--inside"]
-    process = subprocess.Popen(command, cwd=COMFYUI, env=environment(), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines = [json.loads(line) for line in process.stdout if line.startswith("{")]
-    if process.wait():
-        return 1
-    print(lines[0] if arguments.cost else table(lines))
-    return 0
+    out = arguments.out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        interpreter(),
+        str(Path(__file__).absolute()),
+        "--pairs",
+        str(arguments.pairs),
+        "--rows",
+        *arguments.rows,
+        "--out",
+        str(out),
+        "--inside",
+    ]
+    code = subprocess.run(command, cwd=COMFYUI, env=environment()).returncode
+    print(table(read(out), arguments.rows, arguments.pairs))
+    return code
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ CHECKPOINTS_SCALE = -1.0
 WIDTH = 300
 NOTE = ("#432", "#653")
 STEPS = 20
+SDXL = "sd_xl_base_1.0.safetensors"
+"""The checkpoint that templates of ComfyUI itself name; the user chooses his own."""
 SAMPLER = "dpmpp-2m"
 """Of the step loop; the sampler node has that of its preset."""
 GROUPS = {
@@ -48,7 +50,8 @@ class Graph:
     """A workflow. Columns in a tuple stand one below the other.
 
     ``before`` and ``after`` name the nodes whose pictures make the thumbnail, ``images_per_node`` how many of each. ``app`` lists what the App
-    mode of the page shows: (node, widget) for inputs and a node for an output.
+    mode of the page shows: (node, widget) for inputs and a node for an output. ``stand_in``: the graph that runs instead, for the thumbnail, where this
+    one needs a model that is not part of the pack.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Graph:
     overlap_free: bool = True
     colors: dict[str, str] = field(default_factory=lambda: GROUPS)
     app: tuple[str | tuple[str, str], ...] = ()
+    stand_in: Graph | None = None
 
     def stacks(self) -> list[tuple[Column, ...]]:
         """The columns from left to right, each from top to bottom."""
@@ -523,18 +527,18 @@ OWN = Graph(
 )
 
 
-def core_model(**values: Any) -> dict[str, Node]:
+def core_model() -> dict[str, Node]:
     """The embedded network as a MODEL."""
-    return {"ddpm": Node("BlendedLoadDDPM", height=236), "model": Node("BlendedDDPMAsModel", {"ddpm": "ddpm.ddpm"}, values)}
+    return {"ddpm": Node("BlendedLoadDDPM", height=236), "model": Node("BlendedDDPMAsModel", {"ddpm": "ddpm.ddpm"})}
 
 
-def ksampler(latent: str, model: str = "model.model", title: str | None = None, **values: Any) -> Node:
+def ksampler(latent: str, model: str = "model.model", **values: Any) -> Node:
     """Core's sampler with a network that knows no text."""
     settings = {
-        "seed": 0, "control_after_generate": "fixed", "steps": STEPS, "cfg": 1, "sampler_name": "euler", "scheduler": "normal", "denoise": 1, **values,
+        "seed": 0, "control_after_generate": "fixed", "steps": STEPS, "cfg": 1, "sampler_name": "ddpm", "scheduler": "normal", "denoise": 1, **values,
     }  # fmt: skip
     wires = {"model": model, "positive": "model.positive", "negative": "model.negative", "latent_image": latent}
-    return Node("KSampler", wires, settings, title=title, height=480)
+    return Node("KSampler", wires, settings, height=480)
 
 
 def decoded(latent: str, title: str, height: int = 320) -> dict[str, Node]:
@@ -571,9 +575,9 @@ KSAMPLER = Graph(
             "2. Replace *Demo Scene* by *Load Image*. *Upscale Image* scales it to the size of the model.\n"
             "3. For a model with classes, set *class_choice* to the number of a class, and *cfg* to 2 or more. Leave *cfg* at 1 for others.\n\n"
             "These models know no text. To follow a prompt, use *Blended Diffusion Sampler*.",
-            height=470,
+            height=400,
+            below=(Column("Models", core_model()),),
         ),
-        Column("Models", core_model()),
         Column(
             "Image",
             {
@@ -600,7 +604,7 @@ KSAMPLER = Graph(
             "From noise",
             {
                 "empty": Node("EmptyLatentImage", {"width": "model.size", "height": "model.size"}, {"batch_size": 4}),
-                "make": ksampler("empty.LATENT", sampler_name="dpmpp_2m"),
+                "make": ksampler("empty.LATENT", seed=1),
             },
         ),
         Column("Made", decoded("make.LATENT", "Made from noise", 420)),
@@ -620,10 +624,10 @@ DIFFERENTIAL = Graph(
             "# Differential Diffusion with an ADM\n\nThe gray value of the mask says **how much** each pixel may change: black keeps it, white makes it anew, "
             "and a gray value sets the noise level from which a pixel is sampled.\n\n"
             "*Differential Diffusion* is a node of ComfyUI. It works with the MODEL of *DDPM as MODEL*, as other patches do.\n\n"
-            "- Here *Feather Mask* makes a ramp from left to right. Paint your own in any image editor.\n"
+            "- Here *Feather Mask* makes the edges soft, so that the new object has no seam. Paint your own mask in any image editor.\n"
             "- *denoise* is the change of a white pixel.\n"
             "- For your own files, choose a checkpoint in *Load DDPM*, and replace *Demo Scene* by *Load Image*.",
-            height=400,
+            height=330,
         ),
         Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),
         Column(
@@ -633,17 +637,17 @@ DIFFERENTIAL = Graph(
             "Soft mask",
             {
                 "white": Node("SolidMask", values={"value": 1, "width": 64, "height": 64}),
-                "ramp": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 60, "top": 0, "right": 0, "bottom": 0}),
-                "mask": Node("MaskPreview", {"mask": "ramp.MASK"}, title="Black stays, white changes", height=260),
+                "feather": Node("FeatherMask", {"mask": "white.MASK"}, {"left": 24, "top": 24, "right": 24, "bottom": 24}),
+                "mask": Node("MaskPreview", {"mask": "feather.MASK"}, title="Black stays, white changes", height=260),
             },
         ),
         Column(
             "Edit",
             {
                 "encode": Node("VAEEncode", {"pixels": "scene.image", "vae": "model.vae"}),
-                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "ramp.MASK"}),
+                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "feather.MASK"}),
                 "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4}),
-                "change": ksampler("repeat.LATENT", "differential.MODEL"),
+                "change": ksampler("repeat.LATENT", "differential.MODEL", seed=1),
             },
         ),
         Column("Result", decoded("change.LATENT", "After", 420)),
@@ -654,7 +658,76 @@ DIFFERENTIAL = Graph(
     colors={**GROUPS, "Soft mask": GROUPS["Image"]},
 )
 
-TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL)
+
+def guided_columns(
+    loader: dict[str, Node], model: str, vae: str, conditioning: tuple[str, str], side: int, **settings: Any
+) -> tuple[Column, ...]:
+    """KSampler with CLIP Guidance (MODEL), inside a mask."""
+    guide = Node("BlendedCLIPGuidanceModel", {"model": model, "prompt": "prompt.prompt", "vae": vae}, {"scale": CHECKPOINTS_SCALE})
+    positive, negative = conditioning
+    values = {"seed": 0, "control_after_generate": "fixed", "steps": 30, "scheduler": "normal", "denoise": 0.75, **settings}
+    wires = {"model": "guide.model", "positive": positive, "negative": negative, "latent_image": "repeat.LATENT"}
+    return (
+        Column("Models", loader),
+        Column("Guidance", {"clip": Node("BlendedLoadCLIP", height=120), "prompt": prompt("a pumpkin"), "guide": guide}),
+        Column("Image", {"scene": scene("snow", seed=3, width=side, height=side), "before": preview("scene.image", "Before", 300)}),
+        Column(
+            "Edit",
+            {
+                "encode": Node("VAEEncode", {"pixels": "scene.image", "vae": vae}),
+                "limit": Node("SetLatentNoiseMask", {"samples": "encode.LATENT", "mask": "scene.mask"}),
+                "repeat": Node("RepeatLatentBatch", {"samples": "limit.LATENT"}, {"amount": 4 if side < 256 else 1}),
+                "sample": Node("KSampler", wires, values, height=480),
+            },
+        ),
+        Column(
+            "Result",
+            {
+                "decode": Node("VAEDecode", {"samples": "sample.LATENT", "vae": vae}),
+                "paste": Node("BlendedFinalPaste", {"edited": "decode.IMAGE", "original": "scene.image", "mask": "scene.mask"}),
+                "after": save("paste.image", "guided", 400),
+            },
+        ),
+    )
+
+
+GUIDED = Graph(
+    "CLIP guidance on your own model",
+    (
+        note_column(
+            "# CLIP guidance on your own model\n\n*CLIP Guidance (MODEL)* guides any MODEL toward a prompt, inside the mask, with every sampler. Choose before the "
+            "first run:\n\n"
+            "1. *Load Checkpoint*: your model. The sizes here are those of SDXL; for SD 1.5 use 512. For Flux or Qwen-Image, replace it by their loaders.\n"
+            "2. *Load CLIP (open_clip)*: **ViT-B-16:openai**, which is fetched once. The embedded CLIP knows only the objects of *Demo Scene*.\n"
+            "3. *Demo Scene*: replace it by *Load Image*, and paint the mask (right-click, Open in MaskEditor).\n\n"
+            "- **Two prompts**: CLIP guides toward that of *Encode Prompt*; the model itself gets that of *CLIP Text Encode*. They may differ.\n"
+            "- **scale** is the first setting to adjust. Begin with 1000, and change it by factors of 2.\n"
+            "- **vae** shows CLIP the whole image. Unconnected, CLIP sees a rough picture, and a step takes less time and memory.\n"
+            "- **From noise**: connect *Empty Latent Image* to *KSampler*, set *denoise* to 1, and leave out *Final Paste*.\n"
+            "- *Final Paste* keeps every pixel outside the mask, which the VAE alone does not.",
+            height=560,
+        ),
+        *guided_columns(
+            {
+                "checkpoint": Node("CheckpointLoaderSimple", values={"ckpt_name": SDXL}),
+                "positive": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "a photo of a pumpkin in the snow"}, "What the model gets", height=140),
+                "negative": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "blurry"}, "What it avoids", height=140),
+            },
+            "checkpoint.MODEL", "checkpoint.VAE", ("positive.CONDITIONING", "negative.CONDITIONING"), 1024, cfg=6, sampler_name="dpmpp_2m",
+        ),
+    ),
+    stand_in=Graph(
+        "CLIP guidance on the embedded model",
+        guided_columns(core_model(), "model.model", "model.vae", ("model.positive", "model.negative"), 64, cfg=1, sampler_name="euler"),
+        before="before",
+        after=("after",),
+        images_per_node=4,
+        colors={**GROUPS, "Guidance": GROUPS["Models"]},
+    ),
+    colors={**GROUPS, "Guidance": GROUPS["Models"]},
+)  # fmt: skip
+
+TEMPLATES = (QUICK, STEP_BY_STEP, RANKED, BACKGROUND, REMOVAL, SCRIBBLE, ALGORITHMS, CORE, OWN, KSAMPLER, DIFFERENTIAL, GUIDED)
 
 
 # Where the picture of each node's help page is taken: the template and the node's name in it.
@@ -673,6 +746,7 @@ NODE_SCREENSHOTS = {
     "BlendedFinalPaste": (STEP_BY_STEP, "paste"),
     "BlendedRankByCLIP": (RANKED, "rank"),
     "BlendedDDPMAsModel": (KSAMPLER, "model"),
+    "BlendedCLIPGuidanceModel": (GUIDED, "guide"),
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from contract import NAME, pack
 from torch import Tensor
@@ -301,7 +302,7 @@ def precisions(core: Pack) -> dict[str, Any]:
     found["encoded"] = [list(encoded.shape), float((encoded - (image[..., :3].movedim(-1, 1) * 2 - 1)).abs().max())]
     found["decoded"] = float((core.nodes.VAEDecode().decode(vae, {"samples": encoded})[0] - image[..., :3]).abs().max())
     previewer = importlib.import_module("latent_preview").Latent2RGBPreviewer(out[0].get_model_object("latent_format").latent_rgb_factors)
-    shown = torch.tensor(list(previewer.decode_latent_to_preview(picture()).getdata())).reshape(SIZE, SIZE, 3)
+    shown = torch.from_numpy(np.array(previewer.decode_latent_to_preview(picture())))
     found["preview"] = float((shown - (picture()[0].movedim(0, -1) + 1) * 127.5).abs().max())
     found["size"] = out[4]
     return found

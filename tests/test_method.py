@@ -19,7 +19,7 @@ from blended_core.adm.unet import AttentionBlock, ResBlock
 from blended_core.cli.parser import build_parser
 from blended_core.cli.request import options_of_arguments
 from blended_core.clip.model import ClipModel, Prompt
-from blended_core.denoiser import DiffusionModel
+from blended_core.denoiser import NO_CLASS, DiffusionModel
 from blended_core.diagnose import diagnose, options_without_effect
 from blended_core.diffusion import DiffusionConfig, ddim_step, ddpm_step, posterior_mean, predict_x0, q_sample
 from blended_core.edit import edit_picture, prepare
@@ -494,6 +494,38 @@ def test_classes() -> None:
         results[choice] = list(edit_steps(tiny.tiny_models(model), SOURCE, EDIT_MASK, None, options, SeededRandom(0), [0]))[-1].x
     values = list(results.values())
     assert all(not torch.equal(values[i], values[j]) for i in range(4) for j in range(i)), "a class must reach the network"
+
+
+def test_a_label_for_no_class_is_an_embedding_of_zeros() -> None:
+    model = tiny.tiny_model(num_classes=5, use_scale_shift_norm=True)
+    torch.nn.init.normal_(model.network.label_emb.weight, generator=torch.Generator().manual_seed(0))
+    x, steps = noisy(3), torch.full((3,), 500.0)
+    with torch.no_grad():
+        zeros, none = model.network(x, steps, torch.zeros(3, model.label_dim)), model.network(x, steps, torch.full((3,), NO_CLASS))
+        mixed, third = model.network(x, steps, torch.tensor([NO_CLASS, 3, NO_CLASS])), model.network(x, steps, torch.full((3,), 3))
+    assert torch.equal(none, zeros)
+    assert torch.allclose(mixed[[0, 2]], none[[0, 2]], atol=1e-5) and torch.allclose(mixed[1], third[1], atol=1e-5)
+    assert not torch.allclose(none, third, atol=1e-3)
+    assert [model.class_index(choice) for choice in ("zero", 0, 4)] == [NO_CLASS, 0, 4]
+    for wrong, said in ((5, "classes 0 to 4"), (-1, "classes 0 to 4"), ("random", "'zero' or the number")):
+        with pytest.raises(BlendedError, match=said):
+            model.class_index(wrong)
+    assert tiny.tiny_model().class_index("zero") == NO_CLASS
+    with pytest.raises(BlendedError, match="class 0 does not exist; the model has no classes"):
+        tiny.tiny_model().class_index(0)
+
+
+@pytest.mark.parametrize("steps", [250, 1000, 4000])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
+def test_an_output_is_what_a_prediction_is_made_of(steps: int, rescale: bool, variance: str) -> None:
+    """At a step of the whole process, without the schedule that a prediction needs."""
+    process = DiffusionConfig("cosine", steps, rescale, "x0", variance)
+    model = tiny.tiny_model(process, out_channels=6 if variance == "learned_range" else 3, use_scale_shift_norm=True)
+    schedule, x = process.respaced(10), noisy(2)
+    with torch.no_grad():
+        found = model.output(x, torch.full((2,), float(schedule.timestep_map[4])))
+        assert torch.equal(found, model.predict(x, 4, schedule).x0) and found.shape == x.shape
 
 
 @settings(max_examples=200, deadline=None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from blended_core.shift import (
 
 from .tiny import SIZE, Recorded, rough_perceptual, same_bits, tiny_clip
 
+ROOT = Path(__file__).parent.parent
 CLIP = tiny_clip()
 SPREAD = 0.5
 """Standard deviation of the world's pixels."""
@@ -164,6 +167,15 @@ def test_an_unknown_sampler_has_no_entry() -> None:
     assert sampler_noise("sample_somebodys_own") is None
     assert {noise.kind for noise in SAMPLERS.values()} == {"ode", "sde"}
     assert [strength_for(eta) for eta in (0.0, 1.0)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "web" / "docs" / "BlendedCLIPGuidanceModel").glob("*.md")), ids=lambda p: p.stem)
+def test_the_help_page_lists_every_sampler_with_its_kind(page: Path) -> None:
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if "`euler`" in line or "`ddpm`" in line]
+    listed = {
+        kind: set(re.findall("`([a-z0-9_]+)`", next(line for line in lines if f"`{kind}`" in line))) - {kind} for kind in ("ode", "sde")
+    }
+    assert listed == {kind: {name for name, noise in SAMPLERS.items() if noise.kind == kind} for kind in listed}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
