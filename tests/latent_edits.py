@@ -59,7 +59,10 @@ ROWS = {
     "pixel, unguided": Row("pixel", "none"),
     **{f"latent, {decoder}, ×{f:g}": Row("latent", decoder, SCALE * f) for decoder in ("full", "linear") for f in FACTORS},
     **{f"{model}, ×{f:g}": Row(model, scale=SCALE * f) for model in ("flow", "pixel") for f in FACTORS},
-    **{f"latent, {s}": Row(scale=LATENT_SCALE, sampler=s) for s in ("dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm", "heun", "uni_pc", "lcm")},
+    **{
+        f"latent, {s}": Row(scale=LATENT_SCALE, sampler=s)
+        for s in ("dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm", "heun", "uni_pc", "lcm")
+    },
     "latent, through the model": Row(scale=LATENT_SCALE, gradient="model"),
 }
 
