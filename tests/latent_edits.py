@@ -80,6 +80,7 @@ class Bench:
             return list(await extension.get_node_list())
 
         import comfy.utils
+
         import nodes
 
         comfy.utils.PROGRESS_BAR_ENABLED = False
