@@ -196,14 +196,12 @@ def table(bench: Bench, names: list[str], count: int, out: Path, pictures: Path 
 
 
 def cost(bench: Bench, rounds: int = 5) -> None:
-    """Median and quartiles of the processor time of a guided edit over an unguided one, round by round alternating."""
+    """Median and quartiles of the processor time of sampling with guidance over sampling without, round by round alternating."""
     image, mask = bench.scene(bench.pairs(1)[0])
     ways = {
         "latent, full decoder": Row(steps=10),
         "latent, linear": Row(decoder="linear", steps=10),
         "latent, full decoder, through the model": Row(gradient="model", steps=10),
-        "pixel": Row("pixel", steps=10),
-        "pixel, through the model": Row("pixel", gradient="model", steps=10),
     }
     ratios: dict[str, list[float]] = {name: [] for name in ways}
     steps: dict[str, list[float]] = {name: [] for name in ways}
