@@ -18,7 +18,7 @@ from blended_core.device import DeviceContext
 from blended_core.sample import Models
 
 from . import tiny
-from .server import Server, started
+from .server import ROOT, Server, started
 
 # More threads than cores make small networks slower, not faster; beside another worker there is one core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
@@ -87,6 +87,9 @@ def embedded() -> Models:
 
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One real ComfyUI for all tests that need a server."""
-    with started(tmp_path_factory.mktemp("comfyui")) as server:
+    """One real ComfyUI for all tests that need a server, with a node that loads the latent test bed."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / "latent_loader.py").symlink_to(ROOT / "tests" / "latent_loader.py")
+    with started(folder) as server:
         yield server
