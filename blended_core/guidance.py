@@ -55,6 +55,7 @@ class Guidance:
         decode: x̂0 → image, differentiable; None for models whose x̂0 is an image.
         reference_size: picture side that the weights refer to. The losses are means over a picture, so their gradient at one pixel falls with the
             number of pixels; it is scaled to what it would be at this size. 0: unscaled.
+        cell: side, in pixels of the picture, of one value of x̂0: 1, or the downscale factor of a latent model.
         clamp: largest root mean square of the gradient of one image, or None.
 
     Raises:
@@ -66,6 +67,7 @@ class Guidance:
     decode: Callable[[Tensor], Tensor] | None = None
     reference_size: int = 0
     clamp: float | None = None
+    cell: int = 1
 
     def __post_init__(self) -> None:
         names = [getattr(loss, "name", None) for loss in self.losses]
@@ -105,7 +107,7 @@ class Guidance:
             gradient = sum((term.direct for term in terms.values() if term.direct is not None), start=gradient)
         gradient = -gradient
         if self.reference_size:
-            gradient = gradient * (x0.shape[-1] * x0.shape[-2] / self.reference_size**2)
+            gradient = gradient * (x0.shape[-1] * x0.shape[-2] * self.cell**2 / self.reference_size**2)
         gradient, broken = zero_broken_rows(gradient)
         if self.clamp is not None:
             gradient = clamp_rows(gradient, self.clamp)

@@ -160,7 +160,7 @@ class Guide:
     Attributes:
         options: of guidance; their ``gradient`` says whether it passes the network. ``scale`` replaces theirs.
         clip, prompt, perceptual: what the losses need.
-        decode: x̂0 → picture, differentiable.
+        decode: x̂0 → picture, differentiable. cell: side, in pixels of the picture at full size, of one value of x̂0.
         mask: (height, width) of the picture → the part that CLIP sees [B or 1, 1, H, W]; None: all of it.
         source: the picture whose background is kept [B or 1, 3, H, W] in −1..1, where the options ask for it.
         strength: of the sampler (:func:`strength_for`).
@@ -175,6 +175,7 @@ class Guide:
     mask: Callable[[tuple[int, int]], Tensor] | None = None
     source: Callable[[], Tensor] | None = None
     strength: float = 1.0
+    cell: int = 1
 
     @property
     def through_network(self) -> bool:
@@ -189,7 +190,7 @@ class Guide:
     def guidance(self, options: GuidanceOptions) -> Guidance:
         """Of a step with these options."""
         losses = losses_from(options, self.clip, self.perceptual, self.prompt, self.scale if options.uses_clip else 0.0)
-        return Guidance(tuple(losses), self.through_network, self.decode, options.reference_size, options.clamp)
+        return Guidance(tuple(losses), self.through_network, self.decode, options.reference_size, options.clamp, self.cell)
 
 
 @dataclass(eq=False)

@@ -39,6 +39,8 @@ KEY = "blended_diffusion_guidance"
 """Of the wrappers and additional models on the MODEL, and of a run in its options."""
 KINDS = {"auto": None, "ode": 0.0, "sde": 1.0}
 """Kind of the sampler → its noise η; None: by its name."""
+USUAL_CELL = 8
+"""Image pixels along the side of a latent pixel, where neither the MODEL nor a VAE tells, as in versions of ComfyUI before 0.9."""
 BACKWARD = 3
 """Memory of a pass forward and backward, relative to what core estimates for the pass forward alone. Measured for core's AutoencoderKL: 2.7."""
 
@@ -166,6 +168,13 @@ class Decoder:
         pictures: Tensor = values * (4 * (at_half - at_zero)) + (2 * at_zero - 1)
         return pictures[:, :, 0] if pictures.ndim == 5 else pictures
 
+    @property
+    def cell(self) -> int:
+        """Side in image pixels of one value of x̂0."""
+        of_format = getattr(self.latent_format, "spacial_downscale_ratio", None)
+        of_vae = self.vae.spacial_compression_decode() if self.vae is not None else None
+        return next((int(ratio) for ratio in (of_format, of_vae) if isinstance(ratio, int)), USUAL_CELL)
+
     def bytes_for(self, shape: Sequence[int]) -> int:
         """Estimate of the memory that a latent of this shape takes, forward and backward."""
         estimate = getattr(self.vae, "memory_used_decode", None)
@@ -282,7 +291,9 @@ class ModelGuidance:
 
         seen = None if values is None else mask
         perceptual = self.perceptual.model if self.perceptual is not None else None
-        return Guide(self.options, self.prompt.clip.model, self.prompt.prompt, scale, self.decoder, perceptual, seen, source)
+        return Guide(
+            self.options, self.prompt.clip.model, self.prompt.prompt, scale, self.decoder, perceptual, seen, source, cell=self.decoder.cell
+        )
 
 
 def guided(model: ModelPatcher, guidance: ModelGuidance) -> ModelPatcher:

@@ -31,8 +31,6 @@ DENOISE = {"pixel": 0.75, "latent": 0.9, "flow": 0.9}
 """Share of the noise levels. Latents of 16×16 show the scene through the noise of share 0.75, and the model then keeps it empty."""
 SCALE = 3000.0
 """Guidance scale that is recommended for the embedded CLIP."""
-LATENT_SCALE = 16 * SCALE
-"""That is as strong on latents of factor 4."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,8 @@ ROWS = {
     "pixel, unguided": Row("pixel", "none"),
     **{f"latent, {decoder}, ×{f:g}": Row("latent", decoder, SCALE * f) for decoder in ("full", "linear") for f in FACTORS},
     **{f"{model}, ×{f:g}": Row(model, scale=SCALE * f) for model in ("flow", "pixel") for f in FACTORS},
-    **{
-        f"latent, {s}": Row(scale=LATENT_SCALE, sampler=s)
-        for s in ("dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm", "heun", "uni_pc", "lcm")
-    },
-    "latent, through the model": Row(scale=LATENT_SCALE, gradient="model"),
+    **{f"latent, {s}": Row(sampler=s) for s in ("dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm", "heun", "uni_pc", "lcm")},
+    "latent, through the model": Row(gradient="model"),
 }
 
 

@@ -259,6 +259,13 @@ def test_a_latent_of_one_frame_is_an_image() -> None:
     assert through is not None and through.shape == leaf.shape
 
 
+def test_the_scale_refers_to_the_size_of_the_picture_not_of_the_latent() -> None:
+    sigma = torch.full((2,), 3.0)
+    own, latent = (shifted(guide(cell=cell))(picture(), sigma) for cell in (1, 4))
+    assert own is not None and latent is not None and own.abs().max() > 0
+    torch.testing.assert_close(latent, 16 * own)
+
+
 def test_the_mask_is_asked_for_at_the_size_of_the_decoded_picture() -> None:
     asked: list[tuple[int, int]] = []
 
