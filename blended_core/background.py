@@ -46,6 +46,16 @@ def dilations_for(mask: EditMask) -> int:
     return DILATIONS if float(distance_inward(inside, THIN + 1).max()) <= THIN else 0
 
 
+def empty_noise_mask(mask: Tensor) -> BlendedError:
+    """The error about a noise mask [B, C, …] with nothing inside."""
+    size = "×".join(str(n) for n in reversed(mask.shape[2:]))
+    peak = float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0
+    return BlendedError(
+        f"the noise mask is empty at the size of the samples, {size} (peak {peak:.3g}): the mask is black, or its white part is too thin. Grow the mask, for "
+        "a latent model by 8 pixels or more, before it is set on the LATENT."
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Background:
     """Noise and masks of the blends of one run.
@@ -75,11 +85,7 @@ class Background:
         """
         used = EditMask.of(mask, "soft")
         if not bool(used.inside.any()):
-            size = "×".join(str(n) for n in reversed(mask.shape[2:]))
-            raise BlendedError(
-                f"the noise mask is empty at the size of the samples, {size} (peak {float(mask.nan_to_num(0.0).max()) if mask.numel() else 0.0:.3g}): what "
-                "it marks is too thin, or nothing. Grow the mask, for a latent model by 8 pixels or more, before it is set on the LATENT."
-            )
+            raise empty_noise_mask(mask)
         if mask.ndim < 4:
             dilations = 0
         return cls(used, tuple(sigmas), random, dilations_for(used) if dilations == AUTO else dilations)

@@ -35,8 +35,8 @@ SEARCH_STEPS = 24
 class Parameterization:
     """How a sample x of a model is made of an image x0 and noise n, and with it the weight of a gradient.
 
-    x = x0 + σ·n, for images of standard deviation ``sigma_data``, or of a flow x = (1 − σ)·x0 + σ·n. The noise-to-signal ratio is s = σ/σ_data, or
-    s = σ/(1 − σ).
+    x = x0 + σ·n, for images of standard deviation ``sigma_data``, or of a flow x = (1 − σ)·x0 + σ·k·n with ``noise_scale`` k. The noise-to-signal ratio is
+    s = σ/σ_data, or s = k·σ/(1 − σ).
 
     Guidance in the units of this package, where x_t = √ᾱ·x0 + √(1−ᾱ)·n with 1/ᾱ = 1 + s², is ε̂ = ε − √(1−ᾱ)·g for the gradient g of minus the
     losses with respect to x_t. That moves x̂0 by (1−ᾱ)/√ᾱ·g = s²/√(1+s²)·g, and the mean of the posterior by β/√α·g, which tends to the Σ·g of DDPM where steps are small.
@@ -52,11 +52,12 @@ class Parameterization:
 
     flow: bool = False
     sigma_data: float = 1.0
+    noise_scale: float = 1.0
 
     def ratio(self, sigma: Tensor) -> Tensor:
         """The noise-to-signal ratio; of a flow at most :data:`LARGEST_RATIO`."""
         if self.flow:
-            return (sigma / (1 - sigma).clamp(min=1e-6)).clamp(max=LARGEST_RATIO)
+            return (self.noise_scale * sigma / (1 - sigma).clamp(min=1e-6)).clamp(max=LARGEST_RATIO)
         return sigma / self.sigma_data
 
     def weight(self, sigma: Tensor, through_network: bool = False) -> Tensor:
@@ -65,7 +66,7 @@ class Parameterization:
         square = ratio**2 if self.flow else sigma**2
         if not through_network:
             return square / (1 + ratio**2).sqrt()
-        return square / (1 + ratio) if self.flow else square
+        return square * (self.noise_scale / (self.noise_scale + ratio)) if self.flow else square
 
 
 def strength_for(eta: float) -> float:
@@ -213,11 +214,19 @@ class ShiftedEstimate:
     calls: int = 0
     rows: int | None = None
     broken: Tensor | int = 0
+    _active: tuple[float, list[tuple[Guide, GuidanceOptions]]] = (-1.0, [])
     _masks: dict[int, Tensor] = field(default_factory=dict)
+    _sources: dict[int, Tensor] = field(default_factory=dict)
 
     def active(self, sigma: Tensor) -> list[tuple[Guide, GuidanceOptions]]:
         """The guides that act at σ [B], with their options there."""
         level = float(sigma.max())
+        if level == self._active[0]:
+            return self._active[1]
+        self._active = level, self._active_at(level)
+        return self._active[1]
+
+    def _active_at(self, level: float) -> list[tuple[Guide, GuidanceOptions]]:
         if not level > 0:
             return []
         limited = any(guide.limited for guide in self.guides)
@@ -253,7 +262,7 @@ class ShiftedEstimate:
         with torch.set_grad_enabled(x is not None):
             pictures = (x0.squeeze(2) if x0.ndim == 5 else x0).to(self.context.device, torch.float32)
         guidance, mask = guide.guidance(options), self._mask(guide, pictures.detach())
-        source = guide.source() if options.needs_perceptual and guide.source is not None else None
+        source = self._source(guide) if options.needs_perceptual else None
 
         def of(part: slice, x: Tensor | None) -> LossGradient:
             images = range(len(pictures))[part]
@@ -273,6 +282,15 @@ class ShiftedEstimate:
         self.broken = self.broken + sum(part.broken for part in found)
         gradient = torch.cat([part.gradient for part in found])
         return gradient if gradient.ndim == x0.ndim else gradient.unsqueeze(2)
+
+    def _source(self, guide: Guide) -> Tensor | None:
+        """The picture whose background is kept, decoded once in a run."""
+        if guide.source is None:
+            return None
+        key = id(guide)
+        if key not in self._sources:
+            self._sources[key] = guide.source().to(self.context.device)
+        return self._sources[key]
 
     def _mask(self, guide: Guide, pictures: Tensor) -> Tensor:
         """What CLIP sees, at the size of the decoded picture, which only decoding tells."""

@@ -6,8 +6,10 @@ other, and nothing is left after a run that failed.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +21,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..blended_core.background import empty_noise_mask
 from ..blended_core.denoiser import DiffusionModel
 from ..blended_core.errors import BlendedError, BlendedWarning
 from ..blended_core.mask import EditMask
@@ -182,7 +185,8 @@ class Decoder:
             return 0
         if self.vae.latent_dim == 3 and len(shape) == 4:
             shape = (*shape[:2], 1, *shape[2:])
-        return BACKWARD * int(estimate(shape, self.vae.vae_dtype))
+        # Core's estimate is that of one image; all images are decoded at once.
+        return BACKWARD * shape[0] * int(estimate(shape, self.vae.vae_dtype))
 
 
 def decoder_of(model: ModelPatcher, vae: Any) -> Decoder:
@@ -191,7 +195,10 @@ def decoder_of(model: ModelPatcher, vae: Any) -> Decoder:
     Raises:
         BlendedError: if the VAE cannot be that of the MODEL, or there is neither.
     """
-    latent_format = model.get_model_object("latent_format")
+    latent_format = copy.copy(model.get_model_object("latent_format"))
+    for name, value in vars(latent_format).items():
+        if isinstance(value, Tensor):  # mean and deviation of the latents, made in inference mode
+            setattr(latent_format, name, value.clone())
     kind = type(latent_format).__name__
     channels, dimensions = latent_format.latent_channels, getattr(latent_format, "latent_dimensions", 2)
     if dimensions == 1:
@@ -336,6 +343,8 @@ class GuidancePatch:
         needed = sum(part.bytes_for(noise_shape) for part in self.parts)
         if self.through_model:
             needed += (BACKWARD - 1) * int(model.memory_required([2 * noise_shape[0], *noise_shape[1:]]))
+            if "force_full_load" in kwargs:
+                kwargs["force_full_load"] = True
         with library_scope(NAME):
             mm.load_models_gpu(self.patchers, memory_required=needed, force_full_load=True)
         prepared = executor(model, noise_shape, *args, **kwargs)
@@ -345,6 +354,7 @@ class GuidancePatch:
                 load_rest(patcher)
                 heal(patcher.model)
             if self.through_model:
+                load_rest(model)
                 for patcher in loaded:
                     heal(patcher.model)
             in_use = [entry for entry in mm.current_loaded_models if any(entry.model.is_clone(patcher) for patcher in loaded)]
@@ -397,6 +407,8 @@ class GuidancePatch:
         noise_mask = None
         if denoise_mask is not None:
             noise_mask = as_mask_batch(denoise_mask[:, 0] if denoise_mask.ndim == 4 else denoise_mask[:, 0, 0])
+            if not EditMask.of(noise_mask, "soft").inside.any():
+                raise empty_noise_mask(noise_mask)
             noise_mask = None if bool((noise_mask == 1).all()) else noise_mask
         etas = {part.eta for part in self.parts}
         eta = eta_of(sampler) if None in etas else 0.0
@@ -418,23 +430,40 @@ class GuidancePatch:
         if run is None:
             return executor(x, timestep, *args, **kwargs)
         mm.throw_exception_if_processing_interrupted()
-        leaf = None
         with torch.inference_mode(False):
             sigma = timestep.detach().clone()
         if run.needs_graph(sigma):
-            with torch.inference_mode(False), torch.enable_grad():
+            # Until the gradient is taken, because networks change in place what their own backward pass reads.
+            with torch.inference_mode(False), training_kernels(), torch.autograd.graph.allow_mutation_on_saved_tensors():
                 free_conditions(guider.conds)
                 leaf = x.detach().clone().requires_grad_()
-                result = executor(leaf, sigma, *args, **kwargs)
+                with torch.enable_grad():
+                    result = executor(leaf, sigma, *args, **kwargs)
+                estimates = list(result) if isinstance(result, (tuple, list)) else [result]
+                with library_scope(NAME):
+                    shift = run(estimates[0], sigma, leaf)
         else:
             result = executor(x, timestep, *args, **kwargs)
-        estimates = list(result) if isinstance(result, (tuple, list)) else [result]
-        with library_scope(NAME):
-            shift = run(estimates[0] if leaf is not None else estimates[0].detach().clone(), sigma, leaf)
+            estimates = list(result) if isinstance(result, (tuple, list)) else [result]
+            with library_scope(NAME):
+                shift = run(estimates[0].detach().clone(), sigma)
         estimates = [estimate.detach() for estimate in estimates]
         if shift is not None:
             estimates = [estimate + shift.to(estimate) for estimate in estimates]
-        return type(result)(estimates) if isinstance(result, (tuple, list)) else estimates[0]
+        if isinstance(result, list):
+            return estimates
+        return tuple(estimates) if isinstance(result, tuple) else estimates[0]
+
+
+@contextlib.contextmanager
+def training_kernels() -> Iterator[None]:
+    """Lets core compute with operations that gradients can pass: some of its kernels for transformers (Flux, Qwen-Image, Wan) have none."""
+    before = mm.in_training
+    mm.in_training = True
+    try:
+        yield
+    finally:
+        mm.in_training = before
 
 
 def check_latent(noise: Tensor, shapes: Any = None) -> None:
@@ -465,7 +494,7 @@ def parameterization(sampling: Any) -> Parameterization:
             "the MODEL turns one image into another without noise levels, so there is nothing to guide; connect a diffusion model."
         )
     if isinstance(sampling, ms.CONST):
-        return Parameterization(flow=True)
+        return Parameterization(flow=True, noise_scale=float(getattr(sampling, "noise_scale", 1.0)))
     return Parameterization(sigma_data=float(getattr(sampling, "sigma_data", 1.0)))
 
 

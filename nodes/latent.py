@@ -270,6 +270,14 @@ def unpack(latent: Latent, node: str) -> NoisyImages:
             "scaled it. Scale the image before Noise Background, or after Final Paste."
         )
     samples = samples.to(torch.float32)
+    counts = Counter(fingerprint(sample) for sample in samples)
+    for key, count in counts.items():
+        masks = len({row.image for row in state.rows.get(key, ())})
+        if masks > 1 and count % len(state.rows[key]):
+            raise BlendedError(
+                f"the LATENT at {node} has {count} of {len(state.rows[key])} rows that begin with the same samples for {masks} masks, so it is unknown which masks "
+                "they have. Take rows out after the first step, or give Noise Background one mask."
+            )
     rows: list[Row | None] = []
     seen: Counter[str] = Counter()
     for sample in samples:

@@ -91,7 +91,7 @@ def with_patchers(context: DeviceContext, patchers: Sequence[ModelPatcher]) -> M
 
 def unload_others(device: torch.device, patchers: Sequence[ModelPatcher]) -> bool:
     """Unloads every network except these; whether there was one."""
-    in_use = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
+    in_use = [loaded for loaded in mm.current_loaded_models if any(loaded.model.is_clone(patcher) for patcher in patchers)]
     return bool(mm.free_memory(ALL_BYTES, device, keep_loaded=in_use))
 
 

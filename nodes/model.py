@@ -207,7 +207,7 @@ class DDPMAsModel(io.ComfyNode):
                 io.Conditioning.Output(
                     "negative", display_name="negative", tooltip="No class. It has an effect if the model has classes and cfg is not 1."
                 ),
-                io.Vae.Output("vae", display_name="vae", tooltip="Converts between images and pixel-space LATENTs without loss."),
+                io.Vae.Output("vae", display_name="vae", tooltip="Converts between images and pixel-space LATENTs, in float32."),
                 io.Int.Output("size", display_name="size", tooltip="Side in pixels that the model was trained at."),
             ],
         )
@@ -226,7 +226,7 @@ class DDPMAsModel(io.ComfyNode):
             model = ddpm.patcher.clone()
             model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_sampling)
             model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
-            vae = VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+            vae = VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)  # bfloat16 would round the pixels
             return io.NodeOutput(model, conditioning(choice), conditioning("zero"), vae, ddpm.model.image_size)
 
 

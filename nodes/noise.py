@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..blended_core.background import AUTO, Background
 from ..blended_core.mask import blend
-from ..blended_core.random import SeededRandom
+from ..blended_core.random import MAX_SEED, SeededRandom
 from . import inputs
 from .runtime import library_scope
 
 NAME = "Blended Noise (MODEL)"
-KEY = "blended_noise"
+KEY = "blended_diffusion_noise"
 MASK_FUNCTION = "denoise_mask_function"
 """Where Differential Diffusion puts what makes the mask of a level. It has the last word on the mask, wherever it is in the chain."""
 NETWORK = ("noise", "latent_image", "inner_model")
@@ -120,7 +120,7 @@ def background_of(
         logging.warning("Blended Diffusion: %s has no effect: %s.", NAME, reason)
         return None
     with library_scope(NAME):
-        return Background.of(denoise_mask.clone(), [float(sigma) for sigma in sigmas], SeededRandom(seed or 0), shrink)
+        return Background.of(denoise_mask.clone(), [float(sigma) for sigma in sigmas], SeededRandom((seed or 0) & MAX_SEED), shrink)
 
 
 def blending(sampler_function: Callable[..., Tensor], background: Background) -> Callable[..., Tensor]:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -298,6 +299,8 @@ def precisions(core: Pack) -> dict[str, Any]:
     empty = core.nodes.EmptyLatentImage().generate(SIZE, SIZE)[0]
     found["empty"] = list(core.sample(out, empty, denoise=1.0).shape)
     vae, image = out[3], torch.rand(2, SIZE, SIZE, 4)
+    with mock.patch.object(core.mm, "vae_dtype", return_value=torch.bfloat16):  # as on most GPUs
+        found["vae dtype"] = str(core.as_model(core.loaded())[3].vae_dtype)
     encoded = core.nodes.VAEEncode().encode(vae, image)[0]["samples"]
     found["encoded"] = [list(encoded.shape), float((encoded - (image[..., :3].movedim(-1, 1) * 2 - 1)).abs().max())]
     found["decoded"] = float((core.nodes.VAEDecode().decode(vae, {"samples": encoded})[0] - image[..., :3]).abs().max())

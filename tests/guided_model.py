@@ -34,6 +34,11 @@ FLOW = {
     "max_seq": 64,
 }
 
+FLUX = {
+    "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 16, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1,
+    "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
+}  # fmt: skip
+
 
 class Pack:
     """The modules of the pack and of core that the checks use, and small networks with random weights."""
@@ -75,17 +80,20 @@ class Pack:
             loaded = self.memory.LoadedDDPM(model, self.memory.manage(self.model.CoreModel(model, context)), context)
         return self.model.DDPMAsModel.execute(loaded, "3" if unet.get("num_classes") else "zero").args
 
-    def core(self, flow: bool = False, kind: str = "EPS") -> Any:
+    def core(self, flow: bool = False, kind: str = "EPS", flux: bool = False) -> Any:
         """A MODEL of core's own classes whose weights are inference tensors, as a loader node makes it."""
         base = self.comfy.model_base
 
         class Config(self.comfy.supported_models_base.BASE):  # type: ignore[name-defined,misc]
             unet_extra_config: ClassVar[dict[str, Any]] = {}
 
-        config = Config({**(FLOW if flow else UNET), "dtype": torch.float32})
+        config = Config({**(FLUX if flux else FLOW if flow else UNET), "dtype": torch.float32})
         config.latent_format = self.comfy.latent_formats.SDXL()
         torch.manual_seed(3)
-        model = base.AuraFlow(config) if flow else base.BaseModel(config, base.ModelType[kind])
+        if flux:
+            model = base.Flux(config)
+        else:
+            model = base.AuraFlow(config) if flow else base.BaseModel(config, base.ModelType[kind])
         randomize(model.diffusion_model)
         return self.comfy.model_patcher.CoreModelPatcher(model, self.mm.get_torch_device(), self.mm.unet_offload_device())
 
@@ -369,9 +377,10 @@ class Control:
         self.strength, self.extra_hooks, self.previous_controlnet, self.multigpu_clones = 1.0, None, None, {}
         with torch.inference_mode():
             self.network = nn.Conv2d(4, 64, 3, 2, 1)
+        self.patcher = comfy.model_patcher.ModelPatcher(self.network, torch.device("cpu"), torch.device("cpu"))
 
     def get_models(self) -> list[Any]:
-        return []
+        return [self.patcher]
 
     def get_extra_hooks(self) -> list[Any]:
         return []
@@ -384,8 +393,7 @@ class Control:
     def cleanup(self) -> None: ...
 
     def get_control(self, x: Tensor, *_: Any) -> dict[str, list[Tensor]]:
-        with torch.no_grad():
-            return {"middle": [torch.full((len(x), 64, LATENT // 2, LATENT // 2), 0.5)], "output": [], "input": []}
+        return {"middle": [self.network(x)], "output": [], "input": []}
 
 
 def tuples(core: Pack) -> dict[str, Any]:
@@ -595,8 +603,15 @@ def decoders(core: Pack) -> dict[str, Any]:
         "full": far(picture.clamp(-1, 1), shown), "size": list(picture.shape),
         "rough": float((((colors[0].clamp(-1, 1) + 1) * 127.5).floor() - image).abs().max()),
         "pixels": bits(*plain), "moved": [far(g, guided[0]) for g in guided[1:]], "flow": [far(g, flows[0]) for g in flows[1:]],
-        "finite": all(bool(g.isfinite().all()) for g in (*guided, *flows)),
+        "finite": all(bool(g.isfinite().all()) for g in (*guided, *flows)), "flux": flux_gradient(core, latent),
     }  # fmt: skip
+
+
+def flux_gradient(core: Pack, latent: Tensor) -> list[Any]:
+    """How far each gradient moves a transformer of Flux's class, whose rotary embedding has a kernel without a backward pass; and what stays set."""
+    model = core.core(flux=True)
+    plain, *moved = (core.run(m, latent) for m in (model, core.guided(model), core.guided(model, gradient="model")))
+    return [far(moved[0], plain), far(moved[1], plain), core.mm.in_training]
 
 
 def masks(core: Pack) -> dict[str, Any]:

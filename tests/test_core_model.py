@@ -79,7 +79,7 @@ def test_sizes_precisions_pictures(told: Told) -> None:
     found = part(told, "precisions")
     assert found["bf16"][0] < 0.5 and found["bf16"][1] == "torch.float32"
     assert found["wide"] == [1, 3, 12, 40] and found["empty"] == [1, 3, 16, 16] and found["size"] == 16
-    assert found["encoded"] == [[2, 3, 16, 16], 0.0] and found["decoded"] < 1e-6
+    assert found["encoded"] == [[2, 3, 16, 16], 0.0] and found["decoded"] < 1e-6 and found["vae dtype"] == "torch.float32"
     assert found["preview"] < 1, "a preview is the picture, rounded down to 8 bit"
 
 

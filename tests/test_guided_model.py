@@ -126,7 +126,7 @@ def test_clip_sees_what_the_nodes_of_core_show(told: Told) -> None:
     assert found["full"] < 1e-4 and found["size"] == [2, 3, 64, 64], "VAE Decode"
     assert found["rough"] <= 1, "the preview"
     assert found["pixels"], "a pixel-space MODEL is guided alike with its VAE and without"
-    assert min(*found["moved"], *found["flow"]) > 0.05 and found["finite"]
+    assert min(*found["moved"], *found["flow"], *found["flux"][:2]) > 0.05 and found["finite"] and found["flux"][2] is False
 
 
 def test_masks(told: Told) -> None:
@@ -162,7 +162,7 @@ WRONG = {
     "vae of latents": "the VAE is for latents of 4 channels and the MODEL has 3",
     "vae of another factor": "4×4 image pixels for the VAE and 8×8 for the MODEL",
     "vae of audio": "the VAE makes no RGB images",
-    "no vae": "the VAE holds no network",
+    "no vae": "the VAE is empty, because the checkpoint contains none",
     "no colors": "so CLIP cannot see them; connect the vae",
     "audio model": "the MODEL makes audio",
     "streamed": "--disable-dynamic-vram",

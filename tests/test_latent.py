@@ -59,6 +59,8 @@ def test_rows_with_the_same_samples_keep_their_own_pictures() -> None:
     assert latent.unpack(whole, "x").images == images and latent.unpack(whole, "x").candidates == (0, 1, 0, 1)
     repeated = {**whole, "samples": samples.repeat(2, 1, 1, 1)}
     assert latent.unpack(repeated, "x").images == images * 2
+    with pytest.raises(BlendedError, match="1 of 2 rows that begin with the same samples for 2 masks"):
+        latent.unpack({**whole, "samples": samples[2:3], "batch_index": [0]}, "x")
 
 
 def test_joined_latents_of_different_levels_are_refused_and_the_row_is_named() -> None:

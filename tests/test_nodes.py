@@ -249,7 +249,7 @@ def test_the_memory_manager_is_asked_for_what_others_hold() -> None:
 def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> None:
     pack = "blended-diffusion"
     templates = sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))
-    assert sorted(comfyui.get("/workflow_templates")[pack]) == templates and len(templates) == 13
+    assert sorted(comfyui.get("/workflow_templates")[pack]) == templates and len(templates) == 14
 
     def size(path: str) -> int:
         with urllib.request.urlopen(comfyui.url + urllib.parse.quote(path), timeout=60) as answer:
@@ -272,7 +272,7 @@ def test_templates_help_languages_and_blueprints_are_served(comfyui: Server) -> 
 
 def test_every_node_and_socket_explains_itself(comfyui: Server) -> None:
     nodes = {name: info for name, info in comfyui.get("/object_info").items() if name.startswith("Blended")}
-    assert len(nodes) == 17
+    assert len(nodes) == 18
 
     def silent(inputs: dict[str, Any]) -> list[str]:
         out = []

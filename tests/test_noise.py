@@ -161,7 +161,7 @@ def test_wrong_use_runs_as_without_the_patch_and_is_told(told: dict[str, Any]) -
     for name, words in (
         ("no mask", "Set Latent Noise Mask"),
         ("no noise", "first sampler alone"),
-        ("own loop", "OwnLoop brings its own loop"),
+        ("own loop", "OwnLoop has its own sampling loop"),
     ):
         difference, lines = found[name]
         assert difference == 0, name
