@@ -429,7 +429,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[Field[Any], ...], wh
 
 PRESETS: dict[str, EditOptions] = {
     "best": EditOptions(),
-    "fast": EditOptions(preset="fast", steps="30", guidance=GuidanceOptions(end=0.8)),
+    "fast": EditOptions(preset="fast", steps="30", tone_match="end", guidance=GuidanceOptions(end=0.8)),
     "paper": EditOptions(
         preset="paper",
         sampler="ddpm",

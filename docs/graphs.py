@@ -738,7 +738,7 @@ CUT = Graph(
         note_column(
             "# Cut, edit with any model, paste exactly\n\n*Cut Region* cuts the part around the mask at the size of a model. Any nodes edit the cut. "
             "*Paste Region* puts it back: **outside the mask every pixel keeps its value, to the last bit**.\n\n"
-            "Here core's KSampler fills the mask with the embedded model. *Blended Noise (MODEL)* gives the surroundings new noise at every level, as Blended "
+            "Here core's *KSampler* edits the cut with the embedded model. *CLIP Guidance (MODEL)* leads it to a prompt, and *Blended Noise (MODEL)* gives the surroundings new noise at every level, as Blended "
             "Diffusion does.\n\n"
             "**With SDXL, Flux or another latent model:**\n\n"
             "1. Disconnect *ddpm* of *Cut Region* and set *size* (1024) and *shape*.\n"
@@ -746,18 +746,27 @@ CUT = Graph(
             "6, Flux: 1).\n"
             "3. In place of *latent* of *Cut Region*: *image* → *VAE Encode* → *Set Latent Noise Mask* → *Repeat Latent Batch*, and *mask* → *Grow Mask* "
             "(8) → *Set Latent Noise Mask*.\n"
-            "4. VAE of the checkpoint → *VAE Encode* and *VAE Decode*. Turn on *tone_match* of *Paste Region*. Delete *Load DDPM* and *DDPM as MODEL*.\n\n"
+            "4. VAE of the checkpoint → *VAE Encode*, *VAE Decode* and *CLIP Guidance (MODEL)*. Choose `ViT-B-16:openai` in *Load CLIP (open_clip)*. Delete *Load DDPM* "
+            "and *DDPM as MODEL*.\n\n"
             "The blueprint *Cut, Sample, Paste (Blended Diffusion)* has all of this in one node.\n\n"
             "Many masks of one image give one cut each, and all of them go back into the image.",
             width=400,
             height=680,
         ),
         Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),
+        Column(
+            "Guidance",
+            {
+                "clip": Node("BlendedLoadCLIP", height=120),
+                "prompt": prompt("a mushroom"),
+                "guide": Node("BlendedCLIPGuidanceModel", {"model": "blended.model", "prompt": "prompt.prompt"}),
+            },
+        ),
         (
             Column(
                 "Image",
                 {
-                    "scene": scene("meadow", object_name="mushroom", width=384, height=256, seed=4),
+                    "scene": scene("meadow", width=384, height=256, seed=4),
                     "before": preview("scene.image", "Before", 260),
                 },
             ),
@@ -767,14 +776,18 @@ CUT = Graph(
             "Edit",
             {
                 "repeat": Node("RepeatLatentBatch", {"samples": "cut.latent"}, {"amount": 4}),
-                "fill": ksampler("repeat.LATENT", "blended.model"),
+                "fill": ksampler("repeat.LATENT", "guide.model", sampler_name="euler", steps=30, denoise=0.75),
                 "decode": Node("VAEDecode", {"samples": "fill.LATENT", "vae": "model.vae"}),
             },
         ),
         Column(
             "Result",
             {
-                "paste": Node("BlendedPasteRegion", {"edited": "decode.IMAGE", "original": "scene.image", "region": "cut.region"}),
+                "paste": Node(
+                    "BlendedPasteRegion",
+                    {"edited": "decode.IMAGE", "original": "scene.image", "region": "cut.region"},
+                    {"tone_match": True},
+                ),
                 "after": save("paste.image", "cut", 400),
             },
         ),
@@ -782,7 +795,7 @@ CUT = Graph(
     before="before",
     after=("after",),
     images_per_node=4,
-    colors={**GROUPS, "Cut": GROUPS["Image"]},
+    colors={**GROUPS, "Cut": GROUPS["Image"], "Guidance": GROUPS["Models"]},
 )
 
 ANYONE = Graph(

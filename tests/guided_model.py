@@ -90,10 +90,8 @@ class Pack:
         config = Config({**(FLUX if flux else FLOW if flow else UNET), "dtype": torch.float32})
         config.latent_format = self.comfy.latent_formats.SDXL()
         torch.manual_seed(3)
-        if flux:
-            model = base.Flux(config)
-        else:
-            model = base.AuraFlow(config) if flow else base.BaseModel(config, base.ModelType[kind])
+        flows = base.Flux if flux else base.AuraFlow
+        model = flows(config) if flux or flow else base.BaseModel(config, base.ModelType[kind])
         randomize(model.diffusion_model)
         return self.comfy.model_patcher.CoreModelPatcher(model, self.mm.get_torch_device(), self.mm.unet_offload_device())
 

@@ -253,7 +253,7 @@ def test_nothing_is_known_around_a_full_mask_and_off_computes_nothing(monkeypatc
     monkeypatch.delattr(sample_module, "tone_shift")
     assert {name: options.tone_match for name, options in PRESETS.items()} == {
         "best": "late",
-        "fast": "late",
+        "fast": "end",
         "paper": "off",
         "official": "off",
     }

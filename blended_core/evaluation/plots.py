@@ -111,14 +111,15 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             text(left + value * span + 6, y + j * bar_height / 2 - 2, f"{value:.0%}", MUTED, 10)
     above, below = bottom + 70, height - 50
     text(20, bottom + 34, "Judged precision by seconds per candidate", size=20)
-    time_axis = max(row["seconds"] for row in rows) * 1.1
+    timed = [(i, row) for i, row in enumerate(rows) if row["seconds"] is not None]
+    time_axis = max((row["seconds"] for _, row in timed), default=1.0) * 1.1
     for share in (0, 0.5, 1):
         y = below - share * (below - above)
         draw.line((left * scale, y * scale, (left + span) * scale, y * scale), fill=GRID, width=scale)
         text(left - 10, y, f"{share:.0%}", MUTED, 12, "rm")
     for share in (0, 0.25, 0.5, 0.75, 1):
         text(left + share * span, below + 6, f"{share * time_axis:.1f} s", MUTED, 12, "ma")
-    for i, row in enumerate(rows):
+    for i, row in timed:
         x = left + row["seconds"] / time_axis * span
         for key, color in (("batch_precision", BATCH_COLOR), ("best_precision", BEST_COLOR)):
             y = below - (row[key] or 0.0) * (below - above)
