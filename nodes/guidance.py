@@ -401,7 +401,7 @@ class GuidancePatch:
         Raises:
             BlendedError: for latents that are not those of images, or a model without noise levels.
         """
-        check_latent(noise, shapes)
+        check_latent(noise, model.get_model_object("latent_format"), shapes)
         sampling = model.get_model_object("model_sampling")
         latent_image = model.model.process_latent_in(latent_image) if latent_image.any() else latent_image
         noise_mask = None
@@ -466,8 +466,8 @@ def training_kernels() -> Iterator[None]:
         mm.in_training = before
 
 
-def check_latent(noise: Tensor, shapes: Any = None) -> None:
-    """Raises BlendedError unless the samples are those of images."""
+def check_latent(noise: Tensor, latent_format: Any, shapes: Any = None) -> None:
+    """Raises BlendedError unless the samples are those of images, with the channels of the model."""
     if shapes is not None and len(shapes) > 1:
         raise BlendedError(
             f"the LATENT holds {len(shapes)} streams (video with audio), and CLIP sees single images; use {NAME} with a MODEL that makes images."
@@ -479,6 +479,11 @@ def check_latent(noise: Tensor, shapes: Any = None) -> None:
     if noise.ndim not in (4, 5):
         raise BlendedError(
             f"the LATENT has shape {shape_of(noise)}, which is not that of images (audio, for example); connect a LATENT of images."
+        )
+    if noise.shape[1] != latent_format.latent_channels:
+        raise BlendedError(
+            f"the LATENT has {noise.shape[1]} channels and the MODEL takes {latent_format.latent_channels} ({type(latent_format).__name__}); connect VAE Encode "
+            "with the VAE of the MODEL."
         )
 
 

@@ -13,6 +13,9 @@ from ..blended_core.errors import BlendedError, BlendedWarning
 from ..blended_core.mask import Box, from_labels
 from .latent import as_mask_batch, shape_of
 
+ROUNDING = 2**-15
+"""More than the rounding error of a float32 value that went from 0..255 to −1..1 and back, in levels of 255."""
+
 
 def checked_image(image: Tensor, name: str = "IMAGE") -> Tensor:
     """An IMAGE as [B, H, W, 3 or 4] float32 on the CPU; the IMAGE itself where it is that already, which must not be written to.
@@ -67,6 +70,13 @@ def to_image(values: Tensor) -> Tensor:
 def sample_to_image(x: Tensor) -> Tensor:
     """[B, 3, H, W] in −1..1 → IMAGE, clamped."""
     return to_image(((x.float() + 1) / 2).clamp(0, 1))
+
+
+def sample_to_levels_(x: Tensor) -> Tensor:
+    """Samples in −1..1 → 0..1 in place, clamped, where what an 8-bit file held before it became a sample is that again to the last bit."""
+    x.add_(1).div_(2).clamp_(0, 1)
+    levels = (x * 255).round_()
+    return x.copy_(torch.where((x * 255 - levels).abs_() < ROUNDING, levels / 255, x))
 
 
 def to_intermediate(x: Tensor) -> Tensor:

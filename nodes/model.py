@@ -25,6 +25,7 @@ from ..blended_core.diffusion import DiffusionConfig
 from ..blended_core.errors import BlendedError, BlendedWarning
 from ..blended_core.memory import memory_needed
 from . import inputs
+from .images import sample_to_levels_
 from .memory import LoadedDDPM, load_rest
 from .runtime import library_scope
 
@@ -88,6 +89,7 @@ class Adapter(nn.Module):
     """
 
     dtype = torch.float32
+    in_channels = PixelFormat.latent_channels  # which nodes of core read, such as RenormCFG
 
     def __init__(self, model: DiffusionModel) -> None:
         super().__init__()
@@ -168,9 +170,9 @@ def outer_sample(
     executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, denoise_mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Tensor:  # fmt: skip
     """Restores the pixels where the mask is 0, to the last bit: some samplers end near them, and two of them with noise left."""
-    ends_clean = len(sigmas) > 0 and not sigmas[-1]  # asked before: uni_pc changes its sigmas
-    samples: Tensor = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **options)
-    if denoise_mask is None or not ends_clean:
+    # uni_pc writes to its sigmas, which are those of a scheduler node that keeps them for the next run.
+    samples: Tensor = executor(noise, latent_image, sampler, sigmas.clone(), denoise_mask, *args, **options)
+    if denoise_mask is None or not len(sigmas) or sigmas[-1]:
         return samples
     return torch.where(denoise_mask.to(samples.device) > 0, samples, latent_image.to(samples))
 
@@ -226,8 +228,15 @@ class DDPMAsModel(io.ComfyNode):
             model = ddpm.patcher.clone()
             model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_sampling)
             model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
-            vae = VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)  # bfloat16 would round the pixels
-            return io.NodeOutput(model, conditioning(choice), conditioning("zero"), vae, ddpm.model.image_size)
+            return io.NodeOutput(model, conditioning(choice), conditioning("zero"), pixel_vae(), ddpm.model.image_size)
+
+
+def pixel_vae() -> VAE:
+    """Core's VAE of pixel-space models, without what core's own loses: on many GPUs it works in bfloat16, and its rounding errors make SaveImage, which rounds
+    down, write dark pixels one level darker."""
+    vae = VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
+    vae.process_output = sample_to_levels_
+    return vae
 
 
 def conditioning(choice: str | int) -> list[Any]:

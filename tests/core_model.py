@@ -241,6 +241,10 @@ def masks(core: Pack) -> dict[str, Any]:
     found["black"] = int((latent["noise_mask"][0, 0, 0] == 0).sum())
     noisy = core.sample(out, masked(), "euler", 8, denoise=1.0, start_step=2, last_step=5)
     found["noise left outside"] = float((noisy - picture())[..., :4, :].abs().min(dim=0).values.mean())
+    sigmas = core.samplers.calculate_sigmas(out[0].get_model_object("model_sampling"), "normal", 3)
+    sampler = core.samplers.sampler_object("uni_pc")
+    core.sampling.sample_custom(out[0], picture(), 1.0, sampler, sigmas, out[1], out[2], masked()["samples"])
+    found["last sigma"] = float(sigmas[-1])
     return found
 
 
@@ -304,6 +308,12 @@ def precisions(core: Pack) -> dict[str, Any]:
     encoded = core.nodes.VAEEncode().encode(vae, image)[0]["samples"]
     found["encoded"] = [list(encoded.shape), float((encoded - (image[..., :3].movedim(-1, 1) * 2 - 1)).abs().max())]
     found["decoded"] = float((core.nodes.VAEDecode().decode(vae, {"samples": encoded})[0] - image[..., :3]).abs().max())
+    args = importlib.import_module("comfy.cli_args").args
+    args.bf16_vae = True  # core's own choice for a VAE on many GPUs
+    vae, levels = core.as_model(core.loaded())[3], (torch.arange(256) / 255).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    args.bf16_vae = False
+    back = core.nodes.VAEDecode().decode(vae, core.nodes.VAEEncode().encode(vae, levels)[0])[0]
+    found["levels"] = [float((back - levels).abs().max()), int((np.uint8(255.0 * back.numpy()) != np.uint8(255.0 * levels.numpy())).sum())]
     previewer = importlib.import_module("latent_preview").Latent2RGBPreviewer(out[0].get_model_object("latent_format").latent_rgb_factors)
     shown = torch.from_numpy(np.array(previewer.decode_latent_to_preview(picture())))
     found["preview"] = float((shown - (picture()[0].movedim(0, -1) + 1) * 127.5).abs().max())
@@ -339,6 +349,9 @@ def others(core: Pack) -> dict[str, Any]:
     found["wrapped"] = [float((core.sample(out, latent, model=wrapped) - plain).abs().max()), len(calls)]
     cached = importlib.import_module("comfy_extras.nodes_easycache").EasyCacheNode.execute(out[0], 0.2, 0.15, 0.95, False).result[0]
     found["cached"] = bool(core.sample(out, latent, steps=6, model=cached).isfinite().all())
+
+    renormalized = importlib.import_module("comfy_extras.nodes_lumina2").RenormCFG.execute(out[0], 100.0, 1.0).result[0]
+    found["RenormCFG"] = bool(core.sample(out, latent, cfg=2.0, model=renormalized).isfinite().all())
 
     control = importlib.import_module("comfy.controlnet")
 

@@ -749,6 +749,7 @@ def wrong(core: Pack) -> dict[str, str]:
         "streamed": sentence(lambda: core.guided(model, vae=streaming)),
         "video": sentence(lambda: core.run(core.guided(model), torch.ones(1, 4, 3, LATENT, LATENT))),
         "audio": sentence(lambda: core.run(core.guided(model), torch.ones(1, 4, 64))),
+        "latent of a pixel model": sentence(lambda: core.run(core.guided(model), torch.ones(1, 3, SIZE, SIZE))),
         "nested": sentence(lambda: core.run(core.guided(model), nested([torch.ones(1, 4, 2, 8, 8), torch.ones(1, 4, 16)]))),
         "no levels": sentence(lambda: core.run(core.guided(still), latents())),
     }

@@ -59,6 +59,7 @@ def test_masks_of_core(told: Told) -> None:
     ramp, black = found["ramp"], found["black"]
     assert 0 < black < 8 and not any(ramp[:black]), "black pixels stay, with Differential Diffusion too"
     assert sum(ramp[-4:]) > 3 * sum(ramp[black:8]) > 0
+    assert found["last sigma"] == 0, "uni_pc writes to its sigmas, which a scheduler node keeps for the next run"
     assert found["noise left outside"] > 0.1, "a LATENT that is still noisy is noisy outside of the mask too"
 
 
@@ -80,6 +81,7 @@ def test_sizes_precisions_pictures(told: Told) -> None:
     assert found["bf16"][0] < 0.5 and found["bf16"][1] == "torch.float32"
     assert found["wide"] == [1, 3, 12, 40] and found["empty"] == [1, 3, 16, 16] and found["size"] == 16
     assert found["encoded"] == [[2, 3, 16, 16], 0.0] and found["decoded"] < 1e-6 and found["vae dtype"] == "torch.float32"
+    assert found["levels"] == [0.0, 0], "the levels of 8-bit images come back, and SaveImage, which rounds down, writes them"
     assert found["preview"] < 1, "a preview is the picture, rounded down to 8 bit"
 
 
@@ -87,7 +89,7 @@ def test_what_others_do_to_a_model(told: Told) -> None:
     found = part(told, "others")
     assert found["names"] and found["lora"] > 50, "the weights have the names of the published checkpoints"
     assert found["merged"] == found["not merged"] == 0, "a merge of one MODEL is not seen by another"
-    assert found["wrapped"] == [0.0, 3] and found["cached"]
+    assert found["wrapped"] == [0.0, 3] and found["cached"] and found["RenormCFG"]
     assert found["control"][0] == 0 and found["control"][1] == 3
     assert found["ranges"] == 0
 

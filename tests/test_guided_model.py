@@ -168,6 +168,7 @@ WRONG = {
     "streamed": "--disable-dynamic-vram",
     "video": "the LATENT is a video of 3 latent frames",
     "audio": "the LATENT has shape 1×4×64",
+    "latent of a pixel model": "the LATENT has 3 channels and the MODEL takes 4 (SDXL)",
     "nested": "the LATENT holds 2 streams",
     "no levels": "without noise levels, so there is nothing to guide",
 }
