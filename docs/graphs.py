@@ -694,6 +694,15 @@ def guided_columns(
     )
 
 
+GUIDED_COLUMNS = guided_columns(
+    {
+        "checkpoint": Node("CheckpointLoaderSimple", values={"ckpt_name": SDXL}),
+        "positive": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "a photo of a pumpkin in the snow"}, "What the model gets", height=140),
+        "negative": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "blurry"}, "What it avoids", height=140),
+    },
+    "checkpoint.MODEL", "checkpoint.VAE", ("positive.CONDITIONING", "negative.CONDITIONING"), 1024, cfg=6, sampler_name="dpmpp_2m",
+    )  # fmt: skip
+
 GUIDED = Graph(
     "CLIP guidance on your own model",
     (
@@ -711,15 +720,9 @@ GUIDED = Graph(
             "- **From noise**: connect *Empty Latent Image* to *KSampler*, set *denoise* to 1, and leave out *Final Paste*.\n"
             "- *Final Paste* keeps every pixel outside the mask, which the VAE alone does not.",
             height=560,
+            below=GUIDED_COLUMNS[:1],
         ),
-        *guided_columns(
-            {
-                "checkpoint": Node("CheckpointLoaderSimple", values={"ckpt_name": SDXL}),
-                "positive": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "a photo of a pumpkin in the snow"}, "What the model gets", height=140),
-                "negative": Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": "blurry"}, "What it avoids", height=140),
-            },
-            "checkpoint.MODEL", "checkpoint.VAE", ("positive.CONDITIONING", "negative.CONDITIONING"), 1024, cfg=6, sampler_name="dpmpp_2m",
-        ),
+        *GUIDED_COLUMNS[1:],
     ),
     stand_in=Graph(
         "CLIP guidance on the embedded model",
@@ -751,9 +754,9 @@ CUT = Graph(
             "The blueprint *Cut, Sample, Paste (Blended Diffusion)* has all of this in one node.\n\n"
             "Many masks of one image give one cut each, and all of them go back into the image.",
             width=400,
-            height=680,
+            height=640,
+            below=(Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),),
         ),
-        Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),
         Column(
             "Guidance",
             {

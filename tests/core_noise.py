@@ -113,7 +113,9 @@ def own_loop(core: Core, model: Any, mask: Tensor, sampler: str, dilations: int 
     """Algorithm 2 of the pack on a picture; with dilations, its loop with the masks that the paper of Blended Latent Diffusion describes."""
     variance = replace(model.config, variance="fixed_small")
     own = replace(model, config=variance) if hasattr(model, "__dataclass_fields__") else model
-    options = core.options.EditOptions(steps=RESPACING, strength=0.75, sampler="ddim" if sampler == "euler" else "ddpm", seed=seed)
+    options = core.options.EditOptions(
+        steps=RESPACING, strength=0.75, sampler="ddim" if sampler == "euler" else "ddpm", tone_match="off", seed=seed
+    )
     used, random, source = core.mask.EditMask.of(mask, "soft"), core.random.SeededRandom(seed), picture()
     models = core.sample.Models(own, context=core.device.DeviceContext())
     if not dilations:

@@ -93,8 +93,9 @@ def test_no_step_of_the_loop_waits_for_the_device(meta: Models, monkeypatch: pyt
     settled: list[Step] = []
     monkeypatch.setattr(Step, "settled", lambda self: settled.append(self) or self)
     options = preset(
-        "best", steps="4", strength=1.0, gradient=gradient, sampler=sampler, eta=1.0, views=4, view_chunk=3, class_choice="random"
-    )
+        "best", steps="4", strength=1.0, gradient=gradient, sampler=sampler, eta=1.0, views=4, view_chunk=3, class_choice="random",
+        tone_match="off",  # it solves its equation around the mask, whose place it must know
+    )  # fmt: skip
     prompt = tiny.tiny_models().clip.prompt("a tree")  # type: ignore[union-attr]
     prompt = replace(prompt, embeddings=prompt.embeddings.to("meta"))
     source, mask = torch.zeros(1, 3, SIZE, SIZE, device="meta"), EditMask.of(square())

@@ -300,7 +300,7 @@ def test_loop_sampler_and_terminal_give_one_picture(comfyui: Server, preset: str
     base["picture"] = core("LoadImage", image=files["picture"])
     base["area"] = core("LoadImageMask", image=files["mask"], channel="red")
     image, area = ("picture", 0), ("area", 0)
-    step: dict[str, Any] = {"sampler": PRESETS[preset].sampler}
+    step: dict[str, Any] = {"sampler": PRESETS[preset].sampler, "tone_match": PRESETS[preset].tone_match}
     if preset == "best":
         base["options"] = node("GuidanceOptions", guide_to=PRESETS[preset].guidance.end)
         step["options"] = ["options", 0]
@@ -647,11 +647,14 @@ def test_cancel_stops_within_a_step_and_the_next_run_succeeds(comfyui: Server) -
 
 def test_free_unloads_every_network(comfyui: Server) -> None:
     comfyui.run(sampler(scene(), seed=93))
-    comfyui.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
-    outcome = comfyui.run(sampler(scene(), seed=93))
-    assert {"ddpm", "clip", "sampler"} <= set(outcome.executed)  # the caches went too
-    assert outcome.error is None
+    for _ in range(5):  # the server frees between two prompts, when it comes to it
+        comfyui.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(2)
+        outcome = comfyui.run(sampler(scene(), seed=93))
+        assert outcome.error is None
+        if freed := {"ddpm", "clip", "sampler"} <= set(outcome.executed):  # the caches went too
+            break
+    assert freed
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")

@@ -115,12 +115,12 @@ def photographs(split: str) -> tuple[str, ...]:
 @lru_cache(maxsize=len(PHOTOGRAPHS))
 def photograph(name: str) -> Image.Image:
     """The stored photograph, 256 pixels on its short side."""
-    return Image.open(DATA / "photographs" / _BY_NAME[name].file).convert("RGB")
+    return Image.open(DATA / "photographs" / _BY_NAME[name].file, formats=("JPEG",)).convert("RGB")
 
 
 @lru_cache(maxsize=1)
 def _sheet() -> Image.Image:
-    return Image.open(DATA / "sprites.webp").convert("RGBA")
+    return Image.open(DATA / "sprites.webp", formats=("WEBP",)).convert("RGBA")
 
 
 @lru_cache(maxsize=len(WORDS) * len(DESIGN_NAMES))

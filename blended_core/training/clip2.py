@@ -97,7 +97,7 @@ class FolderExamples:
             text = path.with_suffix(".txt")
             captions = [line.strip() for line in text.read_text("utf-8").splitlines() if line.strip()] if text.is_file() else []
             if captions:
-                self.rows.append((Image.open(path).convert("RGB"), captions))
+                self.rows.append((Image.open(path, formats=("JPEG", "PNG", "WEBP")).convert("RGB"), captions))
         if len(self.rows) < 2:
             raise SystemExit(f"{folder} holds {len(self.rows)} pictures with a caption; at least 2 are needed (NAME.png beside NAME.txt).")
 

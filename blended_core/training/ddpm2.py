@@ -108,7 +108,8 @@ def scenes_batch(split: str = TRAINING) -> Batch:
 
 def folder_batch(folder: Path) -> Batch:
     """Random square crops of the pictures of a folder, mirrored in half of the cases; their objects have no names."""
-    pictures = [Image.open(p).convert("RGB") for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    pictures = [Image.open(path, formats=("JPEG", "PNG", "WEBP")).convert("RGB") for path in files]
     if not pictures:
         raise SystemExit(f"{folder} holds no .png, .jpg, .jpeg or .webp picture.")
 

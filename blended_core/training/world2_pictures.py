@@ -53,7 +53,7 @@ def drawing(icons: dict[str, Any], name: str) -> Image.Image:
         f'width="{4 * SPRITE_SIDE}" height="{4 * SPRITE_SIDE}">{icon["body"]}</svg>'
     )
     done = subprocess.run(["rsvg-convert", "--format", "png"], input=svg.encode(), capture_output=True, check=True)
-    picture = Image.open(BytesIO(done.stdout)).convert("RGBA")
+    picture = Image.open(BytesIO(done.stdout), formats=("PNG",)).convert("RGBA")
     box = picture.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
     if box is None:
         raise SystemExit(f"the drawing {name} is empty")
@@ -105,7 +105,7 @@ def main() -> None:
     (DATA / "photographs").mkdir(parents=True, exist_ok=True)
     if args.photographs:
         for photograph in PHOTOGRAPHS:
-            picture = small(Image.open(source_file(args.photographs, photograph)))
+            picture = small(Image.open(source_file(args.photographs, photograph), formats=("JPEG", "PNG", "WEBP")))
             picture.save(DATA / "photographs" / photograph.file, quality=QUALITY, optimize=True, subsampling=0)
     if args.drawings:
         sheet = Image.new("RGBA", (SPRITE_SIDE * len(DESIGNS), SPRITE_SIDE * len(DRAWINGS)))
