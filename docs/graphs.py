@@ -601,7 +601,6 @@ KSAMPLER = Graph(
                 },
             ),
         ),
-        Column("Filled", decoded("fill.LATENT", "Filled", 420)),
         Column(
             "From noise",
             {
@@ -609,7 +608,10 @@ KSAMPLER = Graph(
                 "make": ksampler("empty.LATENT", seed=1),
             },
         ),
-        Column("Made", decoded("make.LATENT", "Made from noise", 420)),
+        (
+            Column("Filled", decoded("fill.LATENT", "Filled", 230)),
+            Column("Made", decoded("make.LATENT", "Made from noise", 230)),
+        ),
     ),
     before="before",
     after=("fill_shown",),
@@ -630,9 +632,9 @@ DIFFERENTIAL = Graph(
             "- *denoise* is the change of a white pixel.\n"
             "- For your own files, choose a checkpoint in *Load DDPM*. Replace *Demo Scene* with *Load Image* and a square image, and *Upscale Image*, its "
             "*width* and *height* from *size* of *DDPM as MODEL*.",
-            height=330,
+            height=380,
+            below=(Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),),
         ),
-        Column("Models", {**core_model(), "differential": Node("DifferentialDiffusion", {"model": "model.model"})}),
         Column(
             "Image", {"scene": scene("desert", object_name="cactus", width=64, height=64), **enlarged("scene.image", "before", "Before")}
         ),
@@ -719,7 +721,7 @@ GUIDED = Graph(
             "- **vae**: CLIP sees the image at full size. Unconnected, it sees a rough preview image, and a step takes less time and memory.\n"
             "- **From noise**: connect *Empty Latent Image* to *KSampler*, set *denoise* to 1, and leave out *Final Paste*.\n"
             "- *Final Paste* keeps every pixel outside the mask, which the VAE alone does not.",
-            height=560,
+            height=500,
             below=GUIDED_COLUMNS[:1],
         ),
         *GUIDED_COLUMNS[1:],
@@ -754,7 +756,7 @@ CUT = Graph(
             "The blueprint *Cut, Sample, Paste (Blended Diffusion)* has all of this in one node.\n\n"
             "Many masks of one image give one cut each, and all of them go back into the image.",
             width=400,
-            height=640,
+            height=470,
             below=(Column("Models", {**core_model(), "blended": Node("BlendedNoiseModel", {"model": "model.model"})}),),
         ),
         Column(
