@@ -266,9 +266,9 @@ class ShiftedEstimate:
 
         def of(part: slice, x: Tensor | None) -> LossGradient:
             images = range(len(pictures))[part]
-            own = [None if rows is None else rows if len(rows) == 1 else rows[part] for rows in (mask, source)]
-            assert own[0] is not None
-            step = StepInput(pictures[part].detach(), call, None, images, self.random, own[0], own[1])
+            own = mask if len(mask) == 1 else mask[part]
+            kept = source if source is None or len(source) == 1 else source[part]
+            step = StepInput(pictures[part].detach(), call, None, images, self.random, own, kept)
             return guidance.gradient(pictures[part], step, x, keep_graph)
 
         if x is not None:

@@ -71,10 +71,9 @@ def membrane(values: Tensor, inside: Tensor) -> Tensor:
     # Around its mean, so that a constant is exact.
     mean = load.sum((2, 3), keepdim=True) / grid.links.sum((2, 3), keepdim=True).clamp(min=1.0)
     load = load - mean * grid.links
-    solution: Tensor | None = None
-    for _ in range(CYCLES):
+    solution = grid.cycle(load)
+    for _ in range(CYCLES - 1):
         solution = grid.cycle(load, solution)
-    assert solution is not None
     return F.pad((solution + mean) * free, (box.left, width - box.right, box.top, height - box.bottom))
 
 

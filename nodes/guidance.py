@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -282,8 +283,7 @@ class ModelGuidance:
         if self.mask is not None:
             row_indices(len(self.mask), len(latent_image), "masks")
 
-        def mask(size: tuple[int, int]) -> Tensor:
-            assert values is not None
+        def mask(values: Tensor, size: tuple[int, int]) -> Tensor:
             fitted = stretch_mask(values, size) if self.mask is None else scale_mask(values, size)
             soft = bool(((values > 0) & (values < 1)).any())
             return EditMask.of(fitted, mask_rule(soft)).for_clip()
@@ -296,7 +296,7 @@ class ModelGuidance:
                 )
             return self.decoder(latent_image)
 
-        seen = None if values is None else mask
+        seen = None if values is None else partial(mask, values)
         perceptual = self.perceptual.model if self.perceptual is not None else None
         return Guide(
             self.options, self.prompt.clip.model, self.prompt.prompt, scale, self.decoder, perceptual, seen, source, cell=self.decoder.cell

@@ -270,8 +270,8 @@ def unpack(latent: Latent, node: str) -> NoisyImages:
             "scaled it. Scale the image before Noise Background, or after Final Paste."
         )
     samples = samples.to(torch.float32)
-    counts = Counter(fingerprint(sample) for sample in samples)
-    for key, count in counts.items():
+    keys = [fingerprint(sample) for sample in samples]
+    for key, count in Counter(keys).items():
         masks = len({row.image for row in state.rows.get(key, ())})
         if masks > 1 and count % len(state.rows[key]):
             raise BlendedError(
@@ -280,8 +280,7 @@ def unpack(latent: Latent, node: str) -> NoisyImages:
             )
     rows: list[Row | None] = []
     seen: Counter[str] = Counter()
-    for sample in samples:
-        key = fingerprint(sample)
+    for key in keys:
         same = state.rows.get(key, ())
         rows.append(same[seen[key] % len(same)] if same else None)  # again from the first one if rows were repeated
         seen[key] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..blended_core.background import AUTO, Background
+from ..blended_core.errors import BlendedWarning
 from ..blended_core.mask import blend
 from ..blended_core.random import MAX_SEED, SeededRandom
 from . import inputs
@@ -92,15 +93,17 @@ def sample_blended(
     if background is None:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     if shrink > 0 and MASK_FUNCTION in executor.class_obj.model_options:
-        logging.warning(
-            "Blended Diffusion: shrink is %d at %s and has no effect, because Differential Diffusion sets the mask of each level.",
-            shrink,
-            NAME,
-        )
+        tell(f"shrink is {shrink} at {NAME} and has no effect, because Differential Diffusion sets the mask of each level.")
     blended = copy.copy(sampler)
     blended.sampler_function = blending(sampler.sampler_function, background)
     samples = executor(noise, latent_image, blended, sigmas, denoise_mask, *args, **kwargs)
     return background.restored(samples, latent_image)
+
+
+def tell(text: str) -> None:
+    """Writes a warning to ComfyUI's log, through the scope of the node."""
+    with library_scope(NAME):
+        warnings.warn(BlendedWarning(text), stacklevel=2)
 
 
 def background_of(
@@ -112,12 +115,14 @@ def background_of(
         reason = "the LATENT has no noise mask; set one with Set Latent Noise Mask"
     elif not callable(getattr(sampler, "sampler_function", None)):
         reason = f"the sampler {type(sampler).__name__} has its own sampling loop; choose a sampler of KSampler"
-    elif len(sigmas) < 2 or not bool(noise.any()):
+    elif len(sigmas) < 2:
+        reason = "the run has no step; give it two noise levels or more"
+    elif not bool(noise.any()):
         reason = (
             "the run adds no noise, so it continues a noisy LATENT whose source is not known; connect the patch to the first sampler alone"
         )
     if reason or denoise_mask is None:
-        logging.warning("Blended Diffusion: %s has no effect: %s.", NAME, reason)
+        tell(f"{NAME} has no effect: {reason}.")
         return None
     with library_scope(NAME):
         return Background.of(denoise_mask.clone(), [float(sigma) for sigma in sigmas], SeededRandom((seed or 0) & MAX_SEED), shrink)
@@ -129,10 +134,8 @@ def blending(sampler_function: Callable[..., Tensor], background: Background) ->
     @functools.wraps(sampler_function)
     def sample(network: Any, *args: Any, **kwargs: Any) -> Tensor:
         if missing := [name for name in NETWORK if not hasattr(network, name)]:
-            logging.warning(
-                "Blended Diffusion: %s has no effect: the sampler's network %s has no %s; choose a sampler of KSampler.",
-                NAME, type(network).__name__, " and no ".join(missing),
-            )  # fmt: skip
+            lacking = " and no ".join(missing)
+            tell(f"{NAME} has no effect: the sampler's network {type(network).__name__} has no {lacking}; choose a sampler of KSampler.")
             return sampler_function(network, *args, **kwargs)
         blending_network = BlendingNetwork(network, background, getattr(sampler_function, "__name__", "") in MEMORYLESS)
         return sampler_function(blending_network, *args, **kwargs)
