@@ -190,3 +190,19 @@ def started(folder: Path, *options: str, comfyui: Path = COMFYUI) -> Iterator[Se
                 process.wait(30)
             process.kill()
             shutil.rmtree(folder / "temp", ignore_errors=True)
+
+
+def observed(script: str, seconds: int = 900) -> dict[str, Any]:
+    """What a script of this folder found in ComfyUI's own process: the JSON in the last line that it prints."""
+    command = [interpreter(), str(ROOT / "tests" / script)]
+    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=seconds, env=environment())
+    assert run.returncode == 0, run.stderr[-3000:]
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def part(told: dict[str, Any], name: str) -> dict[str, Any]:
+    """One part of what was found; a part that failed is its traceback."""
+    found = told[name]
+    assert isinstance(found, dict), found
+    return found

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from typing import Any
 
 import pytest
 
-from .server import COMFYUI, ROOT, environment, interpreter, needs_comfyui
+from .server import needs_comfyui, observed, part
 
 pytestmark = [needs_comfyui, pytest.mark.slow]
 Told = dict[str, Any]
@@ -17,18 +15,7 @@ Told = dict[str, Any]
 @pytest.fixture(scope="module")
 def told() -> Told:
     """The observations of one run."""
-    command = [interpreter(), str(ROOT / "tests" / "core_model.py")]
-    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=900, env=environment())
-    assert run.returncode == 0, run.stderr[-3000:]
-    observed: Told = json.loads(run.stdout.splitlines()[-1])
-    return observed
-
-
-def part(told: Told, name: str) -> Told:
-    """One part of the run, which failed if it is a text."""
-    found = told[name]
-    assert isinstance(found, dict), found
-    return found
+    return observed("core_model.py")
 
 
 def test_ksampler_is_the_packs_own_loop(told: Told) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from typing import Any
 
 import pytest
 
-from .server import COMFYUI, ROOT, environment, interpreter, needs_comfyui
+from .server import needs_comfyui, observed
 
 pytestmark = [needs_comfyui, pytest.mark.slow]
 
@@ -16,11 +14,7 @@ pytestmark = [needs_comfyui, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
     """What tests/core_region.py saw."""
-    command = [interpreter(), str(ROOT / "tests" / "core_region.py")]
-    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=600, env=environment())
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return observed("core_region.py", 600)
 
 
 def test_batches_of_every_kind_change_nothing_outside(told: dict[str, Any]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from typing import Any
 
 import pytest
 
 from blended_core.shift import SAMPLERS
 
-from .server import COMFYUI, ROOT, environment, interpreter, needs_comfyui
+from .server import needs_comfyui, observed, part
 
 pytestmark = [needs_comfyui, pytest.mark.slow]
 Told = dict[str, Any]
@@ -19,18 +17,7 @@ Told = dict[str, Any]
 @pytest.fixture(scope="module")
 def told() -> Told:
     """The observations of one run."""
-    command = [interpreter(), str(ROOT / "tests" / "guided_model.py")]
-    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=1800, env=environment())
-    assert run.returncode == 0, run.stderr[-3000:]
-    observed: Told = json.loads(run.stdout.splitlines()[-1])
-    return observed
-
-
-def part(told: Told, name: str) -> Told:
-    """One part of the run, which failed if it is a text."""
-    found = told[name]
-    assert isinstance(found, dict), found
-    return found
+    return observed("guided_model.py", 1800)
 
 
 def test_patch_post_cfg_function_and_guider_give_one_picture(told: Told) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from blended_core.errors import BlendedError
 from blended_core.mask import EditMask, dilated
 from blended_core.random import SeededRandom
 
-from .server import COMFYUI, ROOT, environment, interpreter, needs_comfyui
+from .server import needs_comfyui, observed
 
 SIGMAS = (10.0, 5.0, 2.0, 1.0, 0.0)
 SHAPE = (2, 3, 8, 8)
@@ -117,11 +115,7 @@ def test_an_empty_mask_is_refused_with_its_size() -> None:
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
     """What tests/core_noise.py saw in ComfyUI's own process."""
-    command = [interpreter(), str(ROOT / "tests" / "core_noise.py")]
-    run = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True, timeout=900, env=environment())
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return observed("core_noise.py")
 
 
 @needs_comfyui
